@@ -1,0 +1,3 @@
+"""Federated unlearning of LLMs with LoRA adapters."""
+
+__version__ = "0.1.0"

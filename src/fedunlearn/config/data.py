@@ -1,0 +1,93 @@
+"""Records of the groups `data`, `collator`, `eval`, `partition`, `aggregation` and `paths`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fedunlearn.errors import UserError
+from fedunlearn.partitions.base import Partitioner
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which rows a run trains on.
+
+    rows: `full` (fine-tuning), `retain` (the oracle), `forget_and_retain` (unlearning).
+    max_length: tokens of a row; a row that does not fit is an error, never cut. retain_per_forget: retain rows that meet
+    each forget row in a step, drawn with replacement from the client's own.
+    allow_empty_clients: let clients without a row to train on stand idle; else they are refused.
+    """
+
+    rows: Literal["full", "retain", "forget_and_retain"]
+    max_length: int = 512
+    retain_per_forget: int = 1
+    allow_empty_clients: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise UserError(f"data.max_length={self.max_length} must be at least 2 tokens")
+        if self.retain_per_forget < 1:
+            raise UserError(
+                f"data.retain_per_forget={self.retain_per_forget} must be at least 1 (method.retain=none switches the retain term off)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollatorConfig:
+    """How rows become a batch: padding_side `right` or `left`, lengths rounded up to a multiple of pad_to_multiple_of (null: 1)."""
+
+    padding_side: Literal["right", "left"] = "right"
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
+            raise UserError(f"collator.pad_to_multiple_of={self.pad_to_multiple_of} must be at least 1 or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What an evaluation costs and which definitions it takes.
+
+    at_end: evaluate the result of a training or unlearning run. max_rows: rows of each data set (null: all; else the result
+    is marked as a trial). batch_tokens: padded tokens of one scoring batch. generation_batch_size: rows generated at once.
+    compat: null = our definitions; `open-unlearning` = theirs, for comparison with published logs.
+    """
+
+    name: Literal["tofu"] = "tofu"
+    at_end: bool = True
+    max_rows: int | None = None
+    batch_tokens: int = 8192
+    generation_batch_size: int = 32
+    max_new_tokens: int = 200
+    compat: Literal["open-unlearning"] | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("max_rows", "batch_tokens", "generation_batch_size", "max_new_tokens"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(
+                    f"eval.{key}={value} must be at least 1{' or null (all rows)' if key == 'max_rows' else ''}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionConfig:
+    """Who owns which rows. path: a partition.json to read; null = that of the run the adapter comes from, else made by `scheme`."""
+
+    scheme: Partitioner
+    path: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregationConfig:
+    """Client weights of the mean: rows `owned` (declared at the roll call, the same in every round), rows `trained` this round, or `uniform`."""
+
+    weights: Literal["owned", "trained", "uniform"] = "owned"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathsConfig:
+    """saves_dir: runs. pocket_dir: built pockets. cache_dir: what clients keep between messages (reference adapters and their sums)."""
+
+    saves_dir: str = "saves"
+    pocket_dir: str = "saves/pocket"
+    cache_dir: str = "saves/cache"

@@ -1,0 +1,122 @@
+"""Records of the `model` group: base, LoRA, tokenizer and the words around a question."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fedunlearn.errors import UserError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraArgs:
+    """What PEFT's LoraConfig is made of; null = take it from the adapter that is loaded.
+
+    r: rank. lora_alpha: the update is scaled by lora_alpha / r (use_rslora: by its root). target_modules: module names or
+    `all-linear`. lora_dropout always comes from here, never from a loaded adapter.
+    """
+
+    r: int | None
+    lora_alpha: float | None
+    target_modules: tuple[str, ...] | str | None
+    lora_dropout: float = 0.0
+    use_rslora: bool | None = None
+    bias: Literal["none"] = "none"
+    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
+
+    def __post_init__(self) -> None:
+        if self.r is not None and self.r < 1:
+            raise UserError(
+                f"model.model_args.lora_config.r={self.r} is no rank: a whole number from 1, or null for a loaded adapter's"
+            )
+        if self.lora_alpha is not None and self.lora_alpha <= 0:
+            raise UserError(f"model.model_args.lora_config.lora_alpha={self.lora_alpha} must be above 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"model.model_args.lora_config.lora_dropout={self.lora_dropout} must lie in [0, 1)")
+        names = self.target_modules
+        if isinstance(names, tuple) and (not names or len(set(names)) != len(names)):
+            raise UserError(
+                f"model.model_args.lora_config.target_modules={list(names)} must name each module once, and at least one"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """Base model and adapter.
+
+    pretrained_model_name_or_path: hub id, folder of a full model, PEFT adapter folder, run of ours, or `pocket:SEED`.
+    lora_model_path: adapter folder or run to resume from (trainable).
+    torch_dtype: dtype of the base's weights; adapters are float32 whatever it is. device: `auto` takes CUDA where it is.
+    """
+
+    pretrained_model_name_or_path: str
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    torch_dtype: Dtype = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    use_lora: bool = True
+    lora_config: LoraArgs | None = None
+    lora_model_path: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.use_lora and self.lora_config is None:
+            raise UserError(
+                "model.model_args.lora_config=null with use_lora=true: give r, lora_alpha and target_modules (null = the loaded adapter's)"
+            )
+        if not self.use_lora and self.lora_model_path is not None:
+            raise UserError(
+                f"model.model_args.use_lora=false with lora_model_path={self.lora_model_path!r}: set use_lora=true or leave the path out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerArgs:
+    """pretrained_model_name_or_path: a tokenizer other than the base's own; null = the base's."""
+
+    pretrained_model_name_or_path: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateArgs:
+    """How a question becomes a prompt: the tokenizer's chat template, or tags for models without one.
+
+    date_string is handed to the chat template (Llama-3.x else writes today's date into every prompt).
+    The five tags are used only with apply_chat_template=false; asst_end_tag closes few-shot answers only.
+    """
+
+    apply_chat_template: bool = True
+    system_prompt: str | None = None
+    date_string: str | None = None
+    system_prompt_with_special_tokens: str | None = None
+    user_start_tag: str | None = None
+    user_end_tag: str | None = None
+    asst_start_tag: str | None = None
+    asst_end_tag: str | None = None
+
+    def __post_init__(self) -> None:
+        tags = (self.user_start_tag, self.user_end_tag, self.asst_start_tag, self.asst_end_tag)
+        given = [tag for tag in (*tags, self.system_prompt_with_special_tokens) if tag is not None]
+        if self.apply_chat_template and given:
+            raise UserError(
+                "model.template_args: tags are set beside apply_chat_template=true, which ignores them: set it to false or the tags to null"
+            )
+        if not self.apply_chat_template and any(tag is None for tag in tags):
+            raise UserError(
+                "model.template_args: apply_chat_template=false needs user_start_tag, user_end_tag, asst_start_tag and asst_end_tag (''  is allowed)"
+            )
+        if not self.apply_chat_template and (self.system_prompt is not None or self.date_string is not None):
+            raise UserError(
+                "model.template_args: system_prompt and date_string belong to a chat template; with tags use system_prompt_with_special_tokens"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The whole `model` group."""
+
+    model_args: ModelArgs
+    tokenizer_args: TokenizerArgs = field(default_factory=TokenizerArgs)
+    template_args: TemplateArgs = field(default_factory=TemplateArgs)
+
+
+JsonObject = Mapping[str, object]

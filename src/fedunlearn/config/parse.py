@@ -1,0 +1,192 @@
+"""Composed YAML, as a plain dict, into the frozen records: strict, and every fault told at once.
+
+Types are read from the records' own hints, so that a new field, or a user's own method, needs nothing here.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Literal, Union, cast, get_args, get_origin
+
+from fedunlearn.config.components import component_class
+from fedunlearn.config.refused import REFUSED
+from fedunlearn.config.run import EvalRun, TrainRun
+from fedunlearn.config.trainer import TrainArgs
+from fedunlearn.errors import UserError, did_you_mean
+
+RUN_OF_MODE: Mapping[str, type[TrainRun] | type[EvalRun]] = {"train": TrainRun, "unlearn": TrainRun, "eval": EvalRun}
+MISSING = "???"
+TARGET = "_target_"
+
+_EXPECTED: Mapping[object, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "text (quote it: key=\"'...'\")",
+    type(None): "null",
+}
+
+
+class _Bad:
+    """Stands for a value that had a fault."""
+
+
+_BAD = _Bad()
+
+
+def parse_config(data: Mapping[str, object]) -> TrainRun | EvalRun:
+    """Gives the record of a run, by `mode`.
+
+    data: plain dicts, lists and scalars, resolved; the text `???` counts as a key that is missing. Numbers may be given as
+    whole numbers or as text (`1e-5`) where a float is wanted. A record's own rules run once its fields are read.
+    Raises UserError with every fault there is.
+    """
+    mode = data.get("mode", MISSING)
+    if not isinstance(mode, str) or mode not in RUN_OF_MODE:
+        near = did_you_mean(str(mode), RUN_OF_MODE)
+        raise UserError(
+            f"mode={mode!r} is unknown{near} Known: {', '.join(RUN_OF_MODE)} (the file named by --config-name sets it)"
+        )
+    reader = _Reader()
+    run = reader.record(RUN_OF_MODE[mode], data, "")
+    if reader.faults:
+        raise UserError(*reader.faults)
+    return cast("TrainRun | EvalRun", run)
+
+
+class _Reader:
+    """Walks data and hints side by side and collects what does not fit."""
+
+    def __init__(self) -> None:
+        self.faults: list[str] = []
+
+    def record(self, cls: type, data: Mapping[str, object], key: str) -> object:
+        """Gives an instance of the dataclass `cls`, or _BAD with the faults noted."""
+        before = len(self.faults)
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        known = [name for name, field in fields.items() if field.init]
+        self.faults += [
+            _unknown(cls, fields, known, key, str(name), value) for name, value in data.items() if name not in known
+        ]
+        hints = typing.get_type_hints(cls)
+        given = {name: data[name] for name in known if name in data and data[name] != MISSING}
+        self.faults += [
+            _missing(_join(key, name))
+            for name in known
+            if name not in given and (name in data or _required(fields[name]))
+        ]
+        values = {name: self.value(hints[name], value, _join(key, name)) for name, value in given.items()}
+        return self._build(cls, values, key) if len(self.faults) == before else _BAD
+
+    def _build(self, cls: type, values: Mapping[str, object], key: str) -> object:
+        try:
+            return cls(**values)
+        except UserError as error:
+            self.faults += error.faults
+        except ValueError as error:  # a user's own class
+            self.faults.append(f"{key or cls.__name__}: {error}")
+        return _BAD
+
+    def value(self, hint: object, value: object, key: str) -> object:
+        """Gives the value as the hint wants it, or _BAD with the faults noted."""
+        options = _options(hint)
+        for option in options:
+            if _is_record(option) and isinstance(value, Mapping):
+                return self._component(cast("type", option), value, key)
+            if get_origin(option) is tuple and isinstance(value, list | tuple):
+                return self._items(get_args(option)[0], value, key)
+            read = _scalar(option, value)
+            if read is not _BAD:
+                return read
+        self.faults.append(_wrong(options, value, key))
+        return _BAD
+
+    def _items(self, hint: object, values: list[object] | tuple[object, ...], key: str) -> object:
+        read = tuple(self.value(hint, value, f"{key}[{index}]") for index, value in enumerate(values))
+        return _BAD if _BAD in read else read
+
+    def _component(self, base: type, data: Mapping[str, object], key: str) -> object:
+        """A record, or where the hint is an interface the dataclass that `_target_` names."""
+        if dataclasses.is_dataclass(base):
+            return self.record(base, data, key)
+        target = data.get(TARGET, MISSING)
+        found = component_class(target, base, _join(key, TARGET))
+        if isinstance(found, str):
+            self.faults.append(found)
+            return _BAD
+        return self.record(found, {name: value for name, value in data.items() if name != TARGET}, key)
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _required(field: dataclasses.Field[object]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _missing(key: str) -> str:
+    return f"{key} is missing and has no default: give {key}=VALUE on the command line or set it in a YAML of yours"
+
+
+def _unknown(
+    cls: type, fields: Mapping[str, dataclasses.Field[object]], known: list[str], key: str, name: str, value: object
+) -> str:
+    said = f"{_join(key, name)}={value!r}"
+    if name in fields:
+        return f"{said} cannot be set: {cls.__name__} fixes it at {fields[name].default!r}; leave it out"
+    if cls is TrainArgs and name in REFUSED:
+        return f"{said} is refused: {REFUSED[name]}"
+    listed = f"Known: {', '.join(sorted(known))}" if known else f"{cls.__name__} has no parameters"
+    return f"{said} is an unknown key{did_you_mean(name, known) or '.'} {listed}. Correct it or leave it out"
+
+
+def _options(hint: object) -> tuple[object, ...]:
+    """The members of a union, or the hint itself."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _is_record(option: object) -> bool:
+    return isinstance(option, type) and option not in _EXPECTED and get_origin(option) is None
+
+
+def _scalar(option: object, value: object) -> object:
+    if get_origin(option) is Literal:
+        same = [allowed for allowed in get_args(option) if allowed == value and type(allowed) is type(value)]
+        return same[0] if same else _BAD
+    if option is float:
+        return _number(value)
+    return value if option in _EXPECTED and type(value) is option else _BAD
+
+
+def _number(value: object) -> float | _Bad:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return _BAD
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return _BAD
+    return number if math.isfinite(number) else _BAD
+
+
+def _wrong(options: tuple[object, ...], value: object, key: str) -> str:
+    allowed = [str(word) for option in options if get_origin(option) is Literal for word in get_args(option)]
+    near = did_you_mean(str(value), allowed)
+    return f"{key}={value!r} does not fit{near or ';'} allowed: {' or '.join(_expected(option) for option in options)}"
+
+
+def _expected(option: object) -> str:
+    if get_origin(option) is Literal:
+        return ", ".join(map(str, get_args(option)))
+    if get_origin(option) is tuple:
+        return f"a list of {_expected(get_args(option)[0])}"
+    if option in _EXPECTED:
+        return _EXPECTED[option]
+    name = getattr(option, "__name__", str(option))
+    return (
+        f"the keys of a {name}"
+        if dataclasses.is_dataclass(option)
+        else f"a {name}: {TARGET} and its parameters (choose a member of the group)"
+    )

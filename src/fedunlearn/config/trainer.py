@@ -1,0 +1,134 @@
+"""Records of the `trainer` group: the names of transformers' TrainingArguments that are honoured, and the federation's numbers."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fedunlearn.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArgs:
+    """Local training of one client in one round; names and meaning are those of transformers' TrainingArguments.
+
+    num_train_epochs, max_steps (-1: by epochs), warm-up and schedule count per client and round and start anew each round.
+    An epoch of unlearning is one pass over the forget rows. warmup_steps below 1 is a fraction of the steps; warmup_epochs
+    counts epochs; both at once are refused.
+    logging_steps: the mean loss of every so many optimiser steps goes into the history.
+    """
+
+    learning_rate: float
+    num_train_epochs: float = 1.0
+    max_steps: int = -1
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    weight_decay: float = 0.0
+    warmup_steps: float = 0.0
+    warmup_epochs: float | None = None
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"
+    ] = "linear"
+    max_grad_norm: float = 1.0
+    optim: Literal["adamw_torch", "adamw_torch_fused", "sgd"] = "adamw_torch"
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    seed: int = 0
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    dataloader_num_workers: int = 0
+    remove_unused_columns: bool = True
+    logging_steps: int = 10
+    report_to: Literal["none", "tensorboard"] = "none"
+
+    def __post_init__(self) -> None:
+        faults = [fault for holds, fault in self._rules() if not holds]
+        if faults:
+            raise UserError(*faults)
+
+    def _rules(self) -> list[tuple[bool, str]]:
+        at = "trainer.args."
+        return [
+            (self.learning_rate >= 0, f"{at}learning_rate={self.learning_rate} must not be negative"),
+            (self.num_train_epochs > 0, f"{at}num_train_epochs={self.num_train_epochs} must be above 0"),
+            (
+                self.max_steps == -1 or self.max_steps > 0,
+                f"{at}max_steps={self.max_steps} must be -1 (by epochs) or above 0",
+            ),
+            (
+                self.per_device_train_batch_size > 0,
+                f"{at}per_device_train_batch_size={self.per_device_train_batch_size} must be above 0",
+            ),
+            (
+                self.gradient_accumulation_steps > 0,
+                f"{at}gradient_accumulation_steps={self.gradient_accumulation_steps} must be above 0",
+            ),
+            (self.weight_decay >= 0, f"{at}weight_decay={self.weight_decay} must not be negative"),
+            (self.warmup_steps >= 0, f"{at}warmup_steps={self.warmup_steps} must not be negative"),
+            (
+                self.warmup_epochs is None or self.warmup_steps == 0,
+                f"{at}warmup_epochs={self.warmup_epochs} beside warmup_steps={self.warmup_steps}: give one of the two",
+            ),
+            (
+                self.max_grad_norm >= 0,
+                f"{at}max_grad_norm={self.max_grad_norm} must not be negative (0 switches clipping off)",
+            ),
+            (
+                self.dataloader_num_workers == 0,
+                f"{at}dataloader_num_workers={self.dataloader_num_workers} is refused: rows are tokenised once and kept in memory; only 0 has a meaning",
+            ),
+            (
+                self.remove_unused_columns,
+                f"{at}remove_unused_columns=false is refused: rows are token ids only, there is no other column to keep",
+            ),
+            (self.logging_steps > 0, f"{at}logging_steps={self.logging_steps} must be above 0"),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederatedArgs:
+    """The federation: who takes part, for how long.
+
+    fraction_train: share of the clients drawn each round. min_clients: accepted updates below which a round is repeated.
+    round_timeout, roll_call_timeout: seconds. max_retries: repeats of one round before the run stops.
+    final_lr_ratio: the learning rate of the last round over that of the first, linear between them (1: constant).
+    keep_rounds: checkpoints kept, newest first.
+    """
+
+    num_clients: int
+    num_rounds: int
+    fraction_train: float = 1.0
+    min_clients: int = 1
+    round_timeout: float = 3600.0
+    roll_call_timeout: float = 300.0
+    max_retries: int = 1
+    final_lr_ratio: float = 1.0
+    keep_rounds: int = 2
+
+    def __post_init__(self) -> None:
+        at = "trainer.federated."
+        rules = [
+            (self.num_clients > 0, f"{at}num_clients={self.num_clients} must be above 0"),
+            (self.num_rounds > 0, f"{at}num_rounds={self.num_rounds} must be above 0"),
+            (0 < self.fraction_train <= 1, f"{at}fraction_train={self.fraction_train} must lie in (0, 1]"),
+            (
+                1 <= self.min_clients <= max(self.num_clients, 1),
+                f"{at}min_clients={self.min_clients} must lie between 1 and num_clients={self.num_clients}",
+            ),
+            (self.round_timeout > 0, f"{at}round_timeout={self.round_timeout} must be above 0 seconds"),
+            (self.roll_call_timeout > 0, f"{at}roll_call_timeout={self.roll_call_timeout} must be above 0 seconds"),
+            (self.max_retries >= 0, f"{at}max_retries={self.max_retries} must not be negative"),
+            (0 < self.final_lr_ratio <= 1, f"{at}final_lr_ratio={self.final_lr_ratio} must lie in (0, 1]"),
+            (self.keep_rounds > 0, f"{at}keep_rounds={self.keep_rounds} must be above 0"),
+        ]
+        faults = [fault for holds, fault in rules if not holds]
+        if faults:
+            raise UserError(*faults)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """The whole `trainer` group; `name` says what the run is for, and must fit the command's mode."""
+
+    name: Literal["FederatedTrainer", "FederatedUnlearningTrainer"]
+    args: TrainArgs
+    federated: FederatedArgs

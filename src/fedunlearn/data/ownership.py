@@ -1,0 +1,145 @@
+"""Ownership: the partition made once, written beside the run, and read again by unlearning and by the oracle."""
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+from fedunlearn.config.data import PartitionConfig
+from fedunlearn.config.run import TrainRun
+from fedunlearn.data.pocket.build import ensure_pocket
+from fedunlearn.data.tofu import Tofu, load_tofu
+from fedunlearn.errors import UserError
+from fedunlearn.files import write_json
+from fedunlearn.models.source import POCKET
+from fedunlearn.records.partition import OwnedRows, Partition
+
+log = logging.getLogger(__name__)
+FILE = "partition.json"
+
+
+def open_tofu(tofu_path: str, pocket_dir: Path) -> Tofu:
+    """Opens `pocket:SEED` (built on first use), a folder or a hub id."""
+    pocket = POCKET.match(tofu_path)
+    return load_tofu(str(ensure_pocket(int(pocket.group(1)), pocket_dir).data) if pocket else tofu_path)
+
+
+def make_partition(config: PartitionConfig, tofu: Tofu, num_clients: int) -> Partition:
+    """Deals the authors of `full`. Raises UserError for more clients than authors."""
+    num_rows, size = len(tofu.rows("full")), tofu.rows_per_author
+    num_authors = num_rows // size
+    if num_clients > num_authors:
+        raise UserError(
+            f"trainer.federated.num_clients={num_clients} exceeds the {num_authors} authors of {tofu.path!r} (an author is never split): "
+            f"allowed are 1 to {num_authors}; lower it"
+        )
+    dealt = config.scheme.deal(num_authors, num_clients)
+    rows = tuple(tuple(author * size + i for author in authors for i in range(size)) for authors in dealt)
+    scheme = {"name": type(config.scheme).__name__, **asdict(config.scheme)}  # type: ignore[call-overload]
+    return Partition(clients=rows, rows_per_author=size, data_hash=tofu.hash("full"), scheme=scheme)
+
+
+def find_partition(config: PartitionConfig, run: Path | None, tofu: Tofu, num_clients: int) -> Partition:
+    """Gives the partition of `path`, else of the run that the adapter comes from, else a new one (with a warning where an adapter came without).
+
+    Raises UserError where a file is unreadable, of other data, of another number of clients, or of another scheme than asked for.
+    """
+    if config.path is not None:
+        path = Path(config.path)
+        found = read_partition(path / FILE if path.is_dir() else path)
+    elif run is not None:
+        found = read_partition(run / FILE)
+    else:
+        return make_partition(config, tofu, num_clients)
+    _check(found, config, tofu, num_clients)
+    return found
+
+
+def _check(found: Partition, config: PartitionConfig, tofu: Tofu, num_clients: int) -> None:
+    faults = []
+    if found.data_hash != tofu.hash("full"):
+        faults.append(f"the partition was made over other data than tofu_path={tofu.path!r}: use the data of the fine-tuning run")
+    if found.num_clients != num_clients:
+        faults.append(f"trainer.federated.num_clients={num_clients}, but the partition of the fine-tuning run has {found.num_clients}: set that")
+    scheme = {"name": type(config.scheme).__name__, **asdict(config.scheme)}  # type: ignore[call-overload]
+    if config.path is None and found.scheme != scheme:
+        faults.append(f"partition {scheme} is asked for, but the fine-tuning run has {dict(found.scheme)}: choose the same")
+    if faults:
+        raise UserError(*faults)
+
+
+def read_partition(path: Path) -> Partition:
+    """Reads partition.json. Raises UserError where it is missing, damaged, gives a row twice, or was changed by hand without its hash."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        partition = Partition(
+            clients=tuple(tuple(int(row) for row in rows) for rows in data["clients"]),
+            rows_per_author=int(data["rows_per_author"]),
+            data_hash=str(data["data_hash"]),
+            scheme=data["scheme"],
+        )
+    except FileNotFoundError as error:
+        raise UserError(f"partition.path={str(path)!r} does not exist: name a partition.json or a run's folder") from error
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"partition {str(path)!r} is no partition file ({error!r}): take that of the fine-tuning run") from error
+    rows = [row for owned in partition.clients for row in owned]
+    if len(set(rows)) != len(rows):
+        raise UserError(f"partition {str(path)!r} gives a row to two clients: every row has one owner")
+    if data.get("hash") not in (None, partition.hash):
+        raise UserError(f"partition {str(path)!r} does not match the hash in it: it was changed after it was written")
+    return partition
+
+
+def write_partition(path: Path, partition: Partition) -> None:
+    """Writes partition.json atomically."""
+    write_json(path, {**asdict(partition), "hash": partition.hash})
+
+
+def owned_rows(run: TrainRun, tofu: Tofu, partition: Partition) -> tuple[OwnedRows, ...]:
+    """Gives each client's rows for this run: full or retain rows alone when training, forget and retain rows when unlearning.
+
+    The forget rows are the last of `full`. num_owned counts what the client owns in this federation: in the oracle the forget
+    rows do not exist, elsewhere all rows count, whatever the role.
+    """
+    num_full, num_forget = len(tofu.rows("full")), len(tofu.rows(run.forget_split))
+    first = num_full - num_forget
+    return tuple(_owned(client, rows, first, run.data.rows) for client, rows in enumerate(partition.clients))
+
+
+def _owned(client: int, rows: tuple[int, ...], first_forget: int, kind: str) -> OwnedRows:
+    forget = tuple(row for row in rows if row >= first_forget)
+    retain = tuple(row for row in rows if row < first_forget)
+    if kind == "full":
+        return OwnedRows(client_id=client, forget=(), retain=rows, num_owned=len(rows))
+    if kind == "retain":
+        return OwnedRows(client_id=client, forget=(), retain=retain, num_owned=len(retain))
+    return OwnedRows(client_id=client, forget=forget, retain=retain, num_owned=len(rows))
+
+
+def check_ownership(run: TrainRun, tofu: Tofu, partition: Partition) -> None:
+    """Raises UserError for all at once: forget rows that nobody owns, owners without retain rows under a retain term, clients without rows."""
+    clients = owned_rows(run, tofu, partition)
+    faults = []
+    num_forget = len(tofu.rows(run.forget_split))
+    first = len(tofu.rows("full")) - num_forget
+    lost = sorted(set(range(first, first + num_forget)) - {row for rows in partition.clients for row in rows})
+    if run.mode == "unlearn" and lost:
+        faults.append(f"forget_split={run.forget_split!r}: {len(lost)} of its rows (first: row {lost[0]} of full) belong to no client of the partition")
+    faults += [fault for rows in clients if (fault := _client_fault(run, rows, tofu))]
+    if faults:
+        raise UserError(*faults)
+
+
+def _client_fault(run: TrainRun, rows: OwnedRows, tofu: Tofu) -> str:
+    where = f"client {rows.client_id} of {run.trainer.federated.num_clients}"
+    if not rows.forget and not rows.retain and not run.data.allow_empty_clients:
+        return (
+            f"{where} has no row to train on ({tofu.path}, {run.data.rows}): lower trainer.federated.num_clients, "
+            "choose another partition, or set data.allow_empty_clients=true (it then stands idle)"
+        )
+    if rows.forget and not rows.retain and run.method is not None and run.method.retain != "none":
+        return (
+            f"{where} owns forget rows only ({len(rows.forget)} of {run.forget_split}), but method {type(run.method).__name__} has "
+            f"retain={run.method.retain!r}: set method.retain=none and method.alpha=0, or lower trainer.federated.num_clients"
+        )
+    return ""

@@ -1,0 +1,122 @@
+"""Hydra's composition, with every fault told at once instead of the first."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import hydra
+import yaml
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedunlearn.config.parse import parse_config
+from fedunlearn.config.run import EvalRun, TrainRun
+from fedunlearn.doors.groups import Groups, open_groups
+from fedunlearn.doors.override import UserOverride, read_override
+from fedunlearn.errors import UserError
+
+_COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComposedConfig:
+    """A run's configuration three times over: `plain` as composed and resolved, `run` as records, `text` as YAML to be saved."""
+
+    plain: Mapping[str, object]
+    run: TrainRun | EvalRun
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sound:
+    """What is left of a faulty command line: overrides that compose, and the faults of the others."""
+
+    overrides: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
+
+
+def compose(config_dir: Path, config_name: str, overrides: Sequence[str]) -> ComposedConfig:
+    """Composes `config_name` (with or without .yaml) of `config_dir` under the overrides and reads it into records.
+
+    A key that no YAML has needs no plus: the records decide which keys there are. Raises UserError with all faults: of the
+    command line, of the groups, of the records.
+    """
+    with _hydra(config_dir):
+        groups = open_groups(config_dir, config_name)
+        read = [read_override(text, groups.names) for text in overrides]
+        if any(override.fault for override in read):
+            raise _all_faults(groups, read, whole="")
+        try:
+            config = _resolved(config_name, [override.text for override in read])
+        except _COMPOSITION_ERRORS as error:
+            raise _all_faults(groups, read, whole=groups.explain(None, error)) from error
+        return ComposedConfig(plain=_plain(config), run=parse_config(_plain(config)), text=OmegaConf.to_yaml(config))
+
+
+def checked_overrides(config_dir: Path, config_name: str, overrides: Sequence[str]) -> tuple[str, ...]:
+    """Gives the overrides as `compose` hands them to Hydra. Raises UserError with the faults of composition alone: no record is made."""
+    with _hydra(config_dir):
+        groups = open_groups(config_dir, config_name)
+        sound = _sound(groups, [read_override(text, groups.names) for text in overrides])
+        if sound.faults:
+            raise UserError(*sound.faults)
+        return sound.overrides
+
+
+def _hydra(config_dir: Path) -> hydra.initialize_config_dir:
+    if not config_dir.is_dir():
+        raise UserError(
+            f"--config-path={str(config_dir)!r} is no folder: give the folder of train-lora.yaml, unlearn-lora.yaml and eval.yaml"
+        )
+    return hydra.initialize_config_dir(str(config_dir.resolve()), version_base="1.3")
+
+
+def _all_faults(groups: Groups, overrides: Sequence[UserOverride], whole: str) -> UserError:
+    """Gathers the faults of single overrides (where there is none: `whole`) and those that the records find in the rest."""
+    sound = _sound(groups, overrides)
+    faults = sound.faults or (whole,)
+    try:
+        parse_config(_plain(_resolved(groups.config_name, sound.overrides)))
+    except UserError as error:
+        faults += error.faults
+    except _COMPOSITION_ERRORS as error:
+        faults += (groups.explain(None, error),)
+    return UserError(*dict.fromkeys(faults))
+
+
+def _sound(groups: Groups, overrides: Sequence[UserOverride]) -> _Sound:
+    """Tries group choices one after another, then each other override on top of the sound ones."""
+    kept: list[str] = []
+    faults = [override.fault for override in overrides if override.fault]
+    for override in sorted(
+        (override for override in overrides if not override.fault), key=lambda override: override.order
+    ):
+        error = _error_of(groups.config_name, [*kept, override.text])
+        if error is None:
+            kept.append(override.text)
+            continue
+        faults.append(groups.explain(override, error))
+        kept += [
+            choice for choice in groups.nearest(override) if _error_of(groups.config_name, [*kept, choice]) is None
+        ]
+    return _Sound(overrides=tuple(kept), faults=tuple(faults))
+
+
+def _error_of(config_name: str, overrides: Sequence[str]) -> Exception | None:
+    try:
+        _resolved(config_name, overrides)
+    except _COMPOSITION_ERRORS as error:
+        return error
+    return None
+
+
+def _resolved(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    config = hydra.compose(config_name, list(overrides))
+    OmegaConf.resolve(config)
+    return config
+
+
+def _plain(config: DictConfig) -> dict[str, object]:
+    return cast("dict[str, object]", OmegaConf.to_container(config))

@@ -1,0 +1,111 @@
+"""From a composed config to a run that can start: data, partition and model checked, then the folder made."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedunlearn.config.run import EvalRun, TrainRun
+from fedunlearn.data.ownership import FILE, check_ownership, find_partition, open_tofu, write_partition
+from fedunlearn.data.tofu import Tofu, check_splits
+from fedunlearn.doors.compose import ComposedConfig
+from fedunlearn.errors import UserError
+from fedunlearn.evals.files import read_log
+from fedunlearn.evals.retain_log import check_retain_log
+from fedunlearn.federation.rounds import START
+from fedunlearn.files import write_json
+from fedunlearn.models.adapter_files import save_adapter
+from fedunlearn.models.resident import Resident, resident
+from fedunlearn.models.source import ModelSource, resolve_source
+from fedunlearn.records.adapter import Adapter
+from fedunlearn.records.evaluation import EvalLog
+from fedunlearn.records.partition import Partition
+from fedunlearn.reporting.run_folder import config_hash, judge_folder, make_folder, provenance, run_path
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Prepared:
+    """A run whose folder stands: config, provenance.json, partition.json, start/. start: the adapter training begins with."""
+
+    run: TrainRun
+    folder: Path
+    tofu: Tofu
+    source: ModelSource
+    partition: Partition
+    start: Adapter
+    retain_log: EvalLog | None
+
+
+def prepare(composed: ComposedConfig) -> Prepared:
+    """Checks everything that can be known without a model, then loads it, then makes the run's folder.
+
+    Raises UserError with nothing written. With resume=true the folder's own start adapter and partition are taken.
+    """
+    run = composed.run
+    if not isinstance(run, TrainRun):
+        raise UserError(
+            f"mode={run.mode!r} is for src/eval.py: give --config-name=train-lora.yaml or unlearn-lora.yaml"
+        )
+    judge_folder(run, composed.plain)
+    folder = run_path(run)
+    tofu, retain_log = open_data(run)
+    source = resolve_source(run.model.model_args, Path(run.paths.pocket_dir))
+    _check_source(run, source, folder)
+    partition = find_partition(run.partition, source.run, tofu, run.trainer.federated.num_clients)
+    check_ownership(run, tofu, partition)
+    if run.mode == "unlearn" and source.adapter is None:
+        log.warning(
+            "unlearning begins with a fresh adapter: nothing was fine-tuned (name an adapter or a run as lora_model_path)"
+        )
+    if source.adapter is not None and source.run is None and run.partition.path is None:
+        log.warning(
+            "the adapter %s came without a partition: one is made anew by %s", source.adapter, dict(partition.scheme)
+        )
+    made = load_model(run, source)
+    if made.start is None:
+        raise ValueError("a federated run has an adapter")
+    hashes = {
+        "base": made.fingerprint,
+        "start_adapter": made.start.tensor_hash,
+        "data": tofu.hash("full"),
+        "partition": partition.hash,
+    }
+    make_folder(run, composed.plain, composed.text)
+    if not run.resume or not (folder / START).is_dir():
+        write_partition(folder / FILE, partition)
+        write_json(folder / "provenance.json", {**provenance(run, hashes), "config_hash": config_hash(composed.plain)})
+        save_adapter(folder / START, made.start)
+    return Prepared(
+        run=run, folder=folder, tofu=tofu, source=source, partition=partition, start=made.start, retain_log=retain_log
+    )
+
+
+def open_data(run: TrainRun | EvalRun) -> tuple[Tofu, EvalLog | None]:
+    """Opens TOFU, checks that the splits are a pair, and reads and checks the retain log where one is named."""
+    tofu = open_tofu(run.tofu_path, Path(run.paths.pocket_dir))
+    check_splits(tofu, run.forget_split, run.retain_split)
+    retain_log = None if run.retain_logs_path is None else read_log(Path(run.retain_logs_path))
+    if retain_log is not None:
+        check_retain_log(retain_log, tofu, run.forget_split, run.eval)
+    return tofu, retain_log
+
+
+def load_model(run: TrainRun | EvalRun, source: ModelSource) -> Resident:
+    """Gives the process's model with its start adapter in place."""
+    train = isinstance(run, TrainRun)
+    return resident(
+        run.model,
+        source,
+        seed=run.trainer.args.seed if isinstance(run, TrainRun) else 0,
+        max_length=run.data.max_length if train else run.max_length,
+        pocket_dir=Path(run.paths.pocket_dir),
+    )
+
+
+def _check_source(run: TrainRun, source: ModelSource, folder: Path) -> None:
+    inside = source.adapter is not None and folder.resolve() in source.adapter.resolve().parents
+    if inside:
+        raise UserError(
+            f"the adapter {str(source.adapter)!r} lies in the folder of this very run, {str(folder)!r}: choose another task_name"
+        )

@@ -1,0 +1,116 @@
+"""The three things a door can do: a federated run, the central baseline, an evaluation."""
+
+import logging
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from fedunlearn.config.run import EvalRun, TrainRun
+from fedunlearn.doors.compose import ComposedConfig
+from fedunlearn.doors.finish import evaluate, finish
+from fedunlearn.doors.prepare import Prepared, load_model, open_data, prepare
+from fedunlearn.errors import UserError
+from fedunlearn.evals.files import write_log
+from fedunlearn.federation.checkpoint import append_history, latest_checkpoint
+from fedunlearn.federation.launchers import launch
+from fedunlearn.federation.site import Site, reference_needs, set_threads
+from fedunlearn.files import write_json
+from fedunlearn.models.source import resolve_source
+from fedunlearn.protocols.selection import seed_of
+from fedunlearn.records.evaluation import EvalLog
+from fedunlearn.records.partition import OwnedRows
+from fedunlearn.records.rounds import ClientOutcome, ClientTask, Role, RoundResult
+from fedunlearn.reporting.run_folder import DONE, config_hash, judge_folder, make_folder, provenance, run_path
+from fedunlearn.training.client_update import LocalResult
+
+log = logging.getLogger(__name__)
+
+
+def run_federated(composed: ComposedConfig) -> EvalLog | None:
+    """Fine-tunes or unlearns in the federation, saves adapter and account, evaluates; gives the evaluation where there is one."""
+    set_threads(composed.run)
+    prepared = prepare(composed)
+    launch(prepared.run.launcher, composed.plain)
+    last = latest_checkpoint(prepared.folder)
+    if last is None or last.state.round != prepared.run.trainer.federated.num_rounds:
+        raise UserError(
+            f"the run stopped before its last round: see the log, then go on with resume=true ({str(prepared.folder)!r})"
+        )
+    return finish(prepared, last.state.adapter, config_hash(composed.plain))
+
+
+def run_central(composed: ComposedConfig) -> EvalLog | None:
+    """The central baseline: the same loop over all clients' rows at once, in one round, without a federation."""
+    composed = replace(composed, plain={**composed.plain, "door": "central"})
+    set_threads(composed.run)
+    prepared = prepare(composed)
+    run = prepared.run
+    if run.resume:
+        raise UserError(
+            "resume=true: the central baseline is one round, there is nothing to go on with; use overwrite=true"
+        )
+    site = Site(run)
+    rows = all_rows(site.owned)
+    task = central_task(run)
+    done = site.work(task, rows, prepared.start.tensors, prepared.start.tensors if reference_needs(run) else None)
+    append_history(prepared.folder, asdict(_central_line(prepared, task, rows, done)))
+    return finish(prepared, done.tensors, config_hash(composed.plain))
+
+
+def central_task(run: TrainRun) -> ClientTask:
+    """The task of round 1 for a single client that owns everything: what a federation of one client does."""
+    role = Role.UNLEARN if run.mode == "unlearn" else Role.FINETUNE
+    seed = seed_of("client", run.trainer.args.seed, 0, 1)
+    return ClientTask(client_id=0, role=role, epochs=run.trainer.args.num_train_epochs, lr_scale=1.0, seed=seed)
+
+
+def all_rows(owned: tuple[OwnedRows, ...]) -> OwnedRows:
+    """Gives all clients' rows as one client's, in the partition's order."""
+    return OwnedRows(
+        client_id=0,
+        forget=tuple(row for rows in owned for row in rows.forget),
+        retain=tuple(row for rows in owned for row in rows.retain),
+        num_owned=sum(rows.num_owned for rows in owned),
+    )
+
+
+def _central_line(prepared: Prepared, task: ClientTask, rows: OwnedRows, done: LocalResult) -> RoundResult:
+    outcome = ClientOutcome(
+        client_id=0,
+        role=task.role,
+        weight=1.0,
+        num_examples=rows.num_owned,
+        num_trained=done.num_trained,
+        num_steps=done.num_steps,
+        num_tokens=done.num_tokens,
+        seconds=done.seconds,
+        loss=done.loss,
+        loss_trace=done.loss_trace,
+    )
+    hashed = prepared.start.replace(done.tensors).tensor_hash
+    return RoundResult(round=1, attempt=1, adapter_hash=hashed, seconds=done.seconds, clients=(outcome,))
+
+
+def run_evaluation(composed: ComposedConfig) -> EvalLog:
+    """Evaluates a base, an adapter or a run of ours into saves/eval/<task_name>/."""
+    run = composed.run
+    if not isinstance(run, EvalRun):
+        raise UserError(f"mode={run.mode!r} is no evaluation: give --config-name=eval.yaml, or use src/fed_train.py")
+    set_threads(run)
+    if run.resume:
+        raise UserError("resume=true: an evaluation is one piece; leave it out, or use overwrite=true")
+    judge_folder(run, composed.plain)
+    tofu, retain_log = open_data(run)
+    source = resolve_source(run.model.model_args, Path(run.paths.pocket_dir))
+    made = load_model(run, source)
+    adapter = made.start
+    log = evaluate(run, made, adapter, tofu, retain_log, config_hash(composed.plain))
+    folder = make_folder(run, composed.plain, composed.text)
+    hashes = {
+        "base": made.fingerprint,
+        "adapter": adapter.tensor_hash if adapter else "none",
+        "data": tofu.hash("full"),
+    }
+    write_json(folder / "provenance.json", {**provenance(run, hashes), "config_hash": config_hash(composed.plain)})
+    write_log(log, folder)
+    write_json(run_path(run) / DONE, {"adapter_hash": hashes["adapter"]})
+    return log

@@ -1,0 +1,120 @@
+"""TOFU_EVAL.json and TOFU_SUMMARY.json: open-unlearning's keys and shapes, so that a log of theirs serves as ours and back.
+
+Ours hold one block more, `provenance`; a log without it is theirs and follows their definitions.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedunlearn.errors import UserError
+from fedunlearn.records.evaluation import Definition, EvalLog, MetricResult, Row, RowValue
+
+EVAL_FILE, SUMMARY_FILE = "TOFU_EVAL.json", "TOFU_SUMMARY.json"
+SUMMARY_METRICS = (
+    "exact_memorization", "extraction_strength", "forget_Q_A_Prob", "forget_Q_A_ROUGE", "forget_quality", "mia_gradnorm",
+    "mia_loss", "mia_min_k", "mia_min_k_plus_plus", "mia_reference", "mia_zlib", "model_utility", "privleak",
+)  # fmt: skip
+DEFINITIONS: tuple[Definition, ...] = ("log-space", "open-unlearning")
+
+
+def write_log(log: EvalLog, folder: Path) -> None:
+    """Writes both files into the folder (made where missing), each under a temporary name first and then renamed.
+
+    The summary holds agg_value of SUMMARY_METRICS that are there and not None.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    body: dict[str, object] = {name: _metric_json(result) for name, result in log.metrics.items()}
+    _replace(folder / EVAL_FILE, {**body, "provenance": dict(log.provenance)})
+    _replace(folder / SUMMARY_FILE, summary(log))
+
+
+def summary(log: EvalLog) -> dict[str, float]:
+    """Gives metric -> agg_value for SUMMARY_METRICS that have one, in name order."""
+    found = {name: log.metrics[name].agg_value for name in SUMMARY_METRICS if name in log.metrics}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def read_log(path: Path) -> EvalLog:
+    """Reads a TOFU_EVAL.json of ours or of open-unlearning; a folder stands for the file in it.
+
+    Raises UserError where there is no such file, where it is no JSON (NaN is none), or no log of an evaluation.
+    """
+    file = path / EVAL_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(
+            f"retain_logs_path={str(path)!r}: there is no such file; give the {EVAL_FILE} of an evaluation of the oracle, or null"
+        )
+    try:
+        return _parse_log(json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"retain_logs_path={str(path)!r} is no {EVAL_FILE} ({error}); expected JSON with agg_value and value_by_index under each metric's "
+            "name: evaluate the oracle again, or set it to null"
+        ) from error
+
+
+def _metric_json(result: MetricResult) -> dict[str, object]:
+    body: dict[str, object] = {name: _metric_json(part) for name, part in result.parts.items()}
+    if result.parts:
+        body["auc"] = result.agg_value
+    body["agg_value"] = result.agg_value
+    if result.value_by_index:
+        body["value_by_index"] = {str(index): dict(row) for index, row in enumerate(result.value_by_index)}
+    return body
+
+
+def _parse_log(body: Mapping[str, object]) -> EvalLog:
+    provenance = body.get("provenance", {})
+    if not isinstance(provenance, dict):
+        raise ValueError("provenance is no JSON object")
+    definition = _definition(provenance)
+    metrics = {name: _parse_metric(name, value, definition) for name, value in body.items() if name != "provenance"}
+    if not metrics:
+        raise ValueError("it holds no metric")
+    return EvalLog(metrics, provenance)
+
+
+def _definition(provenance: Mapping[str, object]) -> Definition:
+    said = provenance.get("definition", "open-unlearning")
+    for known in DEFINITIONS:
+        if said == known:
+            return known
+    raise ValueError(f"its definition {said!r} is unknown; known: {', '.join(DEFINITIONS)}")
+
+
+def _parse_metric(name: str, body: object, definition: Definition) -> MetricResult:
+    if not isinstance(body, dict) or "agg_value" not in body:
+        raise ValueError(f"{name} has no agg_value")
+    rows = body.get("value_by_index", {})
+    if list(rows) != [str(index) for index in range(len(rows))]:
+        raise ValueError(f"the rows of {name} are not numbered 0 .. {len(rows) - 1}")
+    parts = {
+        key: _parse_metric(f"{name}.{key}", value, definition)
+        for key, value in body.items()
+        if isinstance(value, dict) and key != "value_by_index"
+    }
+    return MetricResult(body["agg_value"], definition, tuple(_parse_row(name, row) for row in rows.values()), parts)
+
+
+def _parse_row(name: str, row: object) -> Row:
+    if not isinstance(row, dict):
+        raise ValueError(f"{name} has a row that is no JSON object")
+    return {key: _parse_value(value) for key, value in row.items()}
+
+
+def _parse_value(value: object) -> RowValue:
+    if isinstance(value, list):
+        return tuple(float(item) for item in value)
+    return value if isinstance(value, str) else float(value)  # type: ignore[arg-type]
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"it holds {name}")
+
+
+def _replace(path: Path, body: object) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(body, indent=4, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,115 @@
+"""The generation pass: greedy answers to prompts, in left-padded batches of similar length, and the texts they decode to."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedunlearn.data.chat import ChatFormat
+from fedunlearn.evals.inference import inference
+from fedunlearn.records.evaluation import Compat
+from fedunlearn.reporting.progress import track
+
+CLEANED = (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")  # fmt: skip
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+    "min_p": None,
+    "typical_p": None,
+    "epsilon_cutoff": None,
+    "eta_cutoff": None,
+    "num_return_sequences": None,
+    "max_length": None,
+    "min_length": None,
+    "use_cache": True,
+}
+Ids = tuple[int, ...]
+
+
+def clean(text: str) -> str:
+    """Takes the blank before punctuation and contractions out, in the order of transformers 4's clean_up_tokenization.
+
+    Written out because transformers 5 skips it for BPE tokenizers, and the published generations have it.
+    """
+    for spaced, closed in CLEANED:
+        text = text.replace(spaced, closed)
+    return text
+
+
+def generate_texts(
+    model: nn.Module,
+    chat: ChatFormat,
+    prompts: Sequence[Ids],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    compat: Compat = None,
+) -> tuple[str, ...]:
+    """Gives the greedy continuation of each prompt, decoded without special tokens, cleaned and stripped; equal prompts once.
+
+    A row stops at any eos id of the model's generation_config (the tokenizer's, where it names none), a batch when all rows
+    have. Sampling settings of that config do not act; its repetition_penalty does, as in the published numbers.
+    compat: a prompt's ids that equal the pad id are masked too, and positions counted over the others.
+    """
+    unique = sorted(dict.fromkeys(prompts), key=len, reverse=True)
+    batches = [unique[start : start + batch_size] for start in range(0, len(unique), batch_size)]
+    texts: dict[Ids, str] = {}
+    with inference(model) as device, _greedy(model, chat, max_new_tokens) as eos_ids:
+        for batch in track(batches, "generating", len(batches)):
+            for prompt, answer in zip(batch, _continue(model, batch, chat.pad_id, device, compat), strict=True):
+                texts[prompt] = decode(chat, _up_to_eos(answer, eos_ids)).strip()
+    return tuple(texts[prompt] for prompt in prompts)
+
+
+def decode(chat: ChatFormat, ids: Sequence[int]) -> str:
+    """Ids as cleaned text without special tokens; not stripped."""
+    return clean(str(chat.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)))
+
+
+def _continue(
+    model: nn.Module, batch: Sequence[Ids], pad_id: int, device: torch.device, compat: Compat
+) -> list[list[int]]:
+    width = max(map(len, batch))
+    ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in batch])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
+    if compat is not None:
+        mask = (ids != pad_id).long()
+    output = _inner(model).generate(input_ids=ids.to(device), attention_mask=mask.to(device))
+    new: list[list[int]] = output[:, width:].tolist()
+    return new
+
+
+def _up_to_eos(ids: Sequence[int], eos_ids: frozenset[int]) -> Sequence[int]:
+    """Drops what fills a row up after its first eos; a pad id that is no special token would else be decoded."""
+    ends = [place for place, token in enumerate(ids) if token in eos_ids]
+    return ids[: ends[0] + 1] if ends else ids
+
+
+@contextmanager
+def _greedy(model: nn.Module, chat: ChatFormat, max_new_tokens: int) -> Iterator[frozenset[int]]:
+    """Swaps in a greedy copy of the model's generation_config and gives its eos ids; the model's own comes back afterwards.
+
+    Swapped, and not handed to generate(): that fills what is None there from the model's own config, sampling settings included.
+    """
+    inner = _inner(model)
+    before = inner.generation_config
+    config = copy.deepcopy(before)
+    for name, value in GREEDY.items():
+        setattr(config, name, value)
+    eos = config.eos_token_id if config.eos_token_id is not None else chat.tokenizer.eos_token_id
+    config.eos_token_id, config.pad_token_id, config.max_new_tokens = eos, chat.pad_id, max_new_tokens
+    inner.generation_config = config
+    try:
+        yield frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
+    finally:
+        inner.generation_config = before
+
+
+def _inner(model: nn.Module) -> Any:
+    """The transformer that generates: under PEFT the wrapped one, whose layers hold the adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]

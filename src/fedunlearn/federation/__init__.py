@@ -1,0 +1,1 @@
+"""The federation: server, clients, rounds, checkpoints. The only room that imports Flower."""

@@ -1,0 +1,91 @@
+"""launcher=ray: Flower's simulation engine on Ray, in a child process group under a deadline.
+
+A hung client makes the engine never return, and a dead actor lets later rounds fail in silence with exit code 0: so it runs in
+a session of its own, the parent keeps the time, and any client that is lost ends the run with an error.
+"""
+
+import importlib.util
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+from fedunlearn.config.launcher import RayLauncher
+from fedunlearn.config.parse import parse_config
+from fedunlearn.config.run import TrainRun
+from fedunlearn.errors import UserError
+from fedunlearn.federation.launchers.base import launch
+from fedunlearn.federation.ray_child import FAILURE
+from fedunlearn.reporting.run_folder import run_path
+
+log = logging.getLogger(__name__)
+SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_TO_END = 10.0
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+
+@launch.register
+def launch_ray(launcher: RayLauncher, plain: Mapping[str, object]) -> None:
+    """Runs fedunlearn.federation.ray_child and ends its whole group in any case.
+
+    Raises UserError where Ray is not installed, a client fails, or the deadline of all rounds passes.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise UserError("launcher=ray needs Ray: pip install 'fedunlearn[ray]', or use launcher=local")
+    run = parse_config(plain)
+    assert isinstance(run, TrainRun)
+    folder = run_path(run)
+    (folder / FAILURE).unlink(missing_ok=True)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "fedunlearn.federation.ray_child", json.dumps(plain)],
+        start_new_session=True,
+        env={**os.environ, **QUIET},
+        stdin=subprocess.DEVNULL,
+    )
+    try:
+        _wait(child, folder, time.monotonic() + deadline_of(run, launcher))
+    finally:
+        _end_group(child)
+
+
+def deadline_of(run: TrainRun, launcher: RayLauncher) -> float:
+    """Seconds after which the whole run cannot be right: start, roll call, and every round with all its retries."""
+    federated = run.trainer.federated
+    return launcher.start_timeout + federated.roll_call_timeout + federated.num_rounds * (1 + federated.max_retries) * federated.round_timeout
+
+
+def _wait(child: "subprocess.Popen[bytes]", folder: Path, end: float) -> None:
+    while child.poll() is None and not (folder / FAILURE).is_file():
+        if time.monotonic() > end:
+            raise UserError("launcher=ray: the deadline of all rounds passed; the clients were ended. Every whole round is on disk")
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    if (folder / FAILURE).is_file():
+        raise UserError(*json.loads((folder / FAILURE).read_text(encoding="utf-8"))["faults"])
+    if child.returncode != 0:
+        raise UserError(f"launcher=ray: the simulation ended with code {child.returncode}; see the messages above. Every whole round is on disk")
+
+
+def _end_group(child: "subprocess.Popen[bytes]") -> None:
+    """Ends the child, its session and what has left it (Ray's daemons): first politely, then for good."""
+    try:
+        family = psutil.Process(child.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGTERM)
+    try:
+        child.wait(SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    _, alive = psutil.wait_procs(family, timeout=SECONDS_TO_END / 2)
+    for process in alive:
+        log.debug("ending left-over process %d", process.pid)
+        process.kill()

@@ -1,0 +1,89 @@
+"""The server's side of the wire: who is there, and asking them all under one deadline."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fedunlearn.errors import UserError
+from fedunlearn.federation.wire import REPLY, RollCallReply, unpack_scalars
+
+log = logging.getLogger(__name__)
+SECONDS_BETWEEN_LOOKS = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """What every client must agree with at the roll call."""
+
+    num_clients: int
+    version: str
+    base_fingerprint: str
+    partition_hash: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """A client that answered the roll call, and the node it is reached at in this run."""
+
+    node_id: int
+    declared: RollCallReply
+
+
+def exchange(grid: Grid, messages: Mapping[int, Message], timeout: float) -> Iterator[tuple[int, Message | None]]:
+    """Sends all messages and yields (key, reply) as replies arrive; (key, None) at the end for those that did not within `timeout` seconds."""
+    grid.push_messages(messages.values())
+    waiting = {message.metadata.message_id: key for key, message in messages.items()}
+    end = time.monotonic() + timeout
+    while waiting and time.monotonic() < end:
+        replies = list(grid.pull_messages(list(waiting)))
+        for reply in replies:
+            yield waiting.pop(reply.metadata.reply_to_message_id), reply
+        if not replies:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    for key in waiting.values():
+        yield key, None
+
+
+def roll_call(grid: Grid, expected: Expectation, timeout: float) -> dict[int, Member]:
+    """Asks every node who it is: once a run. Gives the members by client id, in order.
+
+    Raises UserError telling all at once: nodes that did not answer or failed, two that say the same id, another version, base
+    or partition than the server's.
+    """
+    nodes = _wait_for_nodes(grid, expected.num_clients, timeout)
+    messages = {node: Message(RecordDict(), node, MessageType.QUERY, group_id="roll-call") for node in nodes}
+    members: dict[int, Member] = {}
+    faults: list[str] = []
+    for node, reply in exchange(grid, messages, timeout):
+        if reply is None or reply.has_error():
+            faults.append(f"roll call: node {node} " + ("did not answer in time" if reply is None else f"failed: {reply.error.reason}"))
+            continue
+        declared = unpack_scalars(RollCallReply, reply.content[REPLY])  # type: ignore[arg-type]
+        faults += _mismatches(declared, expected)
+        if declared.client_id in members:
+            faults.append(f"roll call: two nodes say that they are client {declared.client_id}")
+        members[declared.client_id] = Member(node_id=node, declared=declared)
+    if faults:
+        raise UserError(*faults)
+    return {client: members[client] for client in sorted(members)}
+
+
+def _wait_for_nodes(grid: Grid, num_clients: int, timeout: float) -> list[int]:
+    end = time.monotonic() + timeout
+    while len(nodes := list(grid.get_node_ids())) < num_clients and time.monotonic() < end:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    if len(nodes) != num_clients:
+        raise UserError(f"roll call: {len(nodes)} nodes are there after {timeout:g} s, trainer.federated.num_clients={num_clients} are wanted")
+    return nodes
+
+
+def _mismatches(declared: RollCallReply, expected: Expectation) -> list[str]:
+    return [
+        f"roll call: client {declared.client_id} has {key}={getattr(declared, key)!r}, the server {getattr(expected, key)!r}"
+        for key in ("version", "base_fingerprint", "partition_hash")
+        if getattr(declared, key) != getattr(expected, key)
+    ]

@@ -1,0 +1,163 @@
+"""The round loop: roll call once, then plan, train, gate, mean, step, checkpoint and one line of history, round by round."""
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from flwr.serverapp import Grid
+
+import fedunlearn
+from fedunlearn.aggregation.base import ServerState
+from fedunlearn.aggregation.mean import client_weights, weighted_mean
+from fedunlearn.config.run import TrainRun
+from fedunlearn.data.ownership import FILE, read_partition
+from fedunlearn.errors import UserError
+from fedunlearn.federation.checkpoint import Checkpoint, append_history, cut_history, latest_checkpoint, save_checkpoint
+from fedunlearn.federation.link import Expectation, Member, roll_call
+from fedunlearn.federation.spool import Spool, open_spool
+from fedunlearn.federation.turn import Turn, TurnReport, take_turn
+from fedunlearn.models.adapter_files import load_adapter
+from fedunlearn.protocols.selection import seed_of, select
+from fedunlearn.records.adapter import Adapter, hash_tensors
+from fedunlearn.records.rounds import ClientOutcome, ClientTask, Role, RoundPlan, RoundResult
+from fedunlearn.reporting.curves import Curves, open_curves
+from fedunlearn.reporting.progress import track
+
+log = logging.getLogger(__name__)
+START = "start"
+
+
+@dataclass(frozen=True, eq=False)
+class Server:
+    """What the loop knows from start to end. start: the adapter the run began with, for unlearning the reference."""
+
+    grid: Grid
+    run: TrainRun
+    folder: Path
+    run_id: str
+    start: Adapter
+    members: Mapping[int, Member]
+    needs_reference: bool
+
+
+def run_rounds(grid: Grid, run: TrainRun, folder: Path, run_id: str, needs_reference: bool) -> None:
+    """Runs the rounds that are left and leaves each one's checkpoint in `folder`.
+
+    The start adapter and partition.json lie there. Raises UserError where the roll call fails or a round cannot be completed;
+    everything up to the last good round is then on disk.
+    """
+    start, _ = load_adapter(folder / START)
+    checkpoint = (latest_checkpoint(folder) if run.resume else None) or Checkpoint(state=ServerState(adapter=start.tensors))
+    cut_history(folder, checkpoint.state.round)
+    federated = run.trainer.federated
+    expected = Expectation(
+        num_clients=federated.num_clients,
+        version=fedunlearn.__version__,
+        base_fingerprint=str(start.base_fingerprint),
+        partition_hash=read_partition(folder / FILE).hash,
+    )
+    members = roll_call(grid, expected, federated.roll_call_timeout)
+    server = Server(grid, run, folder, run_id, start, members, needs_reference)
+    rounds = range(checkpoint.state.round + 1, federated.num_rounds + 1)
+    with open_curves(folder, run.trainer.args.report_to) as curves:
+        for number in track(rounds, f"{run.task_name}: round", len(rounds)):
+            checkpoint = _one_round(server, checkpoint, number, curves)
+
+
+def plan_round(run: TrainRun, members: Mapping[int, Member], number: int) -> RoundPlan:
+    """Draws the cohort, asks the protocol for roles, and gives every client its seed and learning rate."""
+    args, federated = run.trainer.args, run.trainer.federated
+    cohort = select(list(members), seed=args.seed, round=number, fraction=federated.fraction_train, at_least=federated.min_clients)
+    rows = [members[client].declared.rows for client in cohort]
+    progress = (number - 1) / max(federated.num_rounds - 1, 1)
+    scale = 1.0 + (federated.final_lr_ratio - 1.0) * progress
+    return RoundPlan(
+        round=number,
+        tasks=tuple(
+            ClientTask(
+                client_id=part.client_id, role=part.role, epochs=part.epochs, lr_scale=scale, seed=seed_of("client", args.seed, part.client_id, number)
+            )
+            for part in run.protocol.assign(number, rows, args.num_train_epochs)
+        ),
+    )
+
+
+def _one_round(server: Server, checkpoint: Checkpoint, number: int, curves: Curves) -> Checkpoint:
+    began = time.monotonic()
+    plan = plan_round(server.run, server.members, number)
+    with open_spool(server.folder) as spool:
+        report, attempts = _collect(server, checkpoint, plan, spool)
+        weights = client_weights(report.updates, server.run.aggregation.weights) if report.updates else {}
+        state = _step(server, checkpoint.state, weights, spool)
+    after = Checkpoint(state=state, holders=report.holders)
+    save_checkpoint(server.folder, after, server.start, server.run.trainer.federated.keep_rounds)
+    clients = tuple(replace(outcome, weight=weights.get(outcome.client_id, 0.0)) for outcome in report.outcomes)
+    result = RoundResult(
+        round=number,
+        attempt=attempts,
+        adapter_hash=hash_tensors(state.adapter),
+        seconds=time.monotonic() - began,
+        clients=clients,
+        metrics=_metrics(clients),
+    )
+    append_history(server.folder, asdict(result))
+    curves.add(result)
+    return after
+
+
+def _step(server: Server, state: ServerState, weights: Mapping[int, float], spool: Spool) -> ServerState:
+    if not weights:
+        log.warning("round %d: no client of the cohort had anything to do; the global adapter stays as it is", state.round + 1)
+        return replace(state, round=state.round + 1)
+    with spool.reader(weights) as read:
+        return server.run.strategy.step(state, weighted_mean(list(state.adapter), weights, read))
+
+
+def _collect(server: Server, checkpoint: Checkpoint, plan: RoundPlan, spool: Spool) -> tuple[TurnReport, int]:
+    """Asks the cohort, then the dropped ones again, until enough updates count; gives them and the number of attempts."""
+    federated = server.run.trainer.federated
+    working = [task for task in plan.tasks if task.role is not Role.IDLE]
+    wanted = min(federated.min_clients, len(working))
+    idle = tuple(ClientOutcome(client_id=t.client_id, role=t.role, weight=0.0) for t in plan.tasks if t.role is Role.IDLE)
+    report = TurnReport(holders=checkpoint.holders, outcomes=idle)
+    for attempt in range(1, federated.max_retries + 2):
+        counted = {update.client_id for update in report.updates}
+        turn = Turn(
+            number=plan.round,
+            run_id=server.run_id,
+            tasks=tuple(task for task in working if task.client_id not in counted),
+            adapter=checkpoint.state.adapter,
+            reference=server.start if server.needs_reference else None,
+            timeout=federated.round_timeout,
+        )
+        report = report.merge(take_turn(server.grid, server.members, turn, report.holders, spool))
+        lost = [outcome for outcome in report.outcomes if outcome.reason in ("crashed", "timeout")]
+        if lost and not server.run.launcher.survives_lost_clients:
+            raise UserError(_too_few(plan.round, report, wanted, 0))
+        if len(report.updates) >= wanted:
+            return report, attempt
+        log.warning("round %d, attempt %d: %d usable updates, %d wanted", plan.round, attempt, len(report.updates), wanted)
+    raise UserError(_too_few(plan.round, report, wanted, federated.max_retries))
+
+
+def _too_few(number: int, report: TurnReport, wanted: int, retries: int) -> str:
+    dropped = "; ".join(f"client {o.client_id}: {o.reason} ({o.detail})" for o in report.outcomes if o.reason)
+    return (
+        f"round {number}: {len(report.updates)} usable updates after {retries} retries, trainer.federated.min_clients wants {wanted} ({dropped}). "
+        f"Everything up to round {number - 1} is on disk: mend the cause and go on with resume=true, or lower min_clients"
+    )
+
+
+def _metrics(clients: tuple[ClientOutcome, ...]) -> dict[str, float]:
+    """The weighted mean loss of each role that trained."""
+    metrics = {}
+    for role in (Role.FINETUNE, Role.UNLEARN):
+        parts = [(o.weight, o.loss) for o in clients if o.role is role and o.loss is not None and o.weight > 0 and math.isfinite(o.loss)]
+        if parts:
+            metrics[f"loss/{role.value}"] = sum(w * loss for w, loss in parts) / sum(w for w, _ in parts)
+    return metrics
+
+

@@ -1,0 +1,1 @@
+"""Unlearning losses: one file each, pure functions of what the loop hands them."""

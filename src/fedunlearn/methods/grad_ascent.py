@@ -1,0 +1,26 @@
+"""Gradient ascent on the forget rows, nothing else."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from fedunlearn.methods.base import Method, Need, RetainTerm, StepTotals, TokenLosses
+from fedunlearn.methods.retain import cross_entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradAscent(Method):
+    """F = -CE(forget), no retain term: the loss has no lower bound and the model collapses when it runs on."""
+
+    gamma: float = field(default=1.0, init=False)
+    alpha: float = field(default=0.0, init=False)
+    retain: RetainTerm = field(default="none", init=False)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Nothing beside the token losses."""
+        return frozenset()
+
+    def forget(self, batch: TokenLosses, totals: StepTotals) -> torch.Tensor:
+        """See Method.forget."""
+        return -cross_entropy(batch, totals)

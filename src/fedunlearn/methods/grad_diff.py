@@ -1,0 +1,29 @@
+"""Gradient difference: ascent on the forget rows, descent on retain rows (Liu et al. 2022, arXiv:2203.12817)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fedunlearn.methods.base import Method, Need, RetainTerm, StepTotals, TokenLosses, check_weights
+from fedunlearn.methods.retain import cross_entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradDiff(Method):
+    """F = -CE(forget); L = gamma F + alpha R."""
+
+    gamma: float = 1.0
+    alpha: float = 1.0
+    retain: RetainTerm = "nll"
+
+    def __post_init__(self) -> None:
+        check_weights("GradDiff", self.gamma, self.alpha, self.retain)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Nothing beside the token losses."""
+        return frozenset()
+
+    def forget(self, batch: TokenLosses, totals: StepTotals) -> torch.Tensor:
+        """See Method.forget."""
+        return -cross_entropy(batch, totals)

@@ -1,0 +1,1 @@
+"""TOFU's metrics: pure functions of score tables and generated texts."""

@@ -1,0 +1,32 @@
+"""Model utility: what must stay, as one number (TOFU, arXiv:2401.06121): the harmonic mean of nine metrics."""
+
+from collections.abc import Mapping
+
+from scipy.stats import hmean
+
+from fedunlearn.records.evaluation import Compat, MetricResult, definition_of
+
+MODEL_UTILITY_PARTS = (
+    "retain_Q_A_Prob",
+    "retain_Q_A_ROUGE",
+    "retain_Truth_Ratio",
+    "ra_Q_A_Prob_normalised",
+    "ra_Q_A_ROUGE",
+    "ra_Truth_Ratio",
+    "wf_Q_A_Prob_normalised",
+    "wf_Q_A_ROUGE",
+    "wf_Truth_Ratio",
+)
+
+
+def model_utility(metrics: Mapping[str, MetricResult], *, compat: Compat = None) -> MetricResult:
+    """Harmonic mean of MODEL_UTILITY_PARTS, in [0, 1]: 0 where one of them is 0, None where one of them is None.
+
+    Raises KeyError where a part is missing altogether.
+    """
+    values = [metrics[name].agg_value for name in MODEL_UTILITY_PARTS]
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return MetricResult(None, definition_of(compat))
+    utility = float(hmean(known)) if min(known) > 0.0 else 0.0
+    return MetricResult(utility, definition_of(compat))

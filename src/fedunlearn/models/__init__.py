@@ -1,0 +1,1 @@
+"""Base models, LoRA adapters on them, adapter folders."""

@@ -1,0 +1,57 @@
+"""The base model by itself: loaded once, frozen, never an adapter folder."""
+
+import functools
+import logging
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available
+
+from fedunlearn.config.model import ModelArgs
+from fedunlearn.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def load_base(folder: Path, args: ModelArgs) -> PreTrainedModel:
+    """Loads a full model, frozen and in eval mode, with torch_dtype's weights on its device.
+
+    Raises UserError where the files cannot be loaded or CUDA is asked for and absent.
+    """
+    device = choose_device(args)
+    attention = choose_attention(args.attn_implementation, device.type)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.torch_dtype), attn_implementation=attention)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"base model {str(folder)!r} cannot be loaded: {error}") from error
+    model.requires_grad_(False)
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer. Raises UserError where the folder has none."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"tokenizer {str(folder)!r} cannot be loaded: {error}; set model.tokenizer_args.pretrained_model_name_or_path") from error
+    return tokenizer
+
+
+def choose_device(args: ModelArgs) -> torch.device:
+    """The device of model.model_args.device; `auto` is CUDA where there is one. Raises UserError for CUDA without a device."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("model.model_args.device='cuda', but no CUDA device is here: use auto or cpu")
+    if args.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(args.device)
+
+
+@functools.cache
+def choose_attention(wanted: str, device: str) -> str:
+    """The attention implementation: flash_attention_2 falls back to sdpa where it cannot run, with one warning a process."""
+    if wanted == "flash_attention_2" and not (device == "cuda" and is_flash_attn_2_available()):
+        log.warning("model.model_args.attn_implementation=flash_attention_2 is not to be had here (needs CUDA and flash-attn): sdpa is used")
+        return "sdpa"
+    return wanted

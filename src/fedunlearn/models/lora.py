@@ -1,0 +1,182 @@
+"""LoRA on the resident base: attached once, its tensors swapped in and out."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from fedunlearn.config.model import LoraArgs
+from fedunlearn.errors import UserError
+from fedunlearn.protocols.selection import seed_of
+from fedunlearn.records.adapter import Adapter, Tensors
+
+ACTIVE = "default"
+REFERENCE = "reference"
+
+
+def lora_config_of(args: LoraArgs, loaded: Adapter | None, base_name: str) -> LoraConfig:
+    """Gives PEFT's config: the loaded adapter's with this run's dropout, else the yaml's.
+
+    Raises UserError where the yaml's r, alpha, targets or variant differ from the loaded adapter's, or are null without one.
+    """
+    if loaded is None:
+        missing = [key for key in ("r", "lora_alpha", "target_modules") if getattr(args, key) is None]
+        if missing:
+            raise UserError(*(f"model.model_args.lora_config.{key}=null without an adapter to take it from: give a value" for key in missing))
+        targets = args.target_modules if isinstance(args.target_modules, str) else list(args.target_modules or ())
+        config = LoraConfig(
+            r=args.r,
+            lora_alpha=args.lora_alpha,
+            target_modules=targets,
+            use_rslora=bool(args.use_rslora),
+            bias=args.bias,
+            task_type=args.task_type,
+            base_model_name_or_path=base_name,
+        )
+    else:
+        check_agreement(args, loaded.peft_config)
+        config = PeftConfig.from_peft_type(**dict(loaded.peft_config))
+    config.lora_dropout = args.lora_dropout
+    config.inference_mode = False
+    return config
+
+
+def check_agreement(args: LoraArgs, peft_config: Mapping[str, object]) -> None:
+    """Raises UserError naming every value of the yaml that is not the loaded adapter's (null agrees with all)."""
+    if peft_config.get("peft_type") != "LORA":
+        raise UserError(f"the adapter's peft_type={peft_config.get('peft_type')!r} is not LORA: only LoRA adapters are understood")
+    faults = []
+    for key in ("r", "lora_alpha", "use_rslora", "target_modules"):
+        wanted, loaded = getattr(args, key), peft_config.get(key)
+        if wanted is not None and _comparable(wanted) != _comparable(loaded):
+            faults.append(f"model.model_args.lora_config.{key}={wanted!r} differs from the loaded adapter's {loaded!r}: set that value or null")
+    if faults:
+        raise UserError(*faults)
+
+
+def _comparable(value: object) -> object:
+    return sorted(map(str, value)) if isinstance(value, list | tuple | set) else value
+
+
+def attach_lora(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Wraps a base without adapter in PeftModel, once; its values are drawn by draw_fresh or written by write_tensors.
+
+    Adapters are float32 whatever the base is. Raises UserError for a target that matches no module, ValueError where the base
+    has an adapter already.
+    """
+    if hasattr(base, "peft_config"):
+        raise ValueError("the base has an adapter already: a second wrap would train a new adapter over the old")
+    _check_targets(base, config.target_modules)
+    with torch.random.fork_rng(devices=[]):
+        model: PeftModel = get_peft_model(base, config)
+    check_trainable(model)
+    return model
+
+
+def draw_fresh(model: PeftModel, seed: int) -> None:
+    """Gives the active adapter fresh values: A drawn from `seed` as PEFT draws it, B zero. Global random state is untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of("lora init", seed))
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.reset_lora_parameters(ACTIVE, True)
+
+
+def _check_targets(base: nn.Module, targets: object) -> None:
+    if targets == "all-linear":
+        return
+    names = [name for name, module in base.named_modules() if not list(module.children())]
+    if isinstance(targets, str):
+        missing = [targets] if not any(re.fullmatch(targets, name) for name in names) else []
+    else:
+        missing = [t for t in sorted(targets) if not any(name == t or name.endswith(f".{t}") for name in names)]  # type: ignore[call-overload]
+    if missing:
+        known = sorted({name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)})
+        raise UserError(
+            *(f"model.model_args.lora_config.target_modules: {name!r} matches no module of this base; linear ones are {', '.join(known)}" for name in missing)
+        )
+
+
+def check_trainable(model: PeftModel) -> None:
+    """Asserts our own invariant: the trainable parameters are exactly the active adapter's, all float32."""
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    wanted = {name for name, _ in model.named_parameters() if f".{ACTIVE}." in name}
+    assert trainable == wanted, sorted(trainable ^ wanted)[:3]
+    assert trainable, "no trainable adapter parameter"
+
+
+def live_tensors(model: PeftModel, name: str = ACTIVE) -> dict[str, torch.Tensor]:
+    """Gives the adapter's own tensors by PEFT state-dict name, in name order; they share storage with the model's parameters."""
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return {key: state[key] for key in sorted(state)}
+
+
+def live_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+    """Gives the active adapter's trainable parameters by PEFT state-dict name, in name order."""
+    found = {name.replace(f".{ACTIVE}.", "."): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: found[name] for name in sorted(found)}
+
+
+def read_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Gives a copy on the CPU of the active adapter's tensors, float32, in name order."""
+    return {key: tensor.detach().cpu().clone() for key, tensor in live_tensors(model).items()}
+
+
+def write_tensors(model: PeftModel, tensors: Tensors, name: str = ACTIVE) -> None:
+    """Copies values into the adapter in place. Raises UserError naming the first tensor whose name or shape does not fit."""
+    live = live_tensors(model, name)
+    odd = sorted(set(live) ^ set(tensors))
+    if odd:
+        raise UserError(f"adapter does not fit this base: tensor {odd[0]!r} stands on one side only (other target modules, or another architecture)")
+    with torch.no_grad():
+        for key, target in live.items():
+            if target.shape != tensors[key].shape:
+                raise UserError(
+                    f"adapter does not fit: {key!r} has shape {tuple(tensors[key].shape)}, this model wants {tuple(target.shape)} (another base or rank)"
+                )
+            target.copy_(tensors[key])
+
+
+def hold_reference(model: PeftModel, tensors: Tensors) -> None:
+    """Puts a frozen second adapter with these values on the one base (made on first use); the active adapter stays as it is."""
+    if REFERENCE not in model.peft_config:
+        config = PeftConfig.from_peft_type(**model.peft_config[ACTIVE].to_dict())
+        model.add_adapter(REFERENCE, config)
+        model.set_adapter(ACTIVE)
+    write_tensors(model, tensors, REFERENCE)
+    check_trainable(model)
+
+
+@contextmanager
+def reference_active(model: PeftModel) -> Iterator[None]:
+    """Inside the block the frozen reference adapter acts, in eval mode and without gradients; afterwards the trainable one again."""
+    training = model.training
+    model.set_adapter(REFERENCE, inference_mode=True)
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.set_adapter(ACTIVE)
+        model.train(training)
+
+
+def plain_config(config: LoraConfig) -> dict[str, object]:
+    """Gives PEFT's config as plain JSON values with sorted lists: the same text in every process."""
+    return {key: _plain(value) for key, value in sorted(config.to_dict().items())}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, set | frozenset | list | tuple):
+        items = [_plain(item) for item in value]
+        return sorted(items, key=str) if isinstance(value, set | frozenset) else items
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if value is None or isinstance(value, bool | int | float | str):
+        return getattr(value, "value", value)
+    return str(value)

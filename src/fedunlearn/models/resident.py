@@ -1,0 +1,153 @@
+"""The one model of a process: base, LoRA, tokenizer, kept between stages, rounds and clients."""
+
+import gc
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel
+
+from fedunlearn.config.model import ModelConfig
+from fedunlearn.data.chat import ChatFormat
+from fedunlearn.errors import UserError
+from fedunlearn.models.adapter_files import Probe, load_adapter
+from fedunlearn.models.base import choose_device, load_base, load_tokenizer
+from fedunlearn.models.fingerprint import fingerprint_base
+from fedunlearn.models.label_logits import label_logits
+from fedunlearn.models.lora import attach_lora, draw_fresh, lora_config_of, plain_config, read_tensors, write_tensors
+from fedunlearn.models.source import ModelSource, find_base
+from fedunlearn.records.adapter import Adapter
+
+log = logging.getLogger(__name__)
+PROBE_ROWS, PROBE_LENGTH, PROBE_IDS = 4, 16, 64
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """A loaded base with its LoRA layers. start: the adapter it was loaded with (fresh or from a folder).
+
+    model is the PeftModel, or the plain base where use_lora is false (then start is None).
+    """
+
+    model: PeftModel | PreTrainedModel
+    chat: ChatFormat
+    fingerprint: str
+    device: torch.device
+    start: Adapter | None
+
+    def put(self, adapter: Adapter) -> None:
+        """Makes these values the active adapter's. Raises UserError where they belong to another base or do not fit."""
+        if adapter.base_fingerprint not in (None, self.fingerprint):
+            raise UserError(f"adapter belongs to another base (fingerprint {adapter.base_fingerprint}; this one is {self.fingerprint})")
+        write_tensors(self.model, adapter.tensors)
+
+    def take(self) -> Adapter:
+        """Gives a copy of the active adapter."""
+        if self.start is None:
+            raise ValueError("a base without LoRA has no adapter")
+        return Adapter(read_tensors(self.model), self.start.peft_config, self.fingerprint)
+
+
+_held: dict[tuple[object, ...], Resident] = {}
+
+
+def resident(config: ModelConfig, source: ModelSource, *, seed: int, max_length: int, pocket_dir: Path) -> Resident:
+    """Gives this process's model with its start adapter in place.
+
+    The base is loaded where none is held or another was; an old one is let go first, so there is never a second. The start
+    adapter is that of `source`, proven, or a fresh one whose A is drawn from `seed`. Raises UserError for whatever cannot be
+    loaded or does not prove itself.
+    """
+    args = config.model_args
+    loaded, probe = load_adapter(source.adapter) if source.adapter else (None, None)
+    _check_base(loaded, source)
+    lora = lora_config_of(args.lora_config, loaded, source.base_name) if args.lora_config and args.use_lora else None
+    plain = None if lora is None else plain_config(lora)
+    bare = replace(args, pretrained_model_name_or_path=str(source.base.resolve()), lora_model_path=None, lora_config=None, use_lora=False)
+    key = (bare, config.tokenizer_args, config.template_args, json.dumps(plain), max_length)
+    if key not in _held:
+        release()
+        _held[key] = _load(config, source, lora, max_length, pocket_dir)
+    if lora is None:
+        return _held[key]
+    made = _start(_held[key], loaded, seed, plain or {})
+    if loaded is not None:
+        _prove(made, probe, source)
+    return made
+
+
+def release() -> None:
+    """Lets the process's model go."""
+    _held.clear()
+    gc.collect()
+
+
+def _check_base(loaded: Adapter | None, source: ModelSource) -> None:
+    if loaded is None or loaded.base_fingerprint is None:
+        return
+    fingerprint = fingerprint_base(source.base)
+    if loaded.base_fingerprint != fingerprint:
+        raise UserError(
+            f"adapter {str(source.adapter)!r} belongs to another base: its fingerprint is {loaded.base_fingerprint}, "
+            f"that of {source.base_name!r} is {fingerprint}; name the base it was trained on"
+        )
+
+
+def _load(config: ModelConfig, source: ModelSource, lora: LoraConfig | None, max_length: int, pocket_dir: Path) -> Resident:
+    named = config.tokenizer_args.pretrained_model_name_or_path
+    folder = source.base if named is None else find_base(named, pocket_dir, "model.tokenizer_args.pretrained_model_name_or_path")
+    chat = ChatFormat(load_tokenizer(folder), config.template_args, max_length)
+    fingerprint = fingerprint_base(source.base)
+    base = load_base(source.base, config.model_args)
+    model = base if lora is None else attach_lora(base, lora)
+    return Resident(model, chat, fingerprint, choose_device(config.model_args), None)
+
+
+def _start(held: Resident, loaded: Adapter | None, seed: int, plain: Mapping[str, object]) -> Resident:
+    if loaded is None:
+        draw_fresh(held.model, seed)
+    else:
+        write_tensors(held.model, loaded.tensors)
+    return replace(held, start=Adapter(read_tensors(held.model), plain, held.fingerprint))
+
+
+def _prove(made: Resident, probe: Probe | None, source: ModelSource) -> None:
+    where = str(source.adapter)
+    tensors = made.start.tensors if made.start else {}
+    if not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name):
+        log.warning("adapter %s: every B is zero, so it changes nothing of the base", where)
+    if probe is None:
+        log.warning("adapter %s carries no proof of ours: its %d tensors fit in name and shape, more is not known", where, len(tensors))
+        return
+    check_probe(probe, take_probe(made), where)
+
+
+def take_probe(made: Resident) -> Probe:
+    """Records logits of the model as it is now: last position of 4 fixed rows of 16 ids, at 64 fixed vocabulary ids."""
+    vocabulary = made.model.get_output_embeddings().weight.shape[0]
+    ids = torch.arange(PROBE_ROWS * PROBE_LENGTH).reshape(PROBE_ROWS, PROBE_LENGTH) * 7919 % vocabulary
+    columns = torch.arange(PROBE_IDS) * 104_729 % vocabulary
+    positions = torch.zeros_like(ids, dtype=torch.bool)
+    positions[:, -1] = True
+    training = made.model.training
+    made.model.eval()
+    with torch.no_grad():
+        device = made.device
+        logits = label_logits(made.model, ids.to(device), torch.ones_like(ids).to(device), positions.to(device))
+    made.model.train(training)
+    rows = logits.float().cpu()[:, columns].tolist()
+    return Probe(dtype=str(logits.dtype), logits=tuple(tuple(row) for row in rows))
+
+
+def check_probe(saved: Probe, now: Probe, where: str) -> None:
+    """Raises UserError where logits differ from the recorded ones by more than 1e-5 (float32 both) or 2e-2 of the largest."""
+    old, new = torch.tensor(saved.logits), torch.tensor(now.logits)
+    tolerance = 1e-5 if saved.dtype == now.dtype == "torch.float32" else 2e-2
+    if old.shape != new.shape or (old - new).abs().max() > tolerance * old.abs().max():
+        raise UserError(
+            f"adapter {where!r} does not give the logits recorded with it (tolerance {tolerance:g} of the largest): the base, its dtype or a library differs"
+        )

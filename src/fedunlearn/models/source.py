@@ -1,0 +1,118 @@
+"""What `pretrained_model_name_or_path` and `lora_model_path` name: looked at, never guessed."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedunlearn.config.model import ModelArgs
+from fedunlearn.data.pocket.build import ensure_pocket
+from fedunlearn.errors import UserError
+
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+POCKET = re.compile(r"^pocket:(\d+)$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """base: folder of the full model on this disk. base_name: what the user or the adapter calls it (a hub id or a path).
+
+    adapter: a PEFT folder to start from, or None. run: the run of ours that adapter lies in, or None.
+    """
+
+    base: Path
+    base_name: str
+    adapter: Path | None = None
+    run: Path | None = None
+
+
+def resolve_source(args: ModelArgs, pocket_dir: Path) -> ModelSource:
+    """Finds base and adapter. Builds the pocket or fetches from the hub where that is what is named.
+
+    Raises UserError for a missing path, an empty folder, two adapters, an adapter whose base cannot be found, a hub that cannot
+    be reached.
+    """
+    key = "model.model_args.pretrained_model_name_or_path"
+    named = args.pretrained_model_name_or_path
+    first = adapter_folder(Path(named), key) if Path(named).is_dir() else None
+    second = None
+    if args.lora_model_path is not None:
+        second = adapter_folder(Path(args.lora_model_path), "model.model_args.lora_model_path")
+        if second is None:
+            raise UserError(f"model.model_args.lora_model_path={args.lora_model_path!r} is a full model, no adapter: name it as {key.rsplit('.', 1)[1]}")
+    if first and second:
+        raise UserError(f"two adapters are named: {key}={named!r} and lora_model_path={args.lora_model_path!r}: give one of them")
+    adapter = first or second
+    if adapter and not args.use_lora:
+        raise UserError(f"model.model_args.use_lora=false, but {str(adapter)!r} is an adapter: set use_lora=true")
+    base_name = base_of_adapter(adapter) if first and adapter else named
+    base = find_base(base_name, pocket_dir, key if not first else f"the base that {str(first)!r} names")
+    return ModelSource(base=base, base_name=base_name, adapter=adapter, run=run_of(adapter))
+
+
+def adapter_folder(path: Path, key: str) -> Path | None:
+    """Gives the PEFT folder that a path names (itself, or a run's `adapter`), or None for a full model.
+
+    Raises UserError where the path does not exist, is an unfinished run, or holds neither.
+    """
+    if not path.exists():
+        raise UserError(f"{key}={str(path)!r} does not exist: give a model folder, a PEFT adapter folder or a run's folder")
+    if (path / "adapter_config.json").is_file():
+        return path
+    if (path / "adapter" / "adapter_config.json").is_file():
+        return path / "adapter"
+    if (path / "config.json").is_file():
+        return None
+    if (path / "config.yaml").is_file():
+        raise UserError(f"{key}={str(path)!r} is a run without a result (no adapter/): finish it with resume=true, or name rounds/<n>/adapter in it")
+    raise UserError(
+        f"{key}={str(path)!r} holds neither config.json (a model) nor adapter_config.json (an adapter) nor adapter/ (a run): name such a folder"
+    )
+
+
+def base_of_adapter(adapter: Path) -> str:
+    """Gives base_model_name_or_path of a PEFT folder. Raises UserError where its config is no JSON or names none."""
+    try:
+        name = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise UserError(f"{adapter / 'adapter_config.json'} is no JSON object ({error}): the adapter folder is damaged") from error
+    if not name:
+        raise UserError(f"{adapter / 'adapter_config.json'} names no base: give pretrained_model_name_or_path=BASE and this folder as lora_model_path")
+    return str(name)
+
+
+def run_of(adapter: Path | None) -> Path | None:
+    """Gives the run's folder that an adapter lies in (run/adapter or run/rounds/<n>/adapter), or None."""
+    if adapter is None:
+        return None
+    folder = adapter.resolve()
+    return next((parent for parent in list(folder.parents)[:3] if (parent / "partition.json").is_file()), None)
+
+
+def find_base(name: str, pocket_dir: Path, key: str) -> Path:
+    """Gives the folder of a full model on this disk: a path, `pocket:SEED` (built on first use) or a hub id (fetched or from the cache)."""
+    pocket = POCKET.match(name)
+    if pocket:
+        return ensure_pocket(int(pocket.group(1)), pocket_dir).model
+    path = Path(name)
+    if path.is_dir():
+        if adapter_folder(path, key) is not None:
+            raise UserError(f"{key}: {name!r} is an adapter, where a full model is wanted")
+        return path
+    if not HUB_ID.match(name) or name.startswith("."):
+        raise UserError(f"{key}={name!r} does not exist: give a folder that does, a hub id (owner/name) or pocket:SEED")
+    return _fetch(name, key)
+
+
+def _fetch(name: str, key: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"], etag_timeout=5)
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(
+            f"{key}={name!r} is no folder here, and the model hub did not give it ({type(error).__name__}): "
+            "check the name, the network (HF_HUB_OFFLINE must not be 1) and your access token, or name a local folder"
+        ) from error
+    return Path(folder)

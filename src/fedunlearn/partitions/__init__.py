@@ -1,0 +1,1 @@
+"""Who owns which rows: partitioners, one file each."""

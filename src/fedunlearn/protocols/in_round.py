@@ -1,0 +1,32 @@
+"""in_round: in each round the owners unlearn while the others fine-tune on their retain rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedunlearn.errors import UserError
+from fedunlearn.protocols.base import Assignment, Protocol, finetune_or_idle
+from fedunlearn.records.rounds import ClientRows, Role
+
+
+@dataclass(frozen=True, kw_only=True)
+class InRound(Protocol):
+    """finetune_epochs: epochs of those who do not unlearn; null = trainer.args.num_train_epochs, as the owners have."""
+
+    finetune_epochs: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.finetune_epochs is not None and self.finetune_epochs <= 0:
+            raise UserError(f"protocol.finetune_epochs={self.finetune_epochs} must be above 0, or null for trainer.args.num_train_epochs")
+
+    @property
+    def unlearns(self) -> bool:
+        """A request is served."""
+        return True
+
+    def assign(self, round: int, cohort: Sequence[ClientRows], epochs: float) -> tuple[Assignment, ...]:
+        """See Protocol.assign."""
+        others = epochs if self.finetune_epochs is None else self.finetune_epochs
+        return tuple(
+            Assignment(client_id=rows.client_id, role=Role.UNLEARN, epochs=epochs) if rows.num_forget else finetune_or_idle(rows, others)
+            for rows in cohort
+        )

@@ -1,0 +1,39 @@
+"""target_then_repair: the owners unlearn first, alone; then everyone repairs on retain rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedunlearn.errors import UserError
+from fedunlearn.protocols.base import Assignment, Protocol, finetune_or_idle, idle
+from fedunlearn.records.rounds import ClientRows, Role
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetThenRepair(Protocol):
+    """unlearn_rounds: rounds in which only owners work, trainer.args.num_train_epochs each; the rest of num_rounds repairs.
+
+    repair_epochs: epochs over retain rows in a repair round; null = trainer.args.num_train_epochs.
+    """
+
+    unlearn_rounds: int = 1
+    repair_epochs: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.unlearn_rounds < 1:
+            raise UserError(f"protocol.unlearn_rounds={self.unlearn_rounds} must be at least 1")
+        if self.repair_epochs is not None and self.repair_epochs <= 0:
+            raise UserError(f"protocol.repair_epochs={self.repair_epochs} must be above 0, or null for trainer.args.num_train_epochs")
+
+    @property
+    def unlearns(self) -> bool:
+        """A request is served."""
+        return True
+
+    def assign(self, round: int, cohort: Sequence[ClientRows], epochs: float) -> tuple[Assignment, ...]:
+        """See Protocol.assign."""
+        if round <= self.unlearn_rounds:
+            return tuple(
+                Assignment(client_id=rows.client_id, role=Role.UNLEARN, epochs=epochs) if rows.num_forget else idle(rows) for rows in cohort
+            )
+        repair = epochs if self.repair_epochs is None else self.repair_epochs
+        return tuple(finetune_or_idle(rows, repair) for rows in cohort)

@@ -1,0 +1,1 @@
+"""Records that travel between the rooms: tensors and numbers, no behaviour beyond their own laws."""

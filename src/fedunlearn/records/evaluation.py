@@ -1,0 +1,100 @@
+"""What an evaluation is made of: scores of answers, generated texts, and the metrics that are pure functions of the two."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Compat = Literal["open-unlearning"] | None
+Definition = Literal["log-space", "open-unlearning"]
+RowValue = float | str | tuple[float, ...]
+Row = Mapping[str, RowValue]
+
+
+def definition_of(compat: Compat) -> Definition:
+    """Names the definitions in force: ours (log space, masks by length), or open-unlearning's (1e-10 in linear space, masks by pad id)."""
+    return "log-space" if compat is None else compat
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """One answer under the model.
+
+    avg_loss: mean negative log-likelihood of its labels, in nats; prob: exp(-avg_loss); both are float32 numbers held as
+    Python floats. num_labels: tokens of the answer and what closes it.
+    """
+
+    avg_loss: float
+    prob: float
+    num_labels: int
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Scores of one data set; entry i of each tuple belongs to row i.
+
+    plain: the answer itself. perturbed: the wrong answers in order, as many in each row. paraphrased: empty where the data set
+    has no paraphrased answers (real authors, world facts).
+    """
+
+    plain: tuple[AnswerScore, ...]
+    perturbed: tuple[tuple[AnswerScore, ...], ...]
+    paraphrased: tuple[AnswerScore, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert len(self.perturbed) == len(self.plain), "one list of wrong answers a row"
+        assert len(self.paraphrased) in (0, len(self.plain)), "a paraphrased answer for every row or for none"
+
+    @property
+    def correct(self) -> tuple[AnswerScore, ...]:
+        """What wrong answers are compared with in a truth ratio: the paraphrased answer where there is one, else the plain one."""
+        return self.paraphrased or self.plain
+
+
+@dataclass(frozen=True)
+class Generations:
+    """Greedy continuations of one data set's questions; entry i of each tuple belongs to row i.
+
+    inputs: the prompts as text, without special tokens. ground_truths, generations: cleaned and stripped.
+    """
+
+    inputs: tuple[str, ...]
+    ground_truths: tuple[str, ...]
+    generations: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.inputs) == len(self.ground_truths) == len(self.generations), "three texts a row"
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """One metric: its aggregate, the rows it came from, and which definition it follows.
+
+    agg_value: None where there is nothing to aggregate (no retain log). value_by_index: entry i belongs to row i.
+    parts: results of the sides of an attack (`forget`, `holdout`). Raises ValueError on NaN or infinity: neither reaches a file.
+    """
+
+    agg_value: float | None
+    definition: Definition
+    value_by_index: tuple[Row, ...] = ()
+    parts: Mapping[str, "MetricResult"] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        values = [] if self.agg_value is None else [self.agg_value]
+        for row in self.value_by_index:
+            for value in row.values():
+                values += value if isinstance(value, tuple) else [value] if isinstance(value, float) else []
+        if not all(map(math.isfinite, values)):
+            raise ValueError("a metric holds NaN or infinity: its scores were not checked to be finite")
+
+    def column(self, name: str) -> tuple[float, ...]:
+        """Gives one number a row; raises KeyError where a row lacks it and ValueError where it is no number."""
+        return tuple(float(row[name]) for row in self.value_by_index)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class EvalLog:
+    """A whole evaluation. metrics: by their names in TOFU_EVAL.json. provenance: what it was made of; empty in a log of open-unlearning."""
+
+    metrics: Mapping[str, MetricResult]
+    provenance: Mapping[str, object]

@@ -1,0 +1,66 @@
+"""What a run says on the terminal: its config in short, and its result as a table."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fedunlearn.records.evaluation import EvalLog
+
+SHORT = (
+    "mode", "task_name", "tofu_path", "forget_split", "retain_split", "retain_logs_path", "model.model_args", "method", "strategy",
+    "protocol", "partition.scheme", "launcher", "trainer.federated", "trainer.args",
+)  # fmt: skip
+SHOWN = ("forget_Q_A_Prob", "forget_Q_A_ROUGE", "forget_truth_ratio", "forget_quality", "retain_Q_A_Prob", "model_utility")
+
+
+def show_config(plain: Mapping[str, object]) -> None:
+    """Prints the effective config in short, one line a group; the whole of it is saved as config.yaml."""
+    console = Console(stderr=True, highlight=False)
+    for key in SHORT:
+        value = _find(plain, key)
+        if value is not None:
+            console.print(f"[bold]{key}[/bold] {_one_line(value)}", soft_wrap=True)
+
+
+def _find(tree: Mapping[str, object], key: str) -> object:
+    value: object = tree
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _one_line(value: object) -> str:
+    if not isinstance(value, Mapping):
+        return str(value)
+    return " ".join(f"{k}={_one_line(v) if not isinstance(v, Mapping) else '{' + _one_line(v) + '}'}" for k, v in value.items() if v is not None)
+
+
+def show_result(folder: Path, log: EvalLog | None) -> None:
+    """Prints where the run lies and the evaluation's main figures."""
+    console = Console(highlight=False)
+    console.print(f"result: {folder}", soft_wrap=True)
+    if log is not None:
+        console.print(metric_table({folder.name: figures(log)}))
+        if log.provenance.get("trial"):
+            console.print(f"a trial on {log.provenance['max_rows']} rows of each data set, no evaluation")
+
+
+def figures(log: EvalLog) -> dict[str, float | None]:
+    """Gives every metric's aggregate by name."""
+    return {name: metric.agg_value for name, metric in log.metrics.items()}
+
+
+def metric_table(columns: Mapping[str, Mapping[str, float | None]], metrics: tuple[str, ...] = SHOWN) -> Table:
+    """Gives a table, one row a metric and one column a model; null is shown as a dash."""
+    table = Table("metric", *columns)
+    for metric in metrics:
+        table.add_row(metric, *(_number(values.get(metric)) for values in columns.values()))
+    return table
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"

@@ -1,0 +1,127 @@
+"""A run's folder: where it lies, what may be done to one that exists, and the files every run writes."""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from fedunlearn.config.run import EvalRun, TrainRun
+from fedunlearn.errors import UserError
+from fedunlearn.files import canonical_json, write_bytes, write_json
+
+log = logging.getLogger(__name__)
+KINDS = {"train": "finetune", "unlearn": "unlearn", "eval": "eval"}
+PACKAGES = ("fedunlearn", "torch", "transformers", "peft", "accelerate", "flwr", "datasets", "safetensors", "rouge-score", "scipy")
+DONE = "done.json"
+CONTROLS = ("resume", "overwrite", "launcher")
+"""Keys that say how a run is carried out and leave its result alone."""
+
+
+def run_path(run: TrainRun | EvalRun) -> Path:
+    """saves/<finetune|unlearn|eval>/<task_name>."""
+    return Path(run.paths.saves_dir) / KINDS[run.mode] / run.task_name
+
+
+def judge_folder(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> None:
+    """Says whether a run may begin in its folder; changes nothing.
+
+    Another config needs overwrite=true. The same config goes on with resume=true; finished, it is repeated from the start,
+    which one log line says. Raises UserError where neither is said, or there is nothing to resume.
+    """
+    folder = run_path(run)
+    if folder.exists() and not run.overwrite:
+        _judge(folder, plain, run.resume)
+    elif run.resume:
+        raise UserError(f"resume=true, but {str(folder)!r} does not exist: leave resume out, or correct task_name or paths.saves_dir")
+
+
+def make_folder(run: TrainRun | EvalRun, plain: Mapping[str, object], text: str) -> Path:
+    """Makes the folder that judge_folder allowed, emptied unless resume=true, with config.yaml and config.json in it."""
+    folder = run_path(run)
+    if run.resume:
+        return folder
+    if folder.exists():
+        shutil.rmtree(folder)
+    write_bytes(folder / "config.yaml", text.encode("utf-8"))
+    write_json(folder / "config.json", plain)
+    return folder
+
+
+def _judge(folder: Path, plain: Mapping[str, object], resume: bool) -> None:
+    saved = folder / "config.json"
+    if not saved.is_file():
+        if any(folder.iterdir()):
+            raise UserError(f"{str(folder)!r} exists and is no run of ours: choose another task_name, or empty it with overwrite=true")
+        return
+    changed = changed_keys(json.loads(saved.read_text(encoding="utf-8")), plain)
+    if changed:
+        raise UserError(
+            f"{str(folder)!r} was made with another config (differs in {', '.join(changed[:8])}): "
+            "choose another task_name, or overwrite=true to start anew in its place"
+        )
+    if resume:
+        return
+    if not (folder / DONE).is_file():
+        raise UserError(f"{str(folder)!r} holds an unfinished run of this config: resume=true goes on, overwrite=true starts anew")
+    log.warning("%s holds a finished run of this very config: it is repeated from the start", folder)
+
+
+def changed_keys(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
+    """Gives the dotted keys in which two configs differ, leaving out those that only control how a run is carried out."""
+    flat_old, flat_new = _flat(old), _flat(new)
+    keys = sorted(set(flat_old) | set(flat_new))
+    return [key for key in keys if key.split(".")[0] not in CONTROLS and flat_old.get(key) != flat_new.get(key)]
+
+
+def _flat(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return flat
+
+
+def provenance(run: TrainRun | EvalRun, hashes: Mapping[str, str]) -> dict[str, object]:
+    """Gives what a result was made with: versions, git commit, hashes of data and models, seed, hardware."""
+    return {
+        "versions": versions(PACKAGES),
+        "git_commit": _git_commit(),
+        "hashes": dict(hashes),
+        "seed": run.trainer.args.seed if isinstance(run, TrainRun) else None,
+        "hardware": {
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Gives the versions of Python and of installed packages."""
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _git_commit() -> str | None:
+    """The commit of the source tree, `-dirty` where files changed; None where this is no git checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
+        dirty = subprocess.run(["git", "-C", str(here), "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.debug("no git commit to record: %s", error)
+        return None
+    return commit.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "")
+
+
+def config_hash(plain: Mapping[str, object]) -> str:
+    """sha256 of the config without the keys that only control how a run is carried out."""
+    kept = {key: value for key, value in plain.items() if key not in CONTROLS}
+    return hashlib.sha256(canonical_json(kept).encode()).hexdigest()

@@ -1,0 +1,59 @@
+"""Reference sums: each forget row's summed loss under the adapter that unlearning began with, computed once and kept."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+from fedunlearn.config.data import CollatorConfig
+from fedunlearn.data.chat import EncodedRow
+from fedunlearn.data.collator import collate
+from fedunlearn.files import canonical_json, write_bytes
+from fedunlearn.models.lora import read_tensors, write_tensors
+from fedunlearn.models.resident import Resident
+from fedunlearn.records.adapter import Tensors
+from fedunlearn.training.forward import batch_logits
+
+BATCH_ROWS = 16
+
+
+def reference_sums(made: Resident, reference: Tensors, reference_hash: str, rows: Sequence[EncodedRow], cache: Path) -> torch.Tensor:
+    """Gives NLL_i of every row under the reference adapter, [rows] float32, in eval mode.
+
+    Kept under `cache` by the hash of base, reference and token ids (which hold the template); read again where it is there.
+    The active adapter keeps its values.
+    """
+    name = hashlib.sha256(
+        canonical_json([made.fingerprint, reference_hash, [[list(row.input_ids), row.num_prompt] for row in rows]]).encode()
+    ).hexdigest()
+    path = cache / "reference_sums" / f"{name}.safetensors"
+    if not path.is_file():
+        sums = _compute(made, reference, rows)
+        write_bytes(path, safetensors.torch.save({"sums": sums}))
+    return safetensors.torch.load_file(path)["sums"]
+
+
+def _compute(made: Resident, reference: Tensors, rows: Sequence[EncodedRow]) -> torch.Tensor:
+    current = read_tensors(made.model)
+    write_tensors(made.model, reference)
+    made.model.eval()
+    try:
+        return _sums_of(made, rows)
+    finally:
+        write_tensors(made.model, current)
+
+
+def _sums_of(made: Resident, rows: Sequence[EncodedRow]) -> torch.Tensor:
+    """Batches rows of like length, for order does not matter here."""
+    by_length = sorted(range(len(rows)), key=lambda index: (len(rows[index].input_ids), index))
+    sums = torch.zeros(len(rows), dtype=torch.float32)
+    for start in range(0, len(rows), BATCH_ROWS):
+        chosen = by_length[start : start + BATCH_ROWS]
+        batch = collate([rows[index] for index in chosen], CollatorConfig(), made.chat.pad_id, made.device)
+        with torch.no_grad():
+            nll = F.cross_entropy(batch_logits(made.model, batch), batch.labels, reduction="none")
+        sums[chosen] = torch.zeros(len(chosen)).index_add(0, batch.row.cpu(), nll.float().cpu())
+    return sums

@@ -1,0 +1,67 @@
+"""The plan of a client's optimiser steps: which rows meet in which micro-batch, from generators of their own."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedunlearn.config.trainer import TrainArgs
+from fedunlearn.protocols.selection import seed_of
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Row numbers (places in the client's own lists) of one forward: the rows trained on, and the retain rows that meet them when unlearning."""
+
+    rows: tuple[int, ...]
+    retain: tuple[int, ...] = ()
+
+
+Step = tuple[MicroBatch, ...]
+
+
+def count_steps(num_rows: int, epochs: float, args: TrainArgs) -> int:
+    """Optimiser steps of one client in one round: max_steps where it is set, else epochs over `num_rows` rows, rounded up."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(epochs * _steps_per_epoch(num_rows, args) - 1e-9)
+
+
+def warmup_of(num_rows: int, num_steps: int, args: TrainArgs) -> int:
+    """Warm-up in optimiser steps: warmup_epochs, else warmup_steps (below 1: a fraction of the steps)."""
+    if args.warmup_epochs is not None:
+        return math.ceil(args.warmup_epochs * _steps_per_epoch(num_rows, args) - 1e-9)
+    return math.ceil(args.warmup_steps * num_steps) if args.warmup_steps < 1 else int(args.warmup_steps)
+
+
+def _steps_per_epoch(num_rows: int, args: TrainArgs) -> int:
+    return math.ceil(num_rows / (args.per_device_train_batch_size * args.gradient_accumulation_steps))
+
+
+def plan_steps(num_rows: int, num_retain: int, per_row: int, num_steps: int, args: TrainArgs, seed: int) -> Iterator[Step]:
+    """Yields `num_steps` steps over freshly shuffled epochs of `num_rows` rows; an epoch's last step may be smaller.
+
+    per_row: retain rows that meet each row (0: none), drawn uniformly with replacement from `num_retain`. Order and pairing
+    have a generator each, seeded by `seed`, so that the pairing does not depend on anything else that is drawn.
+    """
+    order = torch.Generator().manual_seed(seed_of(seed, "order"))
+    pairing = torch.Generator().manual_seed(seed_of(seed, "retain"))
+    size = args.per_device_train_batch_size
+    done = 0
+    while done < num_steps:
+        shuffled = torch.randperm(num_rows, generator=order).tolist()
+        for rows in _chunks(shuffled, size * args.gradient_accumulation_steps):
+            if done == num_steps:
+                return
+            done += 1
+            yield tuple(MicroBatch(part, _draw(len(part) * per_row, num_retain, pairing)) for part in _chunks(rows, size))
+
+
+def _draw(count: int, num_retain: int, generator: torch.Generator) -> tuple[int, ...]:
+    return tuple(torch.randint(num_retain, (count,), generator=generator).tolist()) if count else ()
+
+
+def _chunks(items: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
+    for start in range(0, len(items), size):
+        yield tuple(items[start : start + size])

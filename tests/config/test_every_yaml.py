@@ -1,0 +1,203 @@
+"""Every YAML of configs/ composes, every value of it arrives in the records, and so does every value that a user puts there instead."""
+
+import typing
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+
+import pytest
+from omegaconf import OmegaConf
+
+from fedunlearn.doors.compose import compose
+from fedunlearn.errors import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+PRIMARY = ("train-lora.yaml", "unlearn-lora.yaml", "eval.yaml")
+FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
+MEMBERS = [name for name in FILES if name not in PRIMARY and not name.startswith("hydra/")]
+GLOBAL = ("paths", "experiment")
+
+TEMPLATE = "model.template_args."
+TAG_NAMES = ("system_prompt_with_special_tokens", "user_start_tag", "user_end_tag", "asst_start_tag", "asst_end_tag")
+TAG_KEYS = [TEMPLATE + name for name in TAG_NAMES]
+CHAT_KEYS = [TEMPLATE + "system_prompt", TEMPLATE + "date_string"]
+TAGS = {
+    "model.model_args.use_lora": False,
+    TEMPLATE + "apply_chat_template": False,
+    **{key: f"[{key}]" for key in TAG_KEYS},
+    **dict.fromkeys(CHAT_KEYS),
+}
+CHAT = {TEMPLATE + "apply_chat_template": True, **dict.fromkeys(TAG_KEYS), **{key: f"[{key}]" for key in CHAT_KEYS}}
+
+# Keys that cannot change together with all the others, and what has to change with each.
+APART = {"resume": {}, "trainer.args.warmup_epochs": {"trainer.args.warmup_steps": 0}}
+# Keys with one value that has a meaning: any other is refused by name.
+FIXED = {
+    "trainer.name",
+    "trainer.args.dataloader_num_workers",
+    "trainer.args.remove_unused_columns",
+    "model.model_args.lora_config.bias",
+    "model.model_args.lora_config.task_type",
+    "eval.name",
+}
+
+
+def leaves(tree, key=""):
+    """Dotted key -> value; lists are values, `_target_` and the defaults list are none."""
+    if not isinstance(tree, dict):
+        return {key: tree}
+    found = {}
+    for name, value in tree.items():
+        if name not in ("_target_", "defaults"):
+            found |= leaves(value, f"{key}.{name}" if key else name)
+    return found
+
+
+def member(name):
+    """The YAML's own leaves, with the keys they have in a run."""
+    group = name.split("/")[0]
+    raw = OmegaConf.to_container(OmegaConf.load(CONFIGS / name))
+    return leaves(raw or {}, "" if group in GLOBAL else group)
+
+
+def host(name):
+    """A primary file that can use the member, and the override that chooses it."""
+    group, _, choice = name.removesuffix(".yaml").partition("/")
+    unlearns = group == "method" or choice.startswith(("unlearn", "in_round", "target", "FederatedUnlearning"))
+    primary = "eval.yaml" if group == "model" or choice.startswith("eval") else PRIMARY[unlearns]
+    chosen = [f"{group}={choice}", "task_name=t"]
+    return primary, chosen + ["++model.model_args.pretrained_model_name_or_path=given"] * ("stories260K" in choice)
+
+
+def at(run, key):
+    for name in key.split("."):
+        run = getattr(run, name)
+    return run
+
+
+def hint_of(run, key):
+    parent, _, name = key.rpartition(".")
+    return typing.get_type_hints(type(at(run, parent) if parent else run))[name]
+
+
+def another(hint, value):
+    """Another valid value of the field; the record's own rules are kept by small steps."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
+    for option in (option for option in options if option is not NoneType):
+        if typing.get_origin(option) is typing.Literal:
+            return next(word for word in (*typing.get_args(option), "nonsense") if word != value)
+        if option is bool:
+            return not value
+        if option is int:
+            return 3 if value in (None, -1) else value + 1
+        if option is float:
+            return value * 0.5 if value else 0.25
+        return ("q_proj", "v_proj") if typing.get_origin(option) is tuple else f"another_{len(str(value))}"
+    raise AssertionError(f"no rule for {hint}")
+
+
+def as_override(key, value):
+    if isinstance(value, tuple):
+        return f"{key}=[{','.join(value)}]"
+    return f"{key}={'null' if value is None else repr(value) if isinstance(value, str) else str(value)}"
+
+
+@cache
+def unchanged(name):
+    return composed(name, {})
+
+
+def composed(name, changes):
+    primary, chosen = host(name)
+    return compose(CONFIGS, primary, [*chosen, *(as_override(key, value) for key, value in changes.items())]).run
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_each_value_of_the_file_arrives(name):
+    run = unchanged(name)
+    for key, value in member(name).items():
+        want = "given" if value == "???" else value
+        if isinstance(want, str):
+            want = want.replace("${pocket_seed}", "0")
+        arrived = at(run, key)
+        assert (list(arrived) if isinstance(arrived, tuple) else arrived) == want, key
+
+
+@pytest.mark.parametrize("name", [name for name in MEMBERS if member(name)])
+def test_each_changed_value_arrives(name):
+    """All at once where they may stand together; the others one by one, each with its partners."""
+    run = unchanged(name)
+    changes = {key: another(hint_of(run, key), at(run, key)) for key in member(name)}
+    if name == "data/unlearn.yaml":
+        changes.pop("data.rows")  # fixed by the mode: see below
+    together = {
+        key: value for key, value in changes.items() if key not in APART and key not in FIXED and key not in TAGS
+    }
+    changed = [together, *(APART[key] | {key: value} for key, value in changes.items() if key in APART)]
+    if name.startswith("model/"):
+        changed = [together | CHAT, TAGS]
+    assert set(changes) <= set().union(*changed) | FIXED
+    for choice in changed:
+        seen = composed(name, choice)
+        assert {key: at(seen, key) for key in choice} == choice
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        (name, key)
+        for name in MEMBERS
+        for key in member(name)
+        if key in FIXED and name.startswith(("trainer/FederatedT", "model/pocket", "eval"))
+    ]
+    + [("data/unlearn.yaml", "data.rows")],
+)
+def test_a_value_without_meaning_is_refused_by_name(name, key):
+    run = unchanged(name)
+    with pytest.raises(UserError, match=key.replace(".", r"\.")):
+        composed(name, {key: another(hint_of(run, key), at(run, key))})
+
+
+@pytest.mark.parametrize("name", [name for name in MEMBERS if not name.startswith(("experiment", "paths"))])
+def test_each_file_names_every_parameter(name):
+    """No value falls back to a default that the reader of the YAML does not see."""
+    record = at(unchanged(name), name.split("/")[0])
+    assert set(member(name)) == {f"{name.split('/')[0]}.{key}" for key in parameters(record)}
+
+
+def parameters(record):
+    found = []
+    for field in (field for field in fields(record) if field.init):
+        value = getattr(record, field.name)
+        found += [f"{field.name}.{key}" for key in parameters(value)] if is_dataclass(value) else [field.name]
+    return found
+
+
+def test_paths_default_and_the_primary_file_name_every_plain_parameter():
+    run = compose(CONFIGS, "train-lora.yaml", ["task_name=t"]).run
+    plain = {field.name for field in fields(run) if not is_dataclass(getattr(run, field.name))}
+    assert plain - {"method"} == {key for key in member("paths/default.yaml") if "." not in key} | {"task_name", "mode"}
+
+
+def test_no_experiment_sets_a_value_of_a_method():
+    assert not [
+        key
+        for name in FILES
+        if name.startswith("experiment/")
+        for key in member(name)
+        if key.split(".")[0] in ("method", "strategy", "protocol")
+    ]
+
+
+@pytest.mark.parametrize("recipe", ["default", "pocket"])
+def test_the_oracle_differs_from_fine_tuning_by_its_rows_only(recipe):
+    finetune = compose(CONFIGS, "train-lora.yaml", [f"experiment=finetune/tofu/{recipe}", "task_name=t"]).plain
+    retrain = compose(CONFIGS, "train-lora.yaml", [f"experiment=retrain/tofu/{recipe}", "task_name=t"]).plain
+    assert {key for key in finetune if finetune[key] != retrain[key]} == {"data"}
+    assert retrain["data"] == {**finetune["data"], "rows": "retain"}
+
+
+def test_hydra_makes_no_folder():
+    hydra = OmegaConf.load(CONFIGS / "hydra/default.yaml")
+    assert (hydra.run.dir, hydra.output_subdir, hydra.job.chdir) == (".", None, False)
