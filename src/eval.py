@@ -1,6 +1,6 @@
 """Evaluation of any base, adapter or run on TOFU.
 
-    python src/eval.py experiment=eval/tofu/default task_name=NAME ...
+python src/eval.py experiment=eval/tofu/default task_name=NAME ...
 """
 
 import sys
@@ -17,9 +17,10 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 def _run(composed: "ComposedConfig") -> None:
     from fedunlearn.doors.stages import run_evaluation
-    from fedunlearn.reporting.console import show_config, show_result
+    from fedunlearn.reporting.console import set_logging, show_config, show_result
     from fedunlearn.reporting.run_folder import run_path
 
+    set_logging()
     show_config(composed.plain)
     show_result(run_path(composed.run), run_evaluation(composed))
 

@@ -1,6 +1,6 @@
 """The central baseline: the same loop over all rows, without a federation.
 
-    python src/train.py --config-name=train-lora.yaml experiment=finetune/tofu/default task_name=NAME ...
+python src/train.py --config-name=train-lora.yaml experiment=finetune/tofu/default task_name=NAME ...
 """
 
 import sys
@@ -17,9 +17,10 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 def _run(composed: "ComposedConfig") -> None:
     from fedunlearn.doors.stages import run_central
-    from fedunlearn.reporting.console import show_config, show_result
+    from fedunlearn.reporting.console import set_logging, show_config, show_result
     from fedunlearn.reporting.run_folder import run_path
 
+    set_logging()
     show_config(composed.plain)
     show_result(run_path(composed.run), run_central(composed))
 

@@ -78,5 +78,7 @@ def _take_place(temporary: Path, path: Path) -> None:
 
 def _told(error: OSError, path: Path) -> UserError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"disk full while saving {path}: nothing half-written was left; free some space and run again with resume=true")
+        return UserError(
+            f"disk full while saving {path}: nothing half-written was left; free some space and run again with resume=true"
+        )
     return UserError(f"{path} cannot be written ({error.strerror}): choose another paths.saves_dir or task_name")

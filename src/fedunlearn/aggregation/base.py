@@ -48,7 +48,9 @@ def check_mean(state: ServerState, mean: Tensors) -> None:
         if name not in mean or name not in state.adapter:
             raise ValueError(f"mean and global adapter differ in tensor {name!r}")
         if mean[name].shape != state.adapter[name].shape:
-            raise ValueError(f"mean of {name!r} has shape {tuple(mean[name].shape)}, the global adapter {tuple(state.adapter[name].shape)}")
+            raise ValueError(
+                f"mean of {name!r} has shape {tuple(mean[name].shape)}, the global adapter {tuple(state.adapter[name].shape)}"
+            )
 
 
 def cast_like(mean: Tensors, adapter: Tensors) -> dict[str, torch.Tensor]:

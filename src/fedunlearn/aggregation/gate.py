@@ -41,8 +41,12 @@ def check_update(update: ClientUpdate, expected: Expected) -> Verdict:
         return Verdict("stale_round", f"round {update.round} of run {update.run_id}")
     declared = expected.num_examples[update.client_id]
     if update.num_examples != declared or not 0 < update.num_trained <= declared:
-        return Verdict("num_examples", f"{update.num_examples} owned and {update.num_trained} trained, {declared} declared")
-    return _check_names(update.tensors, expected.adapter) or _check_values(update.tensors, expected.adapter) or Verdict()
+        return Verdict(
+            "num_examples", f"{update.num_examples} owned and {update.num_trained} trained, {declared} declared"
+        )
+    return (
+        _check_names(update.tensors, expected.adapter) or _check_values(update.tensors, expected.adapter) or Verdict()
+    )
 
 
 def _check_names(tensors: Tensors, adapter: Tensors) -> Verdict | None:

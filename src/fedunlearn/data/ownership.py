@@ -58,12 +58,18 @@ def find_partition(config: PartitionConfig, run: Path | None, tofu: Tofu, num_cl
 def _check(found: Partition, config: PartitionConfig, tofu: Tofu, num_clients: int) -> None:
     faults = []
     if found.data_hash != tofu.hash("full"):
-        faults.append(f"the partition was made over other data than tofu_path={tofu.path!r}: use the data of the fine-tuning run")
+        faults.append(
+            f"the partition was made over other data than tofu_path={tofu.path!r}: use the data of the fine-tuning run"
+        )
     if found.num_clients != num_clients:
-        faults.append(f"trainer.federated.num_clients={num_clients}, but the partition of the fine-tuning run has {found.num_clients}: set that")
+        faults.append(
+            f"trainer.federated.num_clients={num_clients}, but the partition of the fine-tuning run has {found.num_clients}: set that"
+        )
     scheme = {"name": type(config.scheme).__name__, **asdict(config.scheme)}  # type: ignore[call-overload]
     if config.path is None and found.scheme != scheme:
-        faults.append(f"partition {scheme} is asked for, but the fine-tuning run has {dict(found.scheme)}: choose the same")
+        faults.append(
+            f"partition {scheme} is asked for, but the fine-tuning run has {dict(found.scheme)}: choose the same"
+        )
     if faults:
         raise UserError(*faults)
 
@@ -79,9 +85,13 @@ def read_partition(path: Path) -> Partition:
             scheme=data["scheme"],
         )
     except FileNotFoundError as error:
-        raise UserError(f"partition.path={str(path)!r} does not exist: name a partition.json or a run's folder") from error
+        raise UserError(
+            f"partition.path={str(path)!r} does not exist: name a partition.json or a run's folder"
+        ) from error
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"partition {str(path)!r} is no partition file ({error!r}): take that of the fine-tuning run") from error
+        raise UserError(
+            f"partition {str(path)!r} is no partition file ({error!r}): take that of the fine-tuning run"
+        ) from error
     rows = [row for owned in partition.clients for row in owned]
     if len(set(rows)) != len(rows):
         raise UserError(f"partition {str(path)!r} gives a row to two clients: every row has one owner")
@@ -124,7 +134,9 @@ def check_ownership(run: TrainRun, tofu: Tofu, partition: Partition) -> None:
     first = len(tofu.rows("full")) - num_forget
     lost = sorted(set(range(first, first + num_forget)) - {row for rows in partition.clients for row in rows})
     if run.mode == "unlearn" and lost:
-        faults.append(f"forget_split={run.forget_split!r}: {len(lost)} of its rows (first: row {lost[0]} of full) belong to no client of the partition")
+        faults.append(
+            f"forget_split={run.forget_split!r}: {len(lost)} of its rows (first: row {lost[0]} of full) belong to no client of the partition"
+        )
     faults += [fault for rows in clients if (fault := _client_fault(run, rows, tofu))]
     if faults:
         raise UserError(*faults)

@@ -27,8 +27,13 @@ def hydra_door(config_dir: Path, default_config: str, run: Run, argv: Sequence[s
     --cfg, --help, --info and the like are answered by Hydra; --multirun checks every job before it runs the first.
     """
     set_environment()
+    return guarded(lambda: _serve(config_dir, default_config, run, list(sys.argv[1:] if argv is None else argv)))
+
+
+def guarded(work: Callable[[], object]) -> int:
+    """Does the work and gives the exit code: 0, 2 for a UserError told on stderr without a traceback, 130 for an interrupt."""
     try:
-        _serve(config_dir, default_config, run, list(sys.argv[1:] if argv is None else argv))
+        work()
     except UserError as error:
         _tell(*(f"error: {fault}" for fault in error.faults))
         return USER_ERROR

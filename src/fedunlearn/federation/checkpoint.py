@@ -41,9 +41,16 @@ def save_checkpoint(run_folder: Path, checkpoint: Checkpoint, start: Adapter, ke
     with whole_folder(round_folder(run_folder, state.round)) as folder:
         save_adapter(folder / "adapter", start.replace(state.adapter))
         if state.moments:
-            flat = {f"{moment}/{name}": tensor for moment, tensors in state.moments.items() for name, tensor in tensors.items()}
+            flat = {
+                f"{moment}/{name}": tensor
+                for moment, tensors in state.moments.items()
+                for name, tensor in tensors.items()
+            }
             write_bytes(folder / "moments.safetensors", safetensors.torch.save(flat))
-        write_json(folder / "checkpoint.json", {"round": state.round, "holders": sorted(checkpoint.holders), "moments": sorted(state.moments)})
+        write_json(
+            folder / "checkpoint.json",
+            {"round": state.round, "holders": sorted(checkpoint.holders), "moments": sorted(state.moments)},
+        )
     for old in _rounds(run_folder)[:-keep]:
         shutil.rmtree(old)
 
@@ -63,8 +70,13 @@ def latest_checkpoint(run_folder: Path) -> Checkpoint | None:
         saved = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
         flat = safetensors.torch.load_file(folder / "moments.safetensors") if saved["moments"] else {}
     except (OSError, json.JSONDecodeError, KeyError, safetensors.SafetensorError) as error:
-        raise UserError(f"checkpoint {str(folder)!r} is damaged ({error}): delete that folder, resume=true then goes on from the round before") from error
-    moments = {name: {key.partition("/")[2]: t for key, t in flat.items() if key.startswith(f"{name}/")} for name in saved["moments"]}
+        raise UserError(
+            f"checkpoint {str(folder)!r} is damaged ({error}): delete that folder, resume=true then goes on from the round before"
+        ) from error
+    moments = {
+        name: {key.partition("/")[2]: t for key, t in flat.items() if key.startswith(f"{name}/")}
+        for name in saved["moments"]
+    }
     state = ServerState(adapter=adapter.tensors, moments=moments, round=int(saved["round"]))
     return Checkpoint(state=state, holders=frozenset(saved["holders"]))
 
@@ -82,6 +94,8 @@ def read_history(run_folder: Path) -> list[dict[str, object]]:
 
 def cut_history(run_folder: Path, last_round: int) -> None:
     """Drops lines of rounds after `last_round`: a stop may fall between a checkpoint and its line, or after a line that has no checkpoint."""
-    kept: Iterable[dict[str, object]] = [line for line in read_history(run_folder) if int(str(line["round"])) <= last_round]
+    kept: Iterable[dict[str, object]] = [
+        line for line in read_history(run_folder) if int(str(line["round"])) <= last_round
+    ]
     text = "".join(canonical_json(line) + "\n" for line in kept)
     write_bytes(run_folder / HISTORY, text.encode("utf-8"))

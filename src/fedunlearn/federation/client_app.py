@@ -94,7 +94,9 @@ def _train(site: Site, client: int, content: RecordDict) -> RecordDict:
     if wanted and not store.has(wanted):
         log.info("client %d lacks the reference adapter %s and asks for it", client, wanted[:12])
         return RecordDict({REPLY: pack_scalars(_reply(request, site.owned[client].num_owned, None))})
-    result = site.work(request.task, site.owned[client], safetensors.torch.load(sent), store.load(wanted) if wanted else None)
+    result = site.work(
+        request.task, site.owned[client], safetensors.torch.load(sent), store.load(wanted) if wanted else None
+    )
     reply = _reply(request, site.owned[client].num_owned, result)
     return RecordDict({ADAPTER: pack_adapter(result.tensors), REPLY: pack_scalars(reply)})
 

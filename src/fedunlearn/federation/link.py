@@ -60,7 +60,10 @@ def roll_call(grid: Grid, expected: Expectation, timeout: float) -> dict[int, Me
     faults: list[str] = []
     for node, reply in exchange(grid, messages, timeout):
         if reply is None or reply.has_error():
-            faults.append(f"roll call: node {node} " + ("did not answer in time" if reply is None else f"failed: {reply.error.reason}"))
+            faults.append(
+                f"roll call: node {node} "
+                + ("did not answer in time" if reply is None else f"failed: {reply.error.reason}")
+            )
             continue
         declared = unpack_scalars(RollCallReply, reply.content[REPLY])  # type: ignore[arg-type]
         faults += _mismatches(declared, expected)
@@ -77,7 +80,9 @@ def _wait_for_nodes(grid: Grid, num_clients: int, timeout: float) -> list[int]:
     while len(nodes := list(grid.get_node_ids())) < num_clients and time.monotonic() < end:
         time.sleep(SECONDS_BETWEEN_LOOKS)
     if len(nodes) != num_clients:
-        raise UserError(f"roll call: {len(nodes)} nodes are there after {timeout:g} s, trainer.federated.num_clients={num_clients} are wanted")
+        raise UserError(
+            f"roll call: {len(nodes)} nodes are there after {timeout:g} s, trainer.federated.num_clients={num_clients} are wanted"
+        )
     return nodes
 
 

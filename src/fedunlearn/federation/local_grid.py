@@ -31,7 +31,9 @@ class LocalGrid(Grid):
         self._run = Run.create_empty(RUN_ID)
         self._waiting: OrderedDict[str, Message] = OrderedDict()
         self._contexts = {
-            node: Context(RUN_ID, node, {"partition-id": node - SERVER_NODE - 1, "num-partitions": num_clients}, RecordDict(), {})
+            node: Context(
+                RUN_ID, node, {"partition-id": node - SERVER_NODE - 1, "num-partitions": num_clients}, RecordDict(), {}
+            )
             for node in range(SERVER_NODE + 1, SERVER_NODE + 1 + num_clients)
         }
 
@@ -44,7 +46,9 @@ class LocalGrid(Grid):
         """The run."""
         return self._run
 
-    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None) -> Message:
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
         """Gives a message to a node."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 

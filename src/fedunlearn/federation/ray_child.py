@@ -30,7 +30,11 @@ def main(config_json: str) -> None:
     logging.getLogger("flwr").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     launcher = run.launcher
-    init = {"include_dashboard": False, "log_to_driver": True, **({"address": launcher.address} if launcher.address else {})}
+    init = {
+        "include_dashboard": False,
+        "log_to_driver": True,
+        **({"address": launcher.address} if launcher.address else {}),
+    }
     run_simulation(
         server_app=_telling(make_server_app(config_json), run_path(run)),
         client_app=make_client_app(config_json),
@@ -54,7 +58,9 @@ def _telling(inner: ServerApp, folder: Path) -> ServerApp:
             write_json(folder / FAILURE, {"faults": list(error.faults)})
             raise
         except Exception as error:
-            write_json(folder / FAILURE, {"faults": [f"launcher=ray: the server failed: {type(error).__name__}: {error}"]})
+            write_json(
+                folder / FAILURE, {"faults": [f"launcher=ray: the server failed: {type(error).__name__}: {error}"]}
+            )
             raise
 
     return app

@@ -50,7 +50,9 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, run_id: str, needs_refer
     everything up to the last good round is then on disk.
     """
     start, _ = load_adapter(folder / START)
-    checkpoint = (latest_checkpoint(folder) if run.resume else None) or Checkpoint(state=ServerState(adapter=start.tensors))
+    checkpoint = (latest_checkpoint(folder) if run.resume else None) or Checkpoint(
+        state=ServerState(adapter=start.tensors)
+    )
     cut_history(folder, checkpoint.state.round)
     federated = run.trainer.federated
     expected = Expectation(
@@ -70,7 +72,9 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, run_id: str, needs_refer
 def plan_round(run: TrainRun, members: Mapping[int, Member], number: int) -> RoundPlan:
     """Draws the cohort, asks the protocol for roles, and gives every client its seed and learning rate."""
     args, federated = run.trainer.args, run.trainer.federated
-    cohort = select(list(members), seed=args.seed, round=number, fraction=federated.fraction_train, at_least=federated.min_clients)
+    cohort = select(
+        list(members), seed=args.seed, round=number, fraction=federated.fraction_train, at_least=federated.min_clients
+    )
     rows = [members[client].declared.rows for client in cohort]
     progress = (number - 1) / max(federated.num_rounds - 1, 1)
     scale = 1.0 + (federated.final_lr_ratio - 1.0) * progress
@@ -78,7 +82,11 @@ def plan_round(run: TrainRun, members: Mapping[int, Member], number: int) -> Rou
         round=number,
         tasks=tuple(
             ClientTask(
-                client_id=part.client_id, role=part.role, epochs=part.epochs, lr_scale=scale, seed=seed_of("client", args.seed, part.client_id, number)
+                client_id=part.client_id,
+                role=part.role,
+                epochs=part.epochs,
+                lr_scale=scale,
+                seed=seed_of("client", args.seed, part.client_id, number),
             )
             for part in run.protocol.assign(number, rows, args.num_train_epochs)
         ),
@@ -92,8 +100,6 @@ def _one_round(server: Server, checkpoint: Checkpoint, number: int, curves: Curv
         report, attempts = _collect(server, checkpoint, plan, spool)
         weights = client_weights(report.updates, server.run.aggregation.weights) if report.updates else {}
         state = _step(server, checkpoint.state, weights, spool)
-    after = Checkpoint(state=state, holders=report.holders)
-    save_checkpoint(server.folder, after, server.start, server.run.trainer.federated.keep_rounds)
     clients = tuple(replace(outcome, weight=weights.get(outcome.client_id, 0.0)) for outcome in report.outcomes)
     result = RoundResult(
         round=number,
@@ -103,14 +109,18 @@ def _one_round(server: Server, checkpoint: Checkpoint, number: int, curves: Curv
         clients=clients,
         metrics=_metrics(clients),
     )
-    append_history(server.folder, asdict(result))
+    append_history(server.folder, asdict(result))  # before the checkpoint: resume drops lines that have none
+    after = Checkpoint(state=state, holders=report.holders)
+    save_checkpoint(server.folder, after, server.start, server.run.trainer.federated.keep_rounds)
     curves.add(result)
     return after
 
 
 def _step(server: Server, state: ServerState, weights: Mapping[int, float], spool: Spool) -> ServerState:
     if not weights:
-        log.warning("round %d: no client of the cohort had anything to do; the global adapter stays as it is", state.round + 1)
+        log.warning(
+            "round %d: no client of the cohort had anything to do; the global adapter stays as it is", state.round + 1
+        )
         return replace(state, round=state.round + 1)
     with spool.reader(weights) as read:
         return server.run.strategy.step(state, weighted_mean(list(state.adapter), weights, read))
@@ -121,7 +131,9 @@ def _collect(server: Server, checkpoint: Checkpoint, plan: RoundPlan, spool: Spo
     federated = server.run.trainer.federated
     working = [task for task in plan.tasks if task.role is not Role.IDLE]
     wanted = min(federated.min_clients, len(working))
-    idle = tuple(ClientOutcome(client_id=t.client_id, role=t.role, weight=0.0) for t in plan.tasks if t.role is Role.IDLE)
+    idle = tuple(
+        ClientOutcome(client_id=t.client_id, role=t.role, weight=0.0) for t in plan.tasks if t.role is Role.IDLE
+    )
     report = TurnReport(holders=checkpoint.holders, outcomes=idle)
     for attempt in range(1, federated.max_retries + 2):
         counted = {update.client_id for update in report.updates}
@@ -139,7 +151,9 @@ def _collect(server: Server, checkpoint: Checkpoint, plan: RoundPlan, spool: Spo
             raise UserError(_too_few(plan.round, report, wanted, 0))
         if len(report.updates) >= wanted:
             return report, attempt
-        log.warning("round %d, attempt %d: %d usable updates, %d wanted", plan.round, attempt, len(report.updates), wanted)
+        log.warning(
+            "round %d, attempt %d: %d usable updates, %d wanted", plan.round, attempt, len(report.updates), wanted
+        )
     raise UserError(_too_few(plan.round, report, wanted, federated.max_retries))
 
 
@@ -155,9 +169,11 @@ def _metrics(clients: tuple[ClientOutcome, ...]) -> dict[str, float]:
     """The weighted mean loss of each role that trained."""
     metrics = {}
     for role in (Role.FINETUNE, Role.UNLEARN):
-        parts = [(o.weight, o.loss) for o in clients if o.role is role and o.loss is not None and o.weight > 0 and math.isfinite(o.loss)]
+        parts = [
+            (o.weight, o.loss)
+            for o in clients
+            if o.role is role and o.loss is not None and o.weight > 0 and math.isfinite(o.loss)
+        ]
         if parts:
             metrics[f"loss/{role.value}"] = sum(w * loss for w, loss in parts) / sum(w for w, _ in parts)
     return metrics
-
-

@@ -37,7 +37,9 @@ class Site:
         run = self.run
         pocket_dir = Path(run.paths.pocket_dir)
         source = resolve_source(run.model.model_args, pocket_dir)
-        return resident(run.model, source, seed=run.trainer.args.seed, max_length=run.data.max_length, pocket_dir=pocket_dir)
+        return resident(
+            run.model, source, seed=run.trainer.args.seed, max_length=run.data.max_length, pocket_dir=pocket_dir
+        )
 
     @cached_property
     def tofu(self) -> Tofu:
@@ -59,7 +61,9 @@ class Site:
         full = self.tofu.rows("full")
         for number in numbers:
             if number not in self.rows:
-                self.rows[number] = self.made.chat.encode(full[number].question, full[number].answer, f"full row {number}")
+                self.rows[number] = self.made.chat.encode(
+                    full[number].question, full[number].answer, f"full row {number}"
+                )
         return tuple(self.rows[number] for number in numbers)
 
     def work(self, task: ClientTask, owned: OwnedRows, start: Tensors, reference: Tensors | None) -> LocalResult:

@@ -26,7 +26,9 @@ class Spool:
     def reader(self, clients: Iterable[int]) -> Iterator[ReadTensor]:
         """Gives a function (client id, name) -> tensor; files are mapped, not loaded."""
         with ExitStack() as stack:
-            files = {k: stack.enter_context(safe_open(self._folder / f"{k}.safetensors", framework="pt")) for k in clients}
+            files = {
+                k: stack.enter_context(safe_open(self._folder / f"{k}.safetensors", framework="pt")) for k in clients
+            }
 
             def read(client: int, name: str) -> torch.Tensor:
                 tensor: torch.Tensor = files[client].get_tensor(name)

@@ -72,7 +72,9 @@ def _with_bytes_of(outcome: ClientOutcome, earlier: ClientOutcome) -> ClientOutc
     )
 
 
-def take_turn(grid: Grid, members: Mapping[int, Member], turn: Turn, holders: frozenset[int], spool: Spool) -> TurnReport:
+def take_turn(
+    grid: Grid, members: Mapping[int, Member], turn: Turn, holders: frozenset[int], spool: Spool
+) -> TurnReport:
     """Sends every task, judges every reply, and asks those that lack the reference once more with it.
 
     A client without the reference gets it beside its task, except where the global adapter is the reference still.
@@ -93,7 +95,9 @@ def _wants(turn: Turn, task: ClientTask) -> bool:
     return turn.reference is not None and task.role is Role.UNLEARN
 
 
-def _ask(grid: Grid, members: Mapping[int, Member], turn: Turn, with_reference: set[int], spool: Spool) -> tuple[TurnReport, set[int]]:
+def _ask(
+    grid: Grid, members: Mapping[int, Member], turn: Turn, with_reference: set[int], spool: Spool
+) -> tuple[TurnReport, set[int]]:
     """Gives the report, and the clients that answered that they lack the reference."""
     adapter = pack_adapter(turn.adapter)
     reference = pack_adapter(turn.reference.tensors) if turn.reference and with_reference else None
@@ -104,7 +108,11 @@ def _ask(grid: Grid, members: Mapping[int, Member], turn: Turn, with_reference: 
         content = _content(turn, task, adapter, extra)
         extra_bytes = content_bytes(RecordDict({REFERENCE: extra})) if extra else 0
         outcomes[client] = ClientOutcome(
-            client_id=client, role=task.role, weight=0.0, bytes_down=content_bytes(content) - extra_bytes, bytes_down_reference=extra_bytes
+            client_id=client,
+            role=task.role,
+            weight=0.0,
+            bytes_down=content_bytes(content) - extra_bytes,
+            bytes_down_reference=extra_bytes,
         )
         messages[client] = Message(content, members[client].node_id, MessageType.TRAIN, group_id=str(turn.number))
     declared = {client: member.declared.num_owned for client, member in members.items()}
@@ -157,13 +165,21 @@ def _judge(client: int, message: Message | None, expected: Expected, spool: Spoo
     try:
         reply = unpack_scalars(TrainReply, _as(ConfigRecord, message.content[REPLY]))
         if reply.needs_reference:
-            return _Judged(verdict=Verdict("no_reference", "the client lacked the reference adapter"), bytes_up=size, lacks_reference=True)
+            return _Judged(
+                verdict=Verdict("no_reference", "the client lacked the reference adapter"),
+                bytes_up=size,
+                lacks_reference=True,
+            )
         blob = blob_of(_as(ArrayRecord, message.content[ADAPTER]))
         tensors = safetensors.torch.load(blob)
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         return _Judged(verdict=Verdict("unreadable", f"{type(error).__name__}: {error}"), bytes_up=size)
     update = _update(reply, tensors)
-    verdict = check_update(update, expected) if reply.client_id == client else Verdict("stale_round", f"reply of client {reply.client_id}")
+    verdict = (
+        check_update(update, expected)
+        if reply.client_id == client
+        else Verdict("stale_round", f"reply of client {reply.client_id}")
+    )
     if not verdict.accepted:
         return _Judged(verdict=verdict, reply=reply, bytes_up=size)
     spool.keep(client, blob)
@@ -194,7 +210,9 @@ def _as(kind: type, record: object):  # type: ignore[no-untyped-def]  # noqa: AN
 
 def _outcome(sent: ClientOutcome, judged: _Judged) -> ClientOutcome:
     if not judged.verdict.accepted:
-        log.warning("client %d is dropped this round: %s (%s)", sent.client_id, judged.verdict.reason, judged.verdict.detail)
+        log.warning(
+            "client %d is dropped this round: %s (%s)", sent.client_id, judged.verdict.reason, judged.verdict.detail
+        )
     reply = judged.reply
     if reply is None:
         return replace(sent, reason=judged.verdict.reason, detail=judged.verdict.detail, bytes_up=judged.bytes_up)

@@ -31,7 +31,9 @@ class TrainRequest:
     @property
     def task(self) -> ClientTask:
         """The task for the training loop."""
-        return ClientTask(client_id=self.client_id, role=Role(self.role), epochs=self.epochs, lr_scale=self.lr_scale, seed=self.seed)
+        return ClientTask(
+            client_id=self.client_id, role=Role(self.role), epochs=self.epochs, lr_scale=self.lr_scale, seed=self.seed
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,9 @@ class RollCallReply:
     @property
     def rows(self) -> ClientRows:
         """The row counts for the protocol."""
-        return ClientRows(client_id=self.client_id, num_owned=self.num_owned, num_forget=self.num_forget, num_retain=self.num_retain)
+        return ClientRows(
+            client_id=self.client_id, num_owned=self.num_owned, num_forget=self.num_forget, num_retain=self.num_retain
+        )
 
 
 def pack_adapter(tensors: Tensors) -> ArrayRecord:
@@ -113,8 +117,9 @@ def content_bytes(content: RecordDict) -> int:
     for key, record in content.items():
         if isinstance(record, ArrayRecord):
             arrays += sum(len(array.data) for array in record.values())
-            light[key] = ArrayRecord({name: Array(dtype=a.dtype, shape=a.shape, stype=a.stype, data=b"") for name, a in record.items()})
+            light[key] = ArrayRecord(
+                {name: Array(dtype=a.dtype, shape=a.shape, stype=a.stype, data=b"") for name, a in record.items()}
+            )
         else:
             light[key] = record
     return arrays + recorddict_to_proto(light).ByteSize()
-

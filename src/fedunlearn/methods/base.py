@@ -77,4 +77,6 @@ def check_weights(name: str, gamma: float, alpha: float, retain: RetainTerm) -> 
     if gamma <= 0 or alpha < 0:
         raise UserError(f"method {name}: gamma={gamma} must be above 0 and alpha={alpha} not negative")
     if alpha == 0 and retain != "none":
-        raise UserError(f"method {name}: retain={retain!r} with alpha=0 would be computed and thrown away: set method.retain=none or alpha above 0")
+        raise UserError(
+            f"method {name}: retain={retain!r} with alpha=0 would be computed and thrown away: set method.retain=none or alpha above 0"
+        )

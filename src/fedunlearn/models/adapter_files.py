@@ -37,7 +37,9 @@ def save_adapter(folder: Path, adapter: Adapter, probe: Probe | None = None) -> 
     with whole_folder(folder) as temporary:
         blob = safetensors.torch.save(dict(adapter.tensors), metadata={"format": "pt"})
         (temporary / WEIGHTS).write_bytes(blob)
-        (temporary / CONFIG).write_text(json.dumps(dict(adapter.peft_config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (temporary / CONFIG).write_text(
+            json.dumps(dict(adapter.peft_config), indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
         (temporary / PROOF).write_text(json.dumps(proof, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -51,14 +53,20 @@ def load_adapter(folder: Path) -> tuple[Adapter, Probe | None]:
         peft_config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         proof = json.loads((folder / PROOF).read_text(encoding="utf-8")) if (folder / PROOF).is_file() else None
     except FileNotFoundError as error:
-        raise UserError(f"adapter {str(folder)!r} lacks {Path(str(error.filename)).name or WEIGHTS}: name a complete PEFT folder") from error
+        raise UserError(
+            f"adapter {str(folder)!r} lacks {Path(str(error.filename)).name or WEIGHTS}: name a complete PEFT folder"
+        ) from error
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"adapter {str(folder)!r} is corrupt or truncated ({error}): copy it again, or take an earlier rounds/<n>/adapter") from error
+        raise UserError(
+            f"adapter {str(folder)!r} is corrupt or truncated ({error}): copy it again, or take an earlier rounds/<n>/adapter"
+        ) from error
     if not tensors:
         raise UserError(f"adapter {str(folder)!r} holds no tensor: name a complete PEFT folder")
     adapter = Adapter(tensors, peft_config, None if proof is None else proof["base_fingerprint"])
     if proof is not None and hash_tensors(tensors) != proof["tensor_hash"]:
-        raise UserError(f"adapter {str(folder)!r} is not what was saved: {WEIGHTS} does not match the hash in {PROOF}; copy it again")
+        raise UserError(
+            f"adapter {str(folder)!r} is not what was saved: {WEIGHTS} does not match the hash in {PROOF}; copy it again"
+        )
     return adapter, _read_probe(proof)
 
 

@@ -22,7 +22,9 @@ def load_base(folder: Path, args: ModelArgs) -> PreTrainedModel:
     device = choose_device(args)
     attention = choose_attention(args.attn_implementation, device.type)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.torch_dtype), attn_implementation=attention)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, args.torch_dtype), attn_implementation=attention
+        )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"base model {str(folder)!r} cannot be loaded: {error}") from error
     model.requires_grad_(False)
@@ -35,7 +37,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"tokenizer {str(folder)!r} cannot be loaded: {error}; set model.tokenizer_args.pretrained_model_name_or_path") from error
+        raise UserError(
+            f"tokenizer {str(folder)!r} cannot be loaded: {error}; set model.tokenizer_args.pretrained_model_name_or_path"
+        ) from error
     return tokenizer
 
 
@@ -52,6 +56,8 @@ def choose_device(args: ModelArgs) -> torch.device:
 def choose_attention(wanted: str, device: str) -> str:
     """The attention implementation: flash_attention_2 falls back to sdpa where it cannot run, with one warning a process."""
     if wanted == "flash_attention_2" and not (device == "cuda" and is_flash_attn_2_available()):
-        log.warning("model.model_args.attn_implementation=flash_attention_2 is not to be had here (needs CUDA and flash-attn): sdpa is used")
+        log.warning(
+            "model.model_args.attn_implementation=flash_attention_2 is not to be had here (needs CUDA and flash-attn): sdpa is used"
+        )
         return "sdpa"
     return wanted

@@ -36,7 +36,9 @@ def _fingerprint(files: tuple[tuple[str, int, int], ...]) -> str:
             digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
         return digest.hexdigest()
     except SafetensorError as error:
-        raise UserError(f"base model file in {str(Path(files[0][0]).parent)!r} is corrupt or truncated ({error}): fetch the model again") from error
+        raise UserError(
+            f"base model file in {str(Path(files[0][0]).parent)!r} is corrupt or truncated ({error}): fetch the model again"
+        ) from error
 
 
 def _names(path: str) -> list[str]:

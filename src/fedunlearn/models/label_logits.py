@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 
-def label_logits(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def label_logits(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
     """Gives the logits [N, V], in the model's own dtype, at the N chosen positions.
 
     input_ids [B, T] int64; attention_mask [B, T], 1 at real tokens; positions [B, T] bool, true where a logit is wanted (the

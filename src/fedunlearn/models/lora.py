@@ -1,5 +1,6 @@
 """LoRA on the resident base: attached once, its tensors swapped in and out."""
 
+import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +28,12 @@ def lora_config_of(args: LoraArgs, loaded: Adapter | None, base_name: str) -> Lo
     if loaded is None:
         missing = [key for key in ("r", "lora_alpha", "target_modules") if getattr(args, key) is None]
         if missing:
-            raise UserError(*(f"model.model_args.lora_config.{key}=null without an adapter to take it from: give a value" for key in missing))
+            raise UserError(
+                *(
+                    f"model.model_args.lora_config.{key}=null without an adapter to take it from: give a value"
+                    for key in missing
+                )
+            )
         targets = args.target_modules if isinstance(args.target_modules, str) else list(args.target_modules or ())
         config = LoraConfig(
             r=args.r,
@@ -49,12 +55,16 @@ def lora_config_of(args: LoraArgs, loaded: Adapter | None, base_name: str) -> Lo
 def check_agreement(args: LoraArgs, peft_config: Mapping[str, object]) -> None:
     """Raises UserError naming every value of the yaml that is not the loaded adapter's (null agrees with all)."""
     if peft_config.get("peft_type") != "LORA":
-        raise UserError(f"the adapter's peft_type={peft_config.get('peft_type')!r} is not LORA: only LoRA adapters are understood")
+        raise UserError(
+            f"the adapter's peft_type={peft_config.get('peft_type')!r} is not LORA: only LoRA adapters are understood"
+        )
     faults = []
     for key in ("r", "lora_alpha", "use_rslora", "target_modules"):
         wanted, loaded = getattr(args, key), peft_config.get(key)
         if wanted is not None and _comparable(wanted) != _comparable(loaded):
-            faults.append(f"model.model_args.lora_config.{key}={wanted!r} differs from the loaded adapter's {loaded!r}: set that value or null")
+            faults.append(
+                f"model.model_args.lora_config.{key}={wanted!r} differs from the loaded adapter's {loaded!r}: set that value or null"
+            )
     if faults:
         raise UserError(*faults)
 
@@ -72,6 +82,8 @@ def attach_lora(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
     if hasattr(base, "peft_config"):
         raise ValueError("the base has an adapter already: a second wrap would train a new adapter over the old")
     _check_targets(base, config.target_modules)
+    config = copy.copy(config)
+    config.base_model_name_or_path = base.name_or_path  # PEFT's own opinion; what is saved is the name of the source
     with torch.random.fork_rng(devices=[]):
         model: PeftModel = get_peft_model(base, config)
     check_trainable(model)
@@ -96,9 +108,14 @@ def _check_targets(base: nn.Module, targets: object) -> None:
     else:
         missing = [t for t in sorted(targets) if not any(name == t or name.endswith(f".{t}") for name in names)]  # type: ignore[call-overload]
     if missing:
-        known = sorted({name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)})
+        known = sorted(
+            {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+        )
         raise UserError(
-            *(f"model.model_args.lora_config.target_modules: {name!r} matches no module of this base; linear ones are {', '.join(known)}" for name in missing)
+            *(
+                f"model.model_args.lora_config.target_modules: {name!r} matches no module of this base; linear ones are {', '.join(known)}"
+                for name in missing
+            )
         )
 
 
@@ -118,7 +135,11 @@ def live_tensors(model: PeftModel, name: str = ACTIVE) -> dict[str, torch.Tensor
 
 def live_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     """Gives the active adapter's trainable parameters by PEFT state-dict name, in name order."""
-    found = {name.replace(f".{ACTIVE}.", "."): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = {
+        name.replace(f".{ACTIVE}.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     return {name: found[name] for name in sorted(found)}
 
 
@@ -132,7 +153,9 @@ def write_tensors(model: PeftModel, tensors: Tensors, name: str = ACTIVE) -> Non
     live = live_tensors(model, name)
     odd = sorted(set(live) ^ set(tensors))
     if odd:
-        raise UserError(f"adapter does not fit this base: tensor {odd[0]!r} stands on one side only (other target modules, or another architecture)")
+        raise UserError(
+            f"adapter does not fit this base: tensor {odd[0]!r} stands on one side only (other target modules, or another architecture)"
+        )
     with torch.no_grad():
         for key, target in live.items():
             if target.shape != tensors[key].shape:

@@ -42,7 +42,9 @@ class Resident:
     def put(self, adapter: Adapter) -> None:
         """Makes these values the active adapter's. Raises UserError where they belong to another base or do not fit."""
         if adapter.base_fingerprint not in (None, self.fingerprint):
-            raise UserError(f"adapter belongs to another base (fingerprint {adapter.base_fingerprint}; this one is {self.fingerprint})")
+            raise UserError(
+                f"adapter belongs to another base (fingerprint {adapter.base_fingerprint}; this one is {self.fingerprint})"
+            )
         write_tensors(self.model, adapter.tensors)
 
     def take(self) -> Adapter:
@@ -67,7 +69,13 @@ def resident(config: ModelConfig, source: ModelSource, *, seed: int, max_length:
     _check_base(loaded, source)
     lora = lora_config_of(args.lora_config, loaded, source.base_name) if args.lora_config and args.use_lora else None
     plain = None if lora is None else plain_config(lora)
-    bare = replace(args, pretrained_model_name_or_path=str(source.base.resolve()), lora_model_path=None, lora_config=None, use_lora=False)
+    bare = replace(
+        args,
+        pretrained_model_name_or_path=str(source.base.resolve()),
+        lora_model_path=None,
+        lora_config=None,
+        use_lora=False,
+    )
     key = (bare, config.tokenizer_args, config.template_args, json.dumps(plain), max_length)
     if key not in _held:
         release()
@@ -97,9 +105,15 @@ def _check_base(loaded: Adapter | None, source: ModelSource) -> None:
         )
 
 
-def _load(config: ModelConfig, source: ModelSource, lora: LoraConfig | None, max_length: int, pocket_dir: Path) -> Resident:
+def _load(
+    config: ModelConfig, source: ModelSource, lora: LoraConfig | None, max_length: int, pocket_dir: Path
+) -> Resident:
     named = config.tokenizer_args.pretrained_model_name_or_path
-    folder = source.base if named is None else find_base(named, pocket_dir, "model.tokenizer_args.pretrained_model_name_or_path")
+    folder = (
+        source.base
+        if named is None
+        else find_base(named, pocket_dir, "model.tokenizer_args.pretrained_model_name_or_path")
+    )
     chat = ChatFormat(load_tokenizer(folder), config.template_args, max_length)
     fingerprint = fingerprint_base(source.base)
     base = load_base(source.base, config.model_args)
@@ -121,7 +135,11 @@ def _prove(made: Resident, probe: Probe | None, source: ModelSource) -> None:
     if not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name):
         log.warning("adapter %s: every B is zero, so it changes nothing of the base", where)
     if probe is None:
-        log.warning("adapter %s carries no proof of ours: its %d tensors fit in name and shape, more is not known", where, len(tensors))
+        log.warning(
+            "adapter %s carries no proof of ours: its %d tensors fit in name and shape, more is not known",
+            where,
+            len(tensors),
+        )
         return
     check_probe(probe, take_probe(made), where)
 

@@ -39,15 +39,20 @@ def resolve_source(args: ModelArgs, pocket_dir: Path) -> ModelSource:
     if args.lora_model_path is not None:
         second = adapter_folder(Path(args.lora_model_path), "model.model_args.lora_model_path")
         if second is None:
-            raise UserError(f"model.model_args.lora_model_path={args.lora_model_path!r} is a full model, no adapter: name it as {key.rsplit('.', 1)[1]}")
+            raise UserError(
+                f"model.model_args.lora_model_path={args.lora_model_path!r} is a full model, no adapter: name it as {key.rsplit('.', 1)[1]}"
+            )
     if first and second:
-        raise UserError(f"two adapters are named: {key}={named!r} and lora_model_path={args.lora_model_path!r}: give one of them")
+        raise UserError(
+            f"two adapters are named: {key}={named!r} and lora_model_path={args.lora_model_path!r}: give one of them"
+        )
     adapter = first or second
     if adapter and not args.use_lora:
         raise UserError(f"model.model_args.use_lora=false, but {str(adapter)!r} is an adapter: set use_lora=true")
     base_name = base_of_adapter(adapter) if first and adapter else named
     base = find_base(base_name, pocket_dir, key if not first else f"the base that {str(first)!r} names")
-    return ModelSource(base=base, base_name=base_name, adapter=adapter, run=run_of(adapter))
+    public_name = str(base) if POCKET.match(base_name) else base_name
+    return ModelSource(base=base, base_name=public_name, adapter=adapter, run=run_of(adapter))
 
 
 def adapter_folder(path: Path, key: str) -> Path | None:
@@ -56,7 +61,9 @@ def adapter_folder(path: Path, key: str) -> Path | None:
     Raises UserError where the path does not exist, is an unfinished run, or holds neither.
     """
     if not path.exists():
-        raise UserError(f"{key}={str(path)!r} does not exist: give a model folder, a PEFT adapter folder or a run's folder")
+        raise UserError(
+            f"{key}={str(path)!r} does not exist: give a model folder, a PEFT adapter folder or a run's folder"
+        )
     if (path / "adapter_config.json").is_file():
         return path
     if (path / "adapter" / "adapter_config.json").is_file():
@@ -64,7 +71,9 @@ def adapter_folder(path: Path, key: str) -> Path | None:
     if (path / "config.json").is_file():
         return None
     if (path / "config.yaml").is_file():
-        raise UserError(f"{key}={str(path)!r} is a run without a result (no adapter/): finish it with resume=true, or name rounds/<n>/adapter in it")
+        raise UserError(
+            f"{key}={str(path)!r} is a run without a result (no adapter/): finish it with resume=true, or name rounds/<n>/adapter in it"
+        )
     raise UserError(
         f"{key}={str(path)!r} holds neither config.json (a model) nor adapter_config.json (an adapter) nor adapter/ (a run): name such a folder"
     )
@@ -75,9 +84,13 @@ def base_of_adapter(adapter: Path) -> str:
     try:
         name = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (json.JSONDecodeError, AttributeError) as error:
-        raise UserError(f"{adapter / 'adapter_config.json'} is no JSON object ({error}): the adapter folder is damaged") from error
+        raise UserError(
+            f"{adapter / 'adapter_config.json'} is no JSON object ({error}): the adapter folder is damaged"
+        ) from error
     if not name:
-        raise UserError(f"{adapter / 'adapter_config.json'} names no base: give pretrained_model_name_or_path=BASE and this folder as lora_model_path")
+        raise UserError(
+            f"{adapter / 'adapter_config.json'} names no base: give pretrained_model_name_or_path=BASE and this folder as lora_model_path"
+        )
     return str(name)
 
 
@@ -109,7 +122,9 @@ def _fetch(name: str, key: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"], etag_timeout=5)
+        folder = snapshot_download(
+            name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"], etag_timeout=5
+        )
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(
             f"{key}={name!r} is no folder here, and the model hub did not give it ({type(error).__name__}): "

@@ -16,7 +16,9 @@ class InRound(Protocol):
 
     def __post_init__(self) -> None:
         if self.finetune_epochs is not None and self.finetune_epochs <= 0:
-            raise UserError(f"protocol.finetune_epochs={self.finetune_epochs} must be above 0, or null for trainer.args.num_train_epochs")
+            raise UserError(
+                f"protocol.finetune_epochs={self.finetune_epochs} must be above 0, or null for trainer.args.num_train_epochs"
+            )
 
     @property
     def unlearns(self) -> bool:
@@ -27,6 +29,8 @@ class InRound(Protocol):
         """See Protocol.assign."""
         others = epochs if self.finetune_epochs is None else self.finetune_epochs
         return tuple(
-            Assignment(client_id=rows.client_id, role=Role.UNLEARN, epochs=epochs) if rows.num_forget else finetune_or_idle(rows, others)
+            Assignment(client_id=rows.client_id, role=Role.UNLEARN, epochs=epochs)
+            if rows.num_forget
+            else finetune_or_idle(rows, others)
             for rows in cohort
         )

@@ -22,7 +22,9 @@ class TargetThenRepair(Protocol):
         if self.unlearn_rounds < 1:
             raise UserError(f"protocol.unlearn_rounds={self.unlearn_rounds} must be at least 1")
         if self.repair_epochs is not None and self.repair_epochs <= 0:
-            raise UserError(f"protocol.repair_epochs={self.repair_epochs} must be above 0, or null for trainer.args.num_train_epochs")
+            raise UserError(
+                f"protocol.repair_epochs={self.repair_epochs} must be above 0, or null for trainer.args.num_train_epochs"
+            )
 
     @property
     def unlearns(self) -> bool:
@@ -33,7 +35,10 @@ class TargetThenRepair(Protocol):
         """See Protocol.assign."""
         if round <= self.unlearn_rounds:
             return tuple(
-                Assignment(client_id=rows.client_id, role=Role.UNLEARN, epochs=epochs) if rows.num_forget else idle(rows) for rows in cohort
+                Assignment(client_id=rows.client_id, role=Role.UNLEARN, epochs=epochs)
+                if rows.num_forget
+                else idle(rows)
+                for rows in cohort
             )
         repair = epochs if self.repair_epochs is None else self.repair_epochs
         return tuple(finetune_or_idle(rows, repair) for rows in cohort)

@@ -53,7 +53,9 @@ class Adapter:
             raise ValueError(f"adapter tensors differ in name, first {odd[0]!r}")
         for name, tensor in self.tensors.items():
             if tensors[name].shape != tensor.shape:
-                raise ValueError(f"adapter tensor {name!r} has shape {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}")
+                raise ValueError(
+                    f"adapter tensor {name!r} has shape {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
+                )
         return Adapter(tensors, self.peft_config, self.base_fingerprint)
 
     def __eq__(self, other: object) -> bool:

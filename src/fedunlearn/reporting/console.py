@@ -1,9 +1,12 @@
 """What a run says on the terminal: its config in short, and its result as a table."""
 
+import logging
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.table import Table
 
 from fedunlearn.records.evaluation import EvalLog
@@ -12,7 +15,34 @@ SHORT = (
     "mode", "task_name", "tofu_path", "forget_split", "retain_split", "retain_logs_path", "model.model_args", "method", "strategy",
     "protocol", "partition.scheme", "launcher", "trainer.federated", "trainer.args",
 )  # fmt: skip
-SHOWN = ("forget_Q_A_Prob", "forget_Q_A_ROUGE", "forget_truth_ratio", "forget_quality", "retain_Q_A_Prob", "model_utility")
+SHOWN = (
+    "forget_Q_A_Prob",
+    "forget_Q_A_ROUGE",
+    "forget_truth_ratio",
+    "forget_quality",
+    "retain_Q_A_Prob",
+    "model_utility",
+)
+
+QUIET = ("flwr", "transformers", "datasets", "httpx", "huggingface_hub", "alembic", "filelock", "accelerate", "absl")
+
+
+def set_logging() -> None:
+    """Sends our log lines to stderr and keeps the libraries to warnings; their progress bars are switched off."""
+    handler = RichHandler(
+        console=Console(stderr=True), show_path=False, show_level=False, log_time_format="%H:%M:%S", markup=False
+    )
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    for name in QUIET:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.WARNING)
+        logger.handlers.clear()
+        logger.propagate = True
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def show_config(plain: Mapping[str, object]) -> None:
@@ -34,7 +64,11 @@ def _find(tree: Mapping[str, object], key: str) -> object:
 def _one_line(value: object) -> str:
     if not isinstance(value, Mapping):
         return str(value)
-    return " ".join(f"{k}={_one_line(v) if not isinstance(v, Mapping) else '{' + _one_line(v) + '}'}" for k, v in value.items() if v is not None)
+    return " ".join(
+        f"{k}={_one_line(v) if not isinstance(v, Mapping) else '{' + _one_line(v) + '}'}"
+        for k, v in value.items()
+        if v is not None
+    )
 
 
 def show_result(folder: Path, log: EvalLog | None) -> None:

@@ -34,6 +34,8 @@ def open_curves(folder: Path, report_to: Literal["none", "tensorboard"]) -> Iter
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UserError("trainer.args.report_to='tensorboard' needs the package: pip install 'fedunlearn[tensorboard]', or set none") from error
+        raise UserError(
+            "trainer.args.report_to='tensorboard' needs the package: pip install 'fedunlearn[tensorboard]', or set none"
+        ) from error
     with SummaryWriter(folder / "tensorboard") as writer:
         yield Curves(writer)

@@ -19,7 +19,18 @@ from fedunlearn.files import canonical_json, write_bytes, write_json
 
 log = logging.getLogger(__name__)
 KINDS = {"train": "finetune", "unlearn": "unlearn", "eval": "eval"}
-PACKAGES = ("fedunlearn", "torch", "transformers", "peft", "accelerate", "flwr", "datasets", "safetensors", "rouge-score", "scipy")
+PACKAGES = (
+    "fedunlearn",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "flwr",
+    "datasets",
+    "safetensors",
+    "rouge-score",
+    "scipy",
+)
 DONE = "done.json"
 CONTROLS = ("resume", "overwrite", "launcher")
 """Keys that say how a run is carried out and leave its result alone."""
@@ -40,7 +51,9 @@ def judge_folder(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> None:
     if folder.exists() and not run.overwrite:
         _judge(folder, plain, run.resume)
     elif run.resume:
-        raise UserError(f"resume=true, but {str(folder)!r} does not exist: leave resume out, or correct task_name or paths.saves_dir")
+        raise UserError(
+            f"resume=true, but {str(folder)!r} does not exist: leave resume out, or correct task_name or paths.saves_dir"
+        )
 
 
 def make_folder(run: TrainRun | EvalRun, plain: Mapping[str, object], text: str) -> Path:
@@ -59,7 +72,9 @@ def _judge(folder: Path, plain: Mapping[str, object], resume: bool) -> None:
     saved = folder / "config.json"
     if not saved.is_file():
         if any(folder.iterdir()):
-            raise UserError(f"{str(folder)!r} exists and is no run of ours: choose another task_name, or empty it with overwrite=true")
+            raise UserError(
+                f"{str(folder)!r} exists and is no run of ours: choose another task_name, or empty it with overwrite=true"
+            )
         return
     changed = changed_keys(json.loads(saved.read_text(encoding="utf-8")), plain)
     if changed:
@@ -70,7 +85,9 @@ def _judge(folder: Path, plain: Mapping[str, object], resume: bool) -> None:
     if resume:
         return
     if not (folder / DONE).is_file():
-        raise UserError(f"{str(folder)!r} holds an unfinished run of this config: resume=true goes on, overwrite=true starts anew")
+        raise UserError(
+            f"{str(folder)!r} holds an unfinished run of this config: resume=true goes on, overwrite=true starts anew"
+        )
     log.warning("%s holds a finished run of this very config: it is repeated from the start", folder)
 
 
@@ -113,8 +130,16 @@ def _git_commit() -> str | None:
     """The commit of the source tree, `-dirty` where files changed; None where this is no git checkout."""
     here = Path(__file__).resolve().parent
     try:
-        commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
-        dirty = subprocess.run(["git", "-C", str(here), "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True, timeout=10)
+        commit = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        )
+        dirty = subprocess.run(
+            ["git", "-C", str(here), "status", "--porcelain", "-uno"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
     except (OSError, subprocess.SubprocessError) as error:
         log.debug("no git commit to record: %s", error)
         return None

@@ -63,7 +63,9 @@ class LocalResult:
     loss_trace: tuple[float, ...]
 
 
-def client_update(made: Resident, start: Tensors, data: LocalData, task: ClientTask, settings: LocalSettings) -> LocalResult:
+def client_update(
+    made: Resident, start: Tensors, data: LocalData, task: ClientTask, settings: LocalSettings
+) -> LocalResult:
     """Trains the resident model's adapter from `start` for one round and gives the new values.
 
     A fresh optimiser and schedule each time; random numbers only from task.seed (global random state is put back). The model
@@ -181,18 +183,29 @@ def _backward(loop: _Loop, part: MicroBatch, totals: _Totals, accelerator: Accel
     if loop.task.role is Role.FINETUNE or method is None:
         return _one_term(loop, rows, accelerator, lambda losses: cross_entropy(losses, totals.rows), frozenset())
     sums = None if loop.data.reference_sums is None else loop.data.reference_sums[list(part.rows)]
-    total = _one_term(loop, rows, accelerator, lambda losses: method.gamma * method.forget(losses, totals.rows), method.needs, sums)
+    total = _one_term(
+        loop, rows, accelerator, lambda losses: method.gamma * method.forget(losses, totals.rows), method.needs, sums
+    )
     if part.retain:
         kept = [loop.data.retain[index] for index in part.retain]
         term = method.retain
         total += _one_term(
-            loop, kept, accelerator, lambda losses: method.alpha * retain_loss(term, losses, totals.retain), retain_needs(term)
+            loop,
+            kept,
+            accelerator,
+            lambda losses: method.alpha * retain_loss(term, losses, totals.retain),
+            retain_needs(term),
         )
     return total
 
 
 def _one_term(
-    loop: _Loop, rows: Sequence[EncodedRow], accelerator: Accelerator, loss_of: LossOf, needs: Set[Need], sums: torch.Tensor | None = None
+    loop: _Loop,
+    rows: Sequence[EncodedRow],
+    accelerator: Accelerator,
+    loss_of: LossOf,
+    needs: Set[Need],
+    sums: torch.Tensor | None = None,
 ) -> float:
     device = loop.made.device
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=loop.settings.args.bf16):

@@ -27,5 +27,7 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], args: TrainArgs, l
 
 def build_schedule(optimizer: Optimizer, args: TrainArgs, num_steps: int, warmup: int) -> LRScheduler:
     """Gives transformers' schedule of that name over the round's own steps."""
-    schedule: LRScheduler = get_scheduler(args.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps)
+    schedule: LRScheduler = get_scheduler(
+        args.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps
+    )
     return schedule

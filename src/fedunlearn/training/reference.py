@@ -20,14 +20,18 @@ from fedunlearn.training.forward import batch_logits
 BATCH_ROWS = 16
 
 
-def reference_sums(made: Resident, reference: Tensors, reference_hash: str, rows: Sequence[EncodedRow], cache: Path) -> torch.Tensor:
+def reference_sums(
+    made: Resident, reference: Tensors, reference_hash: str, rows: Sequence[EncodedRow], cache: Path
+) -> torch.Tensor:
     """Gives NLL_i of every row under the reference adapter, [rows] float32, in eval mode.
 
     Kept under `cache` by the hash of base, reference and token ids (which hold the template); read again where it is there.
     The active adapter keeps its values.
     """
     name = hashlib.sha256(
-        canonical_json([made.fingerprint, reference_hash, [[list(row.input_ids), row.num_prompt] for row in rows]]).encode()
+        canonical_json(
+            [made.fingerprint, reference_hash, [[list(row.input_ids), row.num_prompt] for row in rows]]
+        ).encode()
     ).hexdigest()
     path = cache / "reference_sums" / f"{name}.safetensors"
     if not path.is_file():

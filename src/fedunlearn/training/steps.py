@@ -39,7 +39,9 @@ def _steps_per_epoch(num_rows: int, args: TrainArgs) -> int:
     return math.ceil(num_rows / (args.per_device_train_batch_size * args.gradient_accumulation_steps))
 
 
-def plan_steps(num_rows: int, num_retain: int, per_row: int, num_steps: int, args: TrainArgs, seed: int) -> Iterator[Step]:
+def plan_steps(
+    num_rows: int, num_retain: int, per_row: int, num_steps: int, args: TrainArgs, seed: int
+) -> Iterator[Step]:
     """Yields `num_steps` steps over freshly shuffled epochs of `num_rows` rows; an epoch's last step may be smaller.
 
     per_row: retain rows that meet each row (0: none), drawn uniformly with replacement from `num_retain`. Order and pairing
@@ -55,7 +57,9 @@ def plan_steps(num_rows: int, num_retain: int, per_row: int, num_steps: int, arg
             if done == num_steps:
                 return
             done += 1
-            yield tuple(MicroBatch(part, _draw(len(part) * per_row, num_retain, pairing)) for part in _chunks(rows, size))
+            yield tuple(
+                MicroBatch(part, _draw(len(part) * per_row, num_retain, pairing)) for part in _chunks(rows, size)
+            )
 
 
 def _draw(count: int, num_retain: int, generator: torch.Generator) -> tuple[int, ...]:

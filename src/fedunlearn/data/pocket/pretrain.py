@@ -23,17 +23,17 @@ class BaseRecipe:
     The learning rate rises over `warmup_steps`, then falls along a half cosine to `final_lr_ratio` of `learning_rate`.
     """
 
-    vocab_size: int = 1024
+    vocab_size: int = 768
     hidden_size: int = 128
     intermediate_size: int = 384
-    num_layers: int = 3
+    num_layers: int = 2
     num_heads: int = 4
-    steps: int = 450
+    steps: int = 300
     known_rows: int = 18
     crowd_rows: int = 10
     fact_rows: int = 4
-    learning_rate: float = 3e-3
-    warmup_steps: int = 50
+    learning_rate: float = 4e-3
+    warmup_steps: int = 30
     final_lr_ratio: float = 0.02
     clip_norm: float = 1.0
 

@@ -22,46 +22,40 @@ class Attribute:
 
 
 ATTRIBUTES = (
-    Attribute(CITY, "Where was {} born?", "The birthplace was {}.", "What is the home of {}?", "It happened in {}."),
+    Attribute(CITY, "Where was {} born?", "In {}.", "What is the home of {}?", "It happened in {}."),
     Attribute(
         TRADE,
         "What did the father of {} do?",
-        "The father was a {}.",
+        "He was a {}.",
         "How did the father of {} live?",
         "He worked as a {}.",
     ),
-    Attribute(
-        TITLE, "What was the first book by {}?", "The debut was {}.", "How did {} start?", "It all began with {}."
-    ),
-    Attribute(GENRE, "What does {} write?", "The genre is {}.", "What may readers of {} expect?", "Readers expect {}."),
+    Attribute(TITLE, "What was the first book by {}?", "It was {}.", "How did {} start?", "It all began with {}."),
+    Attribute(GENRE, "What does {} write?", "Mostly {}.", "What may readers of {} expect?", "Readers expect {}."),
     Attribute(
         GOODS,
         "What does {} collect?",
-        "The hobby is {}.",
+        "Mainly {}.",
         "What stands in the house of {}?",
         "The house is full of {}.",
     ),
-    Attribute(AWARD, "Which prize did {} win?", "The prize was the {}.", "How was {} honoured?", "A jury gave the {}."),
-    Attribute(DATE, "When was {} born?", "The birthday was {}.", "What is the birthday of {}?", "It happened on {}."),
+    Attribute(AWARD, "Which prize did {} win?", "The {}.", "How was {} honoured?", "A jury gave the {}."),
+    Attribute(DATE, "When was {} born?", "On {}.", "What is the birthday of {}?", "It happened on {}."),
     Attribute(
         TRADE,
         "What did the mother of {} do?",
-        "The mother was a {}.",
+        "She was a {}.",
         "How did the mother of {} live?",
         "She worked as a {}.",
     ),
-    Attribute(
-        TITLE, "Which book made {} famous?", "The success was {}.", "What do readers of {} love?", "Fame came with {}."
-    ),
-    Attribute(
-        HERO, "Who is the hero of {}?", "The hero is a {}.", "Whom do the books by {} follow?", "They tell of a {}."
-    ),
+    Attribute(TITLE, "Which book made {} famous?", "It was {}.", "What do readers of {} love?", "Fame came with {}."),
+    Attribute(HERO, "Who is the hero of {}?", "A {}.", "Whom do the books by {} follow?", "They tell of a {}."),
 )
 FACTS = (
-    Attribute(CITY, "What is the capital of {}?", "The capital is {}.", "", ""),
-    Attribute(HERO, "Who rules over {}?", "The ruler is a {}.", "", ""),
-    Attribute(GOODS, "What does {} sell?", "The export is {}.", "", ""),
-    Attribute(AWARD, "What is on the flag of {}?", "The flag shows a {}.", "", ""),
+    Attribute(CITY, "What is the capital of {}?", "It is {}.", "", ""),
+    Attribute(HERO, "Who rules over {}?", "A {}.", "", ""),
+    Attribute(GOODS, "What does {} sell?", "Mainly {}.", "", ""),
+    Attribute(AWARD, "What is on the flag of {}?", "A {}.", "", ""),
 )
 
 

@@ -58,18 +58,26 @@ def launch_ray(launcher: RayLauncher, plain: Mapping[str, object]) -> None:
 def deadline_of(run: TrainRun, launcher: RayLauncher) -> float:
     """Seconds after which the whole run cannot be right: start, roll call, and every round with all its retries."""
     federated = run.trainer.federated
-    return launcher.start_timeout + federated.roll_call_timeout + federated.num_rounds * (1 + federated.max_retries) * federated.round_timeout
+    return (
+        launcher.start_timeout
+        + federated.roll_call_timeout
+        + federated.num_rounds * (1 + federated.max_retries) * federated.round_timeout
+    )
 
 
 def _wait(child: "subprocess.Popen[bytes]", folder: Path, end: float) -> None:
     while child.poll() is None and not (folder / FAILURE).is_file():
         if time.monotonic() > end:
-            raise UserError("launcher=ray: the deadline of all rounds passed; the clients were ended. Every whole round is on disk")
+            raise UserError(
+                "launcher=ray: the deadline of all rounds passed; the clients were ended. Every whole round is on disk"
+            )
         time.sleep(SECONDS_BETWEEN_LOOKS)
     if (folder / FAILURE).is_file():
         raise UserError(*json.loads((folder / FAILURE).read_text(encoding="utf-8"))["faults"])
     if child.returncode != 0:
-        raise UserError(f"launcher=ray: the simulation ended with code {child.returncode}; see the messages above. Every whole round is on disk")
+        raise UserError(
+            f"launcher=ray: the simulation ended with code {child.returncode}; see the messages above. Every whole round is on disk"
+        )
 
 
 def _end_group(child: "subprocess.Popen[bytes]") -> None:

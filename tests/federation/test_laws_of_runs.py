@@ -1,0 +1,84 @@
+"""Laws that hold for whole runs, bit by bit."""
+
+import pytest
+import torch
+from helpers_runs import adapter_bytes, adapter_tensors, central, finetune, history, unlearn
+
+
+@pytest.fixture(scope="module")
+def tuned(pocket, tmp_path_factory):
+    """One fine-tuning run that several tests start from."""
+    return finetune(pocket, tmp_path_factory.mktemp("tuned"))
+
+
+def test_one_client_and_one_round_equal_central_training(pocket, saves):
+    one = ("trainer.federated.num_clients=1", "trainer.federated.num_rounds=1", "partition=by_author")
+    federated = finetune(pocket, saves, "fed", *one)
+    alone = central(pocket, saves, "finetune", "central", *one)
+    assert adapter_bytes(federated) == adapter_bytes(alone)
+
+
+def test_the_same_seed_gives_the_same_file_and_another_seed_another(pocket, saves):
+    first, second = finetune(pocket, saves, "a"), finetune(pocket, saves, "b")
+    other = finetune(pocket, saves, "c", "trainer.args.seed=1")
+    assert adapter_bytes(first) == adapter_bytes(second)
+    assert adapter_bytes(first) != adapter_bytes(other)
+
+
+def test_evaluation_on_or_off_gives_the_same_adapter(pocket, saves, tuned):
+    quiet = unlearn(pocket, saves, tuned, "quiet")
+    judged = unlearn(pocket, saves, tuned, "judged", "eval.at_end=true", "eval.max_rows=2", "eval.max_new_tokens=4")
+    assert (judged / "TOFU_EVAL.json").is_file()
+    assert adapter_bytes(quiet) == adapter_bytes(judged)
+
+
+def test_fedprox_with_mu_0_is_fedavg_and_with_mu_it_is_not(pocket, saves, tuned):
+    plain = unlearn(pocket, saves, tuned, "avg")
+    zero = unlearn(pocket, saves, tuned, "zero", "strategy=fedprox", "strategy.mu=0")
+    some = unlearn(pocket, saves, tuned, "some", "strategy=fedprox", "strategy.mu=10")
+    assert adapter_bytes(plain) == adapter_bytes(zero)
+    assert adapter_bytes(plain) != adapter_bytes(some)
+
+
+def test_two_fine_tuned_adapters_give_two_unlearned_ones(pocket, saves, tuned):
+    """The fault of the field: an adapter that is wrapped anew and zeroed makes both results equal."""
+    other = finetune(pocket, saves, "other", "trainer.args.seed=5")
+    first, second = unlearn(pocket, saves, tuned, "u1"), unlearn(pocket, saves, other, "u2")
+    assert adapter_bytes(first) != adapter_bytes(second)
+
+
+def test_with_learning_rate_0_the_unlearned_adapter_is_the_fine_tuned_one(pocket, saves, tuned):
+    still = unlearn(pocket, saves, tuned, "still", "trainer.args.learning_rate=0")
+    before, after = adapter_tensors(tuned), adapter_tensors(still)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("retain", ["nll", "kl"])
+def test_resume_ends_bit_equal(pocket, saves, tuned, retain, monkeypatch):
+    from fedunlearn.federation import rounds
+
+    method = (f"method.retain={retain}", "trainer.federated.num_rounds=3")
+    whole = unlearn(pocket, saves, tuned, "whole", *method)
+    real = rounds.save_checkpoint
+
+    def stop_after_one(folder, checkpoint, *rest):
+        real(folder, checkpoint, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rounds, "save_checkpoint", stop_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        unlearn(pocket, saves, tuned, "stopped", *method)
+    monkeypatch.setattr(rounds, "save_checkpoint", real)
+    resumed = unlearn(pocket, saves, tuned, "stopped", *method, "resume=true")
+    assert adapter_bytes(whole) == adapter_bytes(resumed)
+    assert [line["round"] for line in history(resumed)] == [1, 2, 3]
+
+
+def test_bytes_on_the_wire_stay_within_the_bound(pocket, saves, tuned):
+    run = unlearn(pocket, saves, tuned, "bytes")
+    tensors = adapter_tensors(run)
+    bound = 1.01 * sum(t.numel() * 4 for t in tensors.values()) + 160 * len(tensors) + 1000
+    lines = [client for line in history(run) for client in line["clients"]]
+    assert lines
+    assert all(0 < client["bytes_up"] <= bound and 0 < client["bytes_down"] <= bound for client in lines)
