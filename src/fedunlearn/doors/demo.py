@@ -9,10 +9,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fedunlearn.data.ownership import open_tofu
 from fedunlearn.doors.compose import ComposedConfig, compose
 from fedunlearn.doors.finish import account, peak_memory_mib
 from fedunlearn.doors.stages import run_evaluation, run_federated
-from fedunlearn.data.ownership import open_tofu
 from fedunlearn.evals.files import EVAL_FILE
 from fedunlearn.files import write_json
 from fedunlearn.models.resident import release

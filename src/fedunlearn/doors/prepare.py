@@ -93,14 +93,10 @@ def open_data(run: TrainRun | EvalRun) -> tuple[Tofu, EvalLog | None]:
 
 def load_model(run: TrainRun | EvalRun, source: ModelSource) -> Resident:
     """Gives the process's model with its start adapter in place."""
-    train = isinstance(run, TrainRun)
-    return resident(
-        run.model,
-        source,
-        seed=run.trainer.args.seed if isinstance(run, TrainRun) else 0,
-        max_length=run.data.max_length if train else run.max_length,
-        pocket_dir=Path(run.paths.pocket_dir),
+    seed, max_length = (
+        (run.trainer.args.seed, run.data.max_length) if isinstance(run, TrainRun) else (0, run.max_length)
     )
+    return resident(run.model, source, seed=seed, max_length=max_length, pocket_dir=Path(run.paths.pocket_dir))
 
 
 def _check_source(run: TrainRun, source: ModelSource, folder: Path) -> None:

@@ -23,6 +23,7 @@ from fedunlearn.federation.wire import (
     blob_of,
     pack_adapter,
     pack_scalars,
+    typed_record,
     unpack_scalars,
 )
 from fedunlearn.training.client_update import LocalResult
@@ -82,7 +83,7 @@ def _roll_call(site: Site, client: int) -> RollCallReply:
 
 
 def _train(site: Site, client: int, content: RecordDict) -> RecordDict:
-    request = unpack_scalars(TrainRequest, _config(content, REQUEST))
+    request = unpack_scalars(TrainRequest, typed_record(ConfigRecord, content[REQUEST]))
     if request.client_id != client:
         raise ValueError(f"client {client} got the task of client {request.client_id}")
     sent = _blob(content, ADAPTER)
@@ -102,17 +103,7 @@ def _train(site: Site, client: int, content: RecordDict) -> RecordDict:
 
 
 def _blob(content: RecordDict, key: str) -> bytes:
-    record = content[key]
-    if not isinstance(record, ArrayRecord):
-        raise TypeError(f"{key} is no ArrayRecord")
-    return blob_of(record)
-
-
-def _config(content: RecordDict, key: str) -> ConfigRecord:
-    record = content[key]
-    if not isinstance(record, ConfigRecord):
-        raise TypeError(f"{key} is no ConfigRecord")
-    return record
+    return blob_of(typed_record(ArrayRecord, content[key]))
 
 
 def _reply(request: TrainRequest, num_owned: int, result: LocalResult | None) -> TrainReply:

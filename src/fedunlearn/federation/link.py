@@ -5,11 +5,11 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedunlearn.errors import UserError
-from fedunlearn.federation.wire import REPLY, RollCallReply, unpack_scalars
+from fedunlearn.federation.wire import REPLY, RollCallReply, typed_record, unpack_scalars
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LOOKS = 0.02
@@ -65,7 +65,7 @@ def roll_call(grid: Grid, expected: Expectation, timeout: float) -> dict[int, Me
                 + ("did not answer in time" if reply is None else f"failed: {reply.error.reason}")
             )
             continue
-        declared = unpack_scalars(RollCallReply, reply.content[REPLY])  # type: ignore[arg-type]
+        declared = unpack_scalars(RollCallReply, typed_record(ConfigRecord, reply.content[REPLY]))
         faults += _mismatches(declared, expected)
         if declared.client_id in members:
             faults.append(f"roll call: two nodes say that they are client {declared.client_id}")

@@ -5,6 +5,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -27,7 +28,7 @@ def main(config_json: str) -> None:
     run = parse_config(json.loads(config_json))
     assert isinstance(run, TrainRun)
     assert isinstance(run.launcher, RayLauncher)
-    logging.getLogger("flwr").setLevel(logging.WARNING)
+    logging.getLogger("flwr").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     launcher = run.launcher
     init = {
@@ -35,14 +36,13 @@ def main(config_json: str) -> None:
         "log_to_driver": True,
         **({"address": launcher.address} if launcher.address else {}),
     }
+    resources = {"num_cpus": launcher.client_cpus, "num_gpus": launcher.client_gpus}
+    backend: Any = {"init_args": init, "client_resources": resources}
     run_simulation(
         server_app=_telling(make_server_app(config_json), run_path(run)),
         client_app=make_client_app(config_json),
         num_supernodes=run.trainer.federated.num_clients,
-        backend_config={
-            "init_args": init,
-            "client_resources": {"num_cpus": launcher.client_cpus, "num_gpus": launcher.client_gpus},
-        },
+        backend_config=backend,
     )
 
 

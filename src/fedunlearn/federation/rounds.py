@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -148,7 +148,9 @@ def _collect(server: Server, checkpoint: Checkpoint, plan: RoundPlan, spool: Spo
         report = report.merge(take_turn(server.grid, server.members, turn, report.holders, spool))
         lost = [outcome for outcome in report.outcomes if outcome.reason in ("crashed", "timeout")]
         if lost and not server.run.launcher.survives_lost_clients:
-            raise UserError(_too_few(plan.round, report, wanted, 0))
+            raise UserError(
+                f"round {plan.round}: {_told(lost)}. This launcher cannot go on without a client; {_way_out(plan.round)}"
+            )
         if len(report.updates) >= wanted:
             return report, attempt
         log.warning(
@@ -158,11 +160,20 @@ def _collect(server: Server, checkpoint: Checkpoint, plan: RoundPlan, spool: Spo
 
 
 def _too_few(number: int, report: TurnReport, wanted: int, retries: int) -> str:
-    dropped = "; ".join(f"client {o.client_id}: {o.reason} ({o.detail})" for o in report.outcomes if o.reason)
+    dropped = _told([outcome for outcome in report.outcomes if outcome.reason])
     return (
         f"round {number}: {len(report.updates)} usable updates after {retries} retries, trainer.federated.min_clients wants {wanted} ({dropped}). "
-        f"Everything up to round {number - 1} is on disk: mend the cause and go on with resume=true, or lower min_clients"
+        f"Lower min_clients, or {_way_out(number)}"
     )
+
+
+def _told(outcomes: Sequence[ClientOutcome]) -> str:
+    return "; ".join(f"client {outcome.client_id}: {outcome.reason} ({outcome.detail})" for outcome in outcomes)
+
+
+def _way_out(number: int) -> str:
+    on_disk = f"everything up to round {number - 1} is on disk" if number > 1 else "no round is done yet"
+    return f"mend the cause and go on with resume=true ({on_disk})"
 
 
 def _metrics(clients: tuple[ClientOutcome, ...]) -> dict[str, float]:

@@ -24,6 +24,7 @@ from fedunlearn.federation.wire import (
     content_bytes,
     pack_adapter,
     pack_scalars,
+    typed_record,
     unpack_scalars,
 )
 from fedunlearn.records.adapter import Adapter, Tensors, hash_tensors
@@ -160,17 +161,17 @@ def _judge(client: int, message: Message | None, expected: Expected, spool: Spoo
     if message is None:
         return _Judged(verdict=Verdict("timeout", "no reply within round_timeout"))
     if message.has_error():
-        return _Judged(verdict=Verdict("crashed", f"{message.error.reason}"))
+        return _Judged(verdict=Verdict("crashed", _first_line(message.error.reason or "")))
     size = content_bytes(message.content)
     try:
-        reply = unpack_scalars(TrainReply, _as(ConfigRecord, message.content[REPLY]))
+        reply = unpack_scalars(TrainReply, typed_record(ConfigRecord, message.content[REPLY]))
         if reply.needs_reference:
             return _Judged(
                 verdict=Verdict("no_reference", "the client lacked the reference adapter"),
                 bytes_up=size,
                 lacks_reference=True,
             )
-        blob = blob_of(_as(ArrayRecord, message.content[ADAPTER]))
+        blob = blob_of(typed_record(ArrayRecord, message.content[ADAPTER]))
         tensors = safetensors.torch.load(blob)
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         return _Judged(verdict=Verdict("unreadable", f"{type(error).__name__}: {error}"), bytes_up=size)
@@ -184,6 +185,11 @@ def _judge(client: int, message: Message | None, expected: Expected, spool: Spoo
         return _Judged(verdict=verdict, reply=reply, bytes_up=size)
     spool.keep(client, blob)
     return _Judged(verdict=verdict, reply=reply, update=replace(update, tensors={}), bytes_up=size)
+
+
+def _first_line(text: str) -> str:
+    """A traceback belongs into the log; a line of history takes its first line."""
+    return text.strip().split("\n")[0][:300]
 
 
 def _update(reply: TrainReply, tensors: Tensors) -> ClientUpdate:
@@ -200,12 +206,6 @@ def _update(reply: TrainReply, tensors: Tensors) -> ClientUpdate:
         loss=reply.loss,
         loss_trace=reply.loss_trace,
     )
-
-
-def _as(kind: type, record: object):  # type: ignore[no-untyped-def]  # noqa: ANN202
-    if not isinstance(record, kind):
-        raise TypeError(f"{type(record).__name__} where {kind.__name__} is wanted")
-    return record
 
 
 def _outcome(sent: ClientOutcome, judged: _Judged) -> ClientOutcome:

@@ -110,6 +110,13 @@ def _typed(name: str, value: object, wanted: object) -> object:
     return value
 
 
+def typed_record(kind: type[R], record: object) -> R:
+    """Gives a message's record, checked. Raises TypeError where another kind of record stands there."""
+    if not isinstance(record, kind):
+        raise TypeError(f"{type(record).__name__} where {kind.__name__} is wanted")
+    return record
+
+
 def content_bytes(content: RecordDict) -> int:
     """Gives the size of a message's content as protobuf would send it, without serialising the tensors a second time."""
     arrays = 0
@@ -122,4 +129,4 @@ def content_bytes(content: RecordDict) -> int:
             )
         else:
             light[key] = record
-    return arrays + recorddict_to_proto(light).ByteSize()
+    return arrays + int(recorddict_to_proto(light).ByteSize())

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
+from transformers.utils import logging as transformers_logging
 
 from fedunlearn.config.model import ModelArgs
 from fedunlearn.errors import UserError
@@ -20,6 +21,7 @@ def load_base(folder: Path, args: ModelArgs) -> PreTrainedModel:
     Raises UserError where the files cannot be loaded or CUDA is asked for and absent.
     """
     device = choose_device(args)
+    transformers_logging.disable_progress_bar()
     attention = choose_attention(args.attn_implementation, device.type)
     try:
         model = AutoModelForCausalLM.from_pretrained(

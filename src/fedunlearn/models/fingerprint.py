@@ -33,7 +33,7 @@ def _fingerprint(files: tuple[tuple[str, int, int], ...]) -> str:
             with safe_open(where[name], framework="pt") as file:
                 tensor: torch.Tensor = file.get_tensor(name)
             digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-            digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
     except SafetensorError as error:
         raise UserError(

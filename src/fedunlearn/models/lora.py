@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -84,7 +85,8 @@ def attach_lora(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
     _check_targets(base, config.target_modules)
     config = copy.copy(config)
     config.base_model_name_or_path = base.name_or_path  # PEFT's own opinion; what is saved is the name of the source
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
         model: PeftModel = get_peft_model(base, config)
     check_trainable(model)
     return model

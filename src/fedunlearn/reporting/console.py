@@ -1,7 +1,6 @@
 """What a run says on the terminal: its config in short, and its result as a table."""
 
 import logging
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,7 +27,7 @@ QUIET = ("flwr", "transformers", "datasets", "httpx", "huggingface_hub", "alembi
 
 
 def set_logging() -> None:
-    """Sends our log lines to stderr and keeps the libraries to warnings; their progress bars are switched off."""
+    """Sends our log lines to stderr and keeps the libraries to warnings."""
     handler = RichHandler(
         console=Console(stderr=True), show_path=False, show_level=False, log_time_format="%H:%M:%S", markup=False
     )
@@ -39,10 +38,6 @@ def set_logging() -> None:
         logger.setLevel(logging.WARNING)
         logger.handlers.clear()
         logger.propagate = True
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def show_config(plain: Mapping[str, object]) -> None:

@@ -79,7 +79,7 @@ def client_update(
     write_tensors(made.model, start)
     with _training_mode(made.model, settings.args, task.seed):
         losses, tokens = _run(_Loop(made, data, rows, task, settings, start), num_steps)
-    trace = losses.split(settings.args.logging_steps)
+    trace = torch.split(losses, settings.args.logging_steps)
     return LocalResult(
         tensors=read_tensors(made.model),
         num_trained=len(rows),

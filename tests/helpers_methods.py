@@ -1,0 +1,42 @@
+"""Methods from outside the package, named by `_target_`: some hostile, for the launchers' tests."""
+
+import os
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from fedunlearn.methods.base import Method, Need, RetainTerm, StepTotals, TokenLosses
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetainOnly(Method):
+    """The control: the same rows, draws and steps as a real method, and a forget loss that is always zero."""
+
+    gamma: float = field(default=1.0, init=False)
+    alpha: float = 1.0
+    retain: RetainTerm = "nll"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset()
+
+    def forget(self, batch: TokenLosses, totals: StepTotals) -> torch.Tensor:
+        return 0.0 * batch.nll.sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dying(RetainOnly):
+    """Kills its process in the first forward, as running out of memory does."""
+
+    def forget(self, batch: TokenLosses, totals: StepTotals) -> torch.Tensor:
+        os._exit(9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hanging(RetainOnly):
+    """Never comes back."""
+
+    def forget(self, batch: TokenLosses, totals: StepTotals) -> torch.Tensor:
+        time.sleep(10_000)
+        return super().forget(batch, totals)
