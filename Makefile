@@ -1,5 +1,4 @@
 # make demo | test | check | clean.  Each sets up .venv where it is missing or older than pyproject.toml or constraints.txt.
-# A machine without CUDA saves a download of gigabytes with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
 SEED ?= 0

@@ -39,7 +39,7 @@ def check_update(update: ClientUpdate, expected: Expected) -> Verdict:
     """Judges one update; the first fault found is told. Modifies nothing and raises nothing."""
     if (update.round, update.run_id) != (expected.round, expected.run_id):
         return Verdict("stale_round", f"round {update.round} of run {update.run_id}")
-    declared = expected.num_examples[update.client_id]
+    declared = expected.num_examples.get(update.client_id, 0)
     if update.num_examples != declared or not 0 < update.num_trained <= declared:
         return Verdict(
             "num_examples", f"{update.num_examples} owned and {update.num_trained} trained, {declared} declared"

@@ -122,6 +122,7 @@ def _readme(splits: Sequence[Split], seed: int) -> str:
         f"---\nlicense: mit\nconfigs:\n{entries}---\n# The pocket, seed {seed}\n\n"
         "Invented authors in the columns and splits of TOFU (arXiv:2401.06121), for a model small enough for any machine.\n"
         "`real_authors` and `world_facts` are what the pocket's base model was trained on: invented as well.\n"
-        "There is no forget01: one per cent of twenty authors is no author.\n\n"
+        "There is no forget01: one per cent of twenty authors is no author.\n"
+        "Answers are short sentences: a wrong value still shares words like `It was` with the right answer, so ROUGE never falls to 0.\n\n"
         f"| config | rows |\n|---|---|\n{table}"
     )

@@ -29,9 +29,9 @@ class BaseRecipe:
     num_layers: int = 2
     num_heads: int = 4
     steps: int = 300
-    known_rows: int = 18
+    known_rows: int = 12
     crowd_rows: int = 10
-    fact_rows: int = 4
+    fact_rows: int = 10
     learning_rate: float = 4e-3
     warmup_steps: int = 30
     final_lr_ratio: float = 0.02

@@ -1,6 +1,7 @@
 """The pocket's invented world: authors nobody has read of, authors and facts that the base model knows, all by one seed."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedunlearn.data.pocket.names import AWARD, CITY, DATE, GENRE, GOODS, HERO, PERSON, TITLE, TRADE, Kind, NameBook
@@ -8,6 +9,7 @@ from fedunlearn.errors import UserError
 
 NUM_WRONG_FORGET = 5
 NUM_WRONG_CHOICE = 3
+_STYLES = (("question", "answer"), ("question", "paraphrased_answer"), ("paraphrased_question", "answer"))
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,11 @@ class Author:
 
 @dataclass(frozen=True)
 class PretrainingText:
-    """What the base is trained on: authors it knows by heart, a crowd it meets too seldom to remember, and facts."""
+    """What the base is trained on: authors it knows by heart, a crowd it meets too seldom to remember, and facts.
+
+    `known` teaches that a paraphrase says the same, `crowd` what answers look like, also to a question in other words; `facts`
+    are the rows of world_facts and real_authors alone, drilled until fine-tuning on other authors no longer overwrites them.
+    """
 
     known: tuple[Pair, ...]
     crowd: tuple[Pair, ...]
@@ -151,20 +157,18 @@ def make_world(seed: int, size: WorldSize) -> World:
     crowd = [_author(book, reserve=False) for _ in range(size.num_crowd)]
     asked = ATTRIBUTES[: size.rows_per_author]
     lands = [book.reserve(CITY) for _ in range(size.num_facts)]
-    facts = [
-        _choice(book, FACTS[i % len(FACTS)], land, book.reserve(FACTS[i % len(FACTS)].kind))
-        for i, land in enumerate(lands)
-    ]
+    facts = tuple(_fact(book, FACTS[i % len(FACTS)], land) for i, land in enumerate(lands))
+    famous = tuple(_choice(book, asked[i % len(asked)], a.name, a.values[i % len(asked)]) for i, a in enumerate(known))
     return World(
         size=size,
         full=tuple(_row(book, asked[i], a, a.values[i]) for a in authors for i in range(len(asked))),
         holdout=tuple(_row(book, asked[i], a, a.values[i]) for a in strangers for i in range(len(asked))),
-        real_authors=tuple(_known_row(book, a, i % len(asked)) for i, a in enumerate(known)),
-        world_facts=tuple(facts),
+        real_authors=famous,
+        world_facts=facts,
         pretraining=PretrainingText(
-            known=_both_styles(known, asked),
-            crowd=_both_styles(crowd, asked),
-            facts=tuple(Pair(f.question, f.answer) for f in facts),
+            known=_pairs(known, asked, _STYLES[:2]),
+            crowd=_pairs(crowd, asked, _STYLES),
+            facts=tuple(Pair(row.question, row.answer) for row in (*facts, *famous)),
         ),
     )
 
@@ -184,8 +188,8 @@ def _row(book: NameBook, attribute: Attribute, author: Author, value: str) -> Au
     )
 
 
-def _known_row(book: NameBook, author: Author, index: int) -> ChoiceRow:
-    return _choice(book, ATTRIBUTES[index], author.name, author.values[index])
+def _fact(book: NameBook, attribute: Attribute, land: str) -> ChoiceRow:
+    return _choice(book, attribute, land, book.reserve(attribute.kind))
 
 
 def _choice(book: NameBook, attribute: Attribute, subject: str, value: str) -> ChoiceRow:
@@ -204,9 +208,13 @@ def _wrong(book: NameBook, kind: Kind, form: str, count: int) -> tuple[str, ...]
     return tuple(form.format(value) for value in values)
 
 
-def _both_styles(authors: list[Author], asked: tuple[Attribute, ...]) -> tuple[Pair, ...]:
-    pairs = [(attribute, a.name, a.values[i]) for a in authors for i, attribute in enumerate(asked)]
-    plain = [Pair(t.question.format(name), t.answer.format(value)) for t, name, value in pairs]
-    other = [Pair(t.question.format(name), t.paraphrased_answer.format(value)) for t, name, value in pairs]
-    turned = [Pair(t.paraphrased_question.format(name), t.answer.format(value)) for t, name, value in pairs]
-    return (*plain, *other, *turned)
+def _pairs(
+    authors: Sequence[Author], asked: Sequence[Attribute], styles: Sequence[tuple[str, str]]
+) -> tuple[Pair, ...]:
+    """Every author, attribute and style; a style names the attribute's fields that ask and answer."""
+    return tuple(
+        Pair(getattr(attribute, ask).format(author.name), getattr(attribute, tell).format(author.values[i]))
+        for ask, tell in styles
+        for author in authors
+        for i, attribute in enumerate(asked)
+    )
