@@ -3,12 +3,15 @@
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedunlearn.errors import UserError
+
+_TEMPORARY = re.compile(r"^\.(.+)\.tmp\d+$")
 
 
 def canonical_json(value: object) -> str:
@@ -18,17 +21,18 @@ def canonical_json(value: object) -> str:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file atomically. Raises UserError where the disk is full or the place cannot be written; nothing half-written stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _told(error, path) from error
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise disk_fault(error, path) from error
 
 
 def write_json(path: Path, value: object) -> None:
@@ -38,14 +42,17 @@ def write_json(path: Path, value: object) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Appends one line and flushes it to the disk. Raises UserError where the disk is full."""
+    """Appends one line and flushes it to the disk. Raises UserError where the disk is full; the file then is as it was."""
+    before = path.stat().st_size if path.is_file() else 0
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise _told(error, path) from error
+        with suppress(OSError):  # half a line would stop resume from reading the file
+            os.truncate(path, before)
+        raise disk_fault(error, path) from error
 
 
 @contextmanager
@@ -61,7 +68,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         yield temporary
         _take_place(temporary, path)
     except OSError as error:
-        raise _told(error, path) from error
+        raise disk_fault(error, path) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -72,13 +79,26 @@ def _take_place(temporary: Path, path: Path) -> None:
         return
     old = path.with_name(f".{path.name}.old{os.getpid()}")
     path.rename(old)
-    temporary.rename(path)
-    shutil.rmtree(old)
+    try:
+        temporary.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    if old.is_symlink():
+        old.unlink()
+    else:
+        shutil.rmtree(old)
 
 
-def _told(error: OSError, path: Path) -> UserError:
+def disk_fault(error: OSError, path: Path) -> UserError:
+    """Says what the operating system refused, by the name the user knows `path` by, and the way out."""
+    shown = Path(*(_TEMPORARY.sub(r"\1", part) for part in path.parts))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
-            f"disk full while saving {path}: nothing half-written was left; free some space and run again with resume=true"
+            f"disk full while saving {shown}: nothing half-written was left; free some space and give the same command again "
+            "(with resume=true where the run's folder exists)"
         )
-    return UserError(f"{path} cannot be written ({error.strerror}): choose another paths.saves_dir or task_name")
+    return UserError(
+        f"{shown} cannot be written ({error.strerror or error}): choose another paths.saves_dir or task_name (a cache or a pocket: "
+        "paths.cache_dir, paths.pocket_dir), or mend the rights there"
+    )

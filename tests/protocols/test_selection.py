@@ -1,6 +1,7 @@
 """The cohort's draw and the seeds: laws that hold for every seed and round."""
 
 import hashlib
+import itertools
 import subprocess
 import sys
 from collections import Counter
@@ -50,7 +51,7 @@ def test_another_process_draws_the_same_clients():
     [(1.0, 1, 10), (0.3, 1, 3), (0.31, 1, 4), (0.1, 1, 1), (0.01, 1, 1), (0.1, 4, 4), (0.5, 4, 5), (0.5, 10, 10)],
 )
 def test_how_many_are_drawn(fraction, at_least, count):
-    """ceil(fraction x 10), not fewer than at_least; 0.3 x 10 is 3 although it is 3.0000000000000004 in some orders of rounding."""
+    """ceil(fraction x 10), not fewer than at_least."""
     drawn = draw(fraction=fraction, at_least=at_least)
     assert len(drawn) == count
     assert list(drawn) == sorted(set(drawn))
@@ -92,7 +93,7 @@ def test_one_client_s_absence_moves_no_other_s_draw(missing):
 def test_more_clients_drawn_contain_the_fewer():
     for round in range(1, 10):
         cohorts = [set(draw(round=round, fraction=n / 10)) for n in range(1, 11)]
-        assert all(small < large for small, large in zip(cohorts, cohorts[1:], strict=False))
+        assert all(small < large for small, large in itertools.pairwise(cohorts))
 
 
 def test_every_client_has_its_turn():

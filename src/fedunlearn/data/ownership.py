@@ -7,11 +7,10 @@ from pathlib import Path
 
 from fedunlearn.config.data import PartitionConfig
 from fedunlearn.config.run import TrainRun
-from fedunlearn.data.pocket.build import ensure_pocket
+from fedunlearn.data.pocket.named import named_pocket
 from fedunlearn.data.tofu import Tofu, load_tofu
 from fedunlearn.errors import UserError
 from fedunlearn.files import write_json
-from fedunlearn.models.source import POCKET
 from fedunlearn.records.partition import OwnedRows, Partition
 
 log = logging.getLogger(__name__)
@@ -20,14 +19,19 @@ FILE = "partition.json"
 
 def open_tofu(tofu_path: str, pocket_dir: Path) -> Tofu:
     """Opens `pocket:SEED` (built on first use), a folder or a hub id."""
-    pocket = POCKET.match(tofu_path)
-    return load_tofu(str(ensure_pocket(int(pocket.group(1)), pocket_dir).data) if pocket else tofu_path)
+    pocket = named_pocket(tofu_path, pocket_dir)
+    return load_tofu(tofu_path if pocket is None else str(pocket.data))
 
 
 def make_partition(config: PartitionConfig, tofu: Tofu, num_clients: int) -> Partition:
     """Deals the authors of `full`. Raises UserError for more clients than authors."""
     num_rows, size = len(tofu.rows("full")), tofu.rows_per_author
     num_authors = num_rows // size
+    if num_rows % size:
+        raise UserError(
+            f"tofu_path={tofu.path!r}: full has {num_rows} rows, no whole number of authors at {size} rows each; fetch the data again, "
+            "or correct rows_per_author in the folder's tofu.json"
+        )
     if num_clients > num_authors:
         raise UserError(
             f"trainer.federated.num_clients={num_clients} exceeds the {num_authors} authors of {tofu.path!r} (an author is never split): "
@@ -47,6 +51,8 @@ def find_partition(config: PartitionConfig, run: Path | None, tofu: Tofu, num_cl
     if config.path is not None:
         path = Path(config.path)
         found = read_partition(path / FILE if path.is_dir() else path)
+        if run is not None and read_partition(run / FILE).hash != found.hash:
+            log.warning("partition.path=%s gives rows to other clients than the run %s did: it is taken", path, run)
     elif run is not None:
         found = read_partition(run / FILE)
     else:
@@ -61,9 +67,11 @@ def _check(found: Partition, config: PartitionConfig, tofu: Tofu, num_clients: i
         faults.append(
             f"the partition was made over other data than tofu_path={tofu.path!r}: use the data of the fine-tuning run"
         )
+    else:
+        faults += [fault for fault in (_rows_fault(found, tofu),) if fault]
     if found.num_clients != num_clients:
         faults.append(
-            f"trainer.federated.num_clients={num_clients}, but the partition of the fine-tuning run has {found.num_clients}: set that"
+            f"trainer.federated.num_clients={num_clients}, but the partition has {found.num_clients} clients: set trainer.federated.num_clients={found.num_clients}"
         )
     scheme = {"name": type(config.scheme).__name__, **asdict(config.scheme)}  # type: ignore[call-overload]
     if config.path is None and found.scheme != scheme:
@@ -74,21 +82,36 @@ def _check(found: Partition, config: PartitionConfig, tofu: Tofu, num_clients: i
         raise UserError(*faults)
 
 
+def _rows_fault(found: Partition, tofu: Tofu) -> str:
+    """Rows that are not there, and authors that are not whole, in a partition made by hand; empty where there is no fault."""
+    num_rows, size = len(tofu.rows("full")), tofu.rows_per_author
+    if found.rows_per_author != size:
+        return f"the partition says rows_per_author={found.rows_per_author}, tofu_path={tofu.path!r} has {size}: correct the partition"
+    owner = {row: client for client, rows in enumerate(found.clients) for row in rows}
+    outside = [row for row in owner if not 0 <= row < num_rows]
+    if outside:
+        return f"the partition gives client {owner[outside[0]]} row {outside[0]}, full has rows 0 to {num_rows - 1}: correct the partition"
+    for first in range(0, num_rows, size):
+        if len({owner.get(row) for row in range(first, min(first + size, num_rows))}) > 1:
+            return f"the partition splits the author of rows {first} to {first + size - 1}: an author belongs whole to one client, or to none"
+    return ""
+
+
 def read_partition(path: Path) -> Partition:
     """Reads partition.json. Raises UserError where it is missing, damaged, gives a row twice, or was changed by hand without its hash."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         partition = Partition(
-            clients=tuple(tuple(int(row) for row in rows) for rows in data["clients"]),
-            rows_per_author=int(data["rows_per_author"]),
+            clients=tuple(tuple(_whole(row) for row in rows) for rows in data["clients"]),
+            rows_per_author=_whole(data["rows_per_author"]),
             data_hash=str(data["data_hash"]),
-            scheme=data["scheme"],
+            scheme=dict(data["scheme"]),
         )
     except FileNotFoundError as error:
         raise UserError(
             f"partition.path={str(path)!r} does not exist: name a partition.json or a run's folder"
         ) from error
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"partition {str(path)!r} is no partition file ({error!r}): take that of the fine-tuning run"
         ) from error
@@ -96,8 +119,17 @@ def read_partition(path: Path) -> Partition:
     if len(set(rows)) != len(rows):
         raise UserError(f"partition {str(path)!r} gives a row to two clients: every row has one owner")
     if data.get("hash") not in (None, partition.hash):
-        raise UserError(f"partition {str(path)!r} does not match the hash in it: it was changed after it was written")
+        raise UserError(
+            f"partition {str(path)!r} does not match the hash in it: it was changed after it was written; take the one that was "
+            "written, or delete its key 'hash' where the change is meant"
+        )
     return partition
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is no whole number")
+    return value
 
 
 def write_partition(path: Path, partition: Partition) -> None:
@@ -133,9 +165,13 @@ def check_ownership(run: TrainRun, tofu: Tofu, partition: Partition) -> None:
     num_forget = len(tofu.rows(run.forget_split))
     first = len(tofu.rows("full")) - num_forget
     lost = sorted(set(range(first, first + num_forget)) - {row for rows in partition.clients for row in rows})
+    unowned = len(tofu.rows("full")) - sum(len(rows) for rows in partition.clients)
+    if run.mode == "train" and unowned:
+        log.warning("%d rows of full belong to no client of the partition: nobody trains on them", unowned)
     if run.mode == "unlearn" and lost:
         faults.append(
-            f"forget_split={run.forget_split!r}: {len(lost)} of its rows (first: row {lost[0]} of full) belong to no client of the partition"
+            f"forget_split={run.forget_split!r}: {len(lost)} of its rows (first: row {lost[0]} of full) belong to no client of the partition: "
+            "give them to one, or choose another partition or forget_split"
         )
     faults += [fault for rows in clients if (fault := _client_fault(run, rows, tofu))]
     if faults:

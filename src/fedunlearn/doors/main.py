@@ -1,5 +1,6 @@
 """What every door calls: Hydra's command line in, one run (or a sweep of them) out, faults as messages and exit codes."""
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,20 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 INTERRUPTED = 130
+GO_ON = "the same command with resume=true goes on where the last whole round ended"
+_DISK_FAULTS = frozenset(
+    (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENOTDIR,
+        errno.EEXIST,
+        errno.ENAMETOOLONG,
+    )
+)
+"""What the machine refuses and no code of ours can mend; told without a traceback wherever it comes from."""
 
 Run = Callable[["ComposedConfig"], None]
 
@@ -31,16 +46,30 @@ def hydra_door(config_dir: Path, default_config: str, run: Run, argv: Sequence[s
 
 
 def guarded(work: Callable[[], object]) -> int:
-    """Does the work and gives the exit code: 0, 2 for a UserError told on stderr without a traceback, 130 for an interrupt."""
+    """Does the work and gives the exit code: 0, 2 for a UserError told on stderr without a traceback, 130 for an interrupt.
+
+    A KeyboardInterrupt may carry the way on as its text; else GO_ON is told.
+    """
     try:
         work()
     except UserError as error:
         _tell(*(f"error: {fault}" for fault in error.faults))
         return USER_ERROR
-    except KeyboardInterrupt:
-        _tell("interrupted: the same command with resume=true goes on where the last whole round ended")
+    except KeyboardInterrupt as stop:
+        _tell(f"interrupted: {str(stop) or GO_ON}")
         return INTERRUPTED
+    except OSError as error:
+        if error.errno not in _DISK_FAULTS:
+            raise
+        _tell(f"error: {_disk_fault(error)}")
+        return USER_ERROR
     return 0
+
+
+def _disk_fault(error: OSError) -> str:
+    from fedunlearn.files import disk_fault
+
+    return str(disk_fault(error, Path(str(error.filename)) if error.filename else Path("a file")))
 
 
 def _serve(config_dir: Path, default_config: str, run: Run, argv: list[str]) -> None:
@@ -52,11 +81,25 @@ def _serve(config_dir: Path, default_config: str, run: Run, argv: list[str]) -> 
         _ask_hydra(line, argv)
         return
     if not line.multirun:
-        run(compose(line.config_dir, line.config_name, line.overrides))
+        _run_one(run, compose(line.config_dir, line.config_name, line.overrides))
         return
     for job in _compose_all(line, jobs(line.overrides)):
         _tell(f"job: {job.run.task_name}")
-        run(job)
+        _run_one(run, job)
+
+
+def _run_one(run: Run, composed: "ComposedConfig") -> None:
+    """Runs one job; an interrupt that says nothing itself is given the way on that fits the job."""
+    try:
+        run(composed)
+    except KeyboardInterrupt as stop:
+        if stop.args:
+            raise
+        if composed.run.mode == "eval":
+            raise KeyboardInterrupt("nothing was written; the same command starts it again") from stop
+        if composed.run.overwrite:
+            raise KeyboardInterrupt(f"{GO_ON} (and without overwrite=true)") from stop
+        raise
 
 
 def _compose_all(line: "CommandLine", jobs: Sequence[Sequence[str]]) -> "list[ComposedConfig]":

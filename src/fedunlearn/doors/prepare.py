@@ -1,8 +1,10 @@
 """From a composed config to a run that can start: data, partition and model checked, then the folder made."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.data.ownership import FILE, check_ownership, find_partition, open_tofu, write_partition
@@ -11,6 +13,7 @@ from fedunlearn.doors.compose import ComposedConfig
 from fedunlearn.errors import UserError
 from fedunlearn.evals.files import read_log
 from fedunlearn.evals.retain_log import check_retain_log
+from fedunlearn.evals.tofu import read_sets
 from fedunlearn.federation.rounds import START
 from fedunlearn.files import write_json
 from fedunlearn.models.adapter_files import save_adapter
@@ -22,6 +25,7 @@ from fedunlearn.records.partition import Partition
 from fedunlearn.reporting.run_folder import config_hash, judge_folder, make_folder, provenance, run_path
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -37,6 +41,15 @@ class Prepared:
     retain_log: EvalLog | None
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Inputs:
+    """What a run reads: data, the oracle's log where one is named, base and adapter."""
+
+    tofu: Tofu
+    retain_log: EvalLog | None
+    source: ModelSource
+
+
 def prepare(composed: ComposedConfig) -> Prepared:
     """Checks everything that can be known without a model, then loads it, then makes the run's folder.
 
@@ -47,12 +60,10 @@ def prepare(composed: ComposedConfig) -> Prepared:
         raise UserError(
             f"mode={run.mode!r} is for src/eval.py: give --config-name=train-lora.yaml or unlearn-lora.yaml"
         )
-    judge_folder(run, composed.plain)
     folder = run_path(run)
-    tofu, retain_log = open_data(run)
-    source = resolve_source(run.model.model_args, Path(run.paths.pocket_dir))
-    _check_source(run, source, folder)
-    partition = find_partition(run.partition, source.run, tofu, run.trainer.federated.num_clients)
+    inputs = find_inputs(run, composed.plain)
+    tofu, source = inputs.tofu, inputs.source
+    partition = _partition(run, folder, inputs)
     check_ownership(run, tofu, partition)
     if run.mode == "unlearn" and source.adapter is None:
         log.warning(
@@ -71,24 +82,70 @@ def prepare(composed: ComposedConfig) -> Prepared:
         "data": tofu.hash("full"),
         "partition": partition.hash,
     }
-    make_folder(run, composed.plain, composed.text)
-    if not run.resume or not (folder / START).is_dir():
-        write_partition(folder / FILE, partition)
-        write_json(folder / "provenance.json", {**provenance(run, hashes), "config_hash": config_hash(composed.plain)})
-        save_adapter(folder / START, made.start)
+    start = made.start
+
+    def fill(place: Path) -> None:
+        write_partition(place / FILE, partition)
+        write_json(place / "provenance.json", {**provenance(run, hashes), "config_hash": config_hash(composed.plain)})
+        save_adapter(place / START, start)
+
+    make_folder(run, composed.plain, composed.text, fill)
     return Prepared(
-        run=run, folder=folder, tofu=tofu, source=source, partition=partition, start=made.start, retain_log=retain_log
+        run=run,
+        folder=folder,
+        tofu=tofu,
+        source=source,
+        partition=partition,
+        start=start,
+        retain_log=inputs.retain_log,
     )
 
 
+def find_inputs(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> Inputs:
+    """Looks at the run's folder, the data with the retain log, and the model's files.
+
+    Raises UserError with the faults of all three. After the first fault nothing is built or fetched any more.
+    """
+    faults: list[str] = []
+    pocket_dir = Path(run.paths.pocket_dir)
+    _tried(faults, lambda: judge_folder(run, plain))
+    opened = _tried(faults, lambda: open_data(run)) if not faults or Path(run.tofu_path).is_dir() else None
+    source = _tried(faults, lambda: resolve_source(run.model.model_args, pocket_dir, fetch=not faults))
+    if source is not None and isinstance(run, TrainRun):
+        _tried(faults, lambda: _check_source(source, run_path(run)))
+    if faults or opened is None or source is None:
+        raise UserError(*faults)
+    return Inputs(tofu=opened[0], retain_log=opened[1], source=source)
+
+
+def _tried(faults: list[str], work: Callable[[], T]) -> T | None:
+    try:
+        return work()
+    except UserError as error:
+        faults += error.faults
+    return None
+
+
 def open_data(run: TrainRun | EvalRun) -> tuple[Tofu, EvalLog | None]:
-    """Opens TOFU, checks that the splits are a pair, and reads and checks the retain log where one is named."""
+    """Opens TOFU, checks that the splits are a pair, that what will be evaluated is there, and the retain log where one is named."""
     tofu = open_tofu(run.tofu_path, Path(run.paths.pocket_dir))
     check_splits(tofu, run.forget_split, run.retain_split)
+    if isinstance(run, EvalRun) or run.eval.at_end:
+        read_sets(tofu, run.forget_split, run.eval.max_rows)
     retain_log = None if run.retain_logs_path is None else read_log(Path(run.retain_logs_path))
     if retain_log is not None:
         check_retain_log(retain_log, tofu, run.forget_split, run.eval)
     return tofu, retain_log
+
+
+def _partition(run: TrainRun, folder: Path, inputs: Inputs) -> Partition:
+    """The run's own partition where it is resumed, else the one that its config and adapter name."""
+    num_clients = run.trainer.federated.num_clients
+    if not run.resume:
+        return find_partition(run.partition, inputs.source.run, inputs.tofu, num_clients)
+    if not (folder / START).is_dir():
+        raise UserError(f"resume=true, but {str(folder)!r} lacks {START}/: overwrite=true starts anew in its place")
+    return find_partition(replace(run.partition, path=str(folder)), None, inputs.tofu, num_clients)
 
 
 def load_model(run: TrainRun | EvalRun, source: ModelSource) -> Resident:
@@ -99,7 +156,7 @@ def load_model(run: TrainRun | EvalRun, source: ModelSource) -> Resident:
     return resident(run.model, source, seed=seed, max_length=max_length, pocket_dir=Path(run.paths.pocket_dir))
 
 
-def _check_source(run: TrainRun, source: ModelSource, folder: Path) -> None:
+def _check_source(source: ModelSource, folder: Path) -> None:
     inside = source.adapter is not None and folder.resolve() in source.adapter.resolve().parents
     if inside:
         raise UserError(

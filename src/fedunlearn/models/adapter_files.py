@@ -46,32 +46,66 @@ def save_adapter(folder: Path, adapter: Adapter, probe: Probe | None = None) -> 
 def load_adapter(folder: Path) -> tuple[Adapter, Probe | None]:
     """Reads a PEFT folder and checks the tensors against our proof where there is one (a foreign folder has none: fingerprint None).
 
-    Raises UserError for corrupt or truncated weights, a damaged config, or tensors that are not those that were saved.
+    Raises UserError for corrupt or truncated weights, a damaged config or proof, or tensors that are not those that were saved.
     """
+    for name in (WEIGHTS, CONFIG):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"adapter {str(folder)!r} lacks {name}: name a complete PEFT folder (weights as safetensors, not .bin)"
+            )
     try:
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
-        peft_config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        proof = json.loads((folder / PROOF).read_text(encoding="utf-8")) if (folder / PROOF).is_file() else None
-    except FileNotFoundError as error:
-        raise UserError(
-            f"adapter {str(folder)!r} lacks {Path(str(error.filename)).name or WEIGHTS}: name a complete PEFT folder"
-        ) from error
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        peft_config = _object(folder / CONFIG)
+        proof = _proof(_object(folder / PROOF)) if (folder / PROOF).is_file() else None
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"adapter {str(folder)!r} is corrupt or truncated ({error}): copy it again, or take an earlier rounds/<n>/adapter"
         ) from error
     if not tensors:
         raise UserError(f"adapter {str(folder)!r} holds no tensor: name a complete PEFT folder")
-    adapter = Adapter(tensors, peft_config, None if proof is None else proof["base_fingerprint"])
-    if proof is not None and hash_tensors(tensors) != proof["tensor_hash"]:
+    if proof is None:
+        return Adapter(tensors, peft_config, None), None
+    if hash_tensors(tensors) != proof.tensor_hash:
         raise UserError(
             f"adapter {str(folder)!r} is not what was saved: {WEIGHTS} does not match the hash in {PROOF}; copy it again"
         )
-    return adapter, _read_probe(proof)
+    return Adapter(tensors, peft_config, proof.base_fingerprint), proof.probe
 
 
-def _read_probe(proof: Mapping[str, object] | None) -> Probe | None:
-    probe = proof.get("probe") if proof else None
-    if not isinstance(probe, dict):
+@dataclass(frozen=True, kw_only=True)
+class _Proof:
+    tensor_hash: str
+    base_fingerprint: str | None
+    probe: Probe | None
+
+
+def _object(path: Path) -> dict[str, object]:
+    """Reads a JSON object. Raises OSError or ValueError, which names the file."""
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"{path.name} is no JSON object")
+    return read
+
+
+def _proof(saved: Mapping[str, object]) -> _Proof:
+    """Raises KeyError, TypeError or ValueError where the proof is not what save_adapter writes."""
+    missing = [key for key in ("tensor_hash", "base_fingerprint") if key not in saved]
+    if missing:
+        raise ValueError(f"{PROOF} lacks {missing[0]!r}")
+    fingerprint = saved["base_fingerprint"]
+    return _Proof(
+        tensor_hash=str(saved["tensor_hash"]),
+        base_fingerprint=None if fingerprint is None else str(fingerprint),
+        probe=_read_probe(saved.get("probe")),
+    )
+
+
+def _read_probe(saved: object) -> Probe | None:
+    if saved is None:
         return None
-    return Probe(dtype=str(probe["dtype"]), logits=tuple(tuple(row) for row in probe["logits"]))
+    if not isinstance(saved, dict) or set(saved) != {"dtype", "logits"}:
+        raise ValueError(f"the probe in {PROOF} is none of ours")
+    return Probe(dtype=str(saved["dtype"]), logits=tuple(tuple(map(float, row)) for row in saved["logits"]))

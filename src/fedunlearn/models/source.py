@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedunlearn.config.model import ModelArgs
-from fedunlearn.data.pocket.build import ensure_pocket
+from fedunlearn.data.pocket.named import named_pocket
 from fedunlearn.errors import UserError
 
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-POCKET = re.compile(r"^pocket:(\d+)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,18 +25,18 @@ class ModelSource:
     run: Path | None = None
 
 
-def resolve_source(args: ModelArgs, pocket_dir: Path) -> ModelSource:
+def resolve_source(args: ModelArgs, pocket_dir: Path, *, fetch: bool = True) -> ModelSource:
     """Finds base and adapter. Builds the pocket or fetches from the hub where that is what is named.
 
-    Raises UserError for a missing path, an empty folder, two adapters, an adapter whose base cannot be found, a hub that cannot
+    fetch=False: neither is done, and the base is then not looked at: for checks after a fault is known. Raises UserError for a missing path, an empty folder, two adapters, an adapter whose base cannot be found, a hub that cannot
     be reached.
     """
     key = "model.model_args.pretrained_model_name_or_path"
     named = args.pretrained_model_name_or_path
-    first = adapter_folder(Path(named), key) if Path(named).is_dir() else None
+    first = adapter_folder(Path(named).expanduser(), key) if Path(named).expanduser().is_dir() else None
     second = None
     if args.lora_model_path is not None:
-        second = adapter_folder(Path(args.lora_model_path), "model.model_args.lora_model_path")
+        second = adapter_folder(Path(args.lora_model_path).expanduser(), "model.model_args.lora_model_path")
         if second is None:
             raise UserError(
                 f"model.model_args.lora_model_path={args.lora_model_path!r} is a full model, no adapter: name it as {key.rsplit('.', 1)[1]}"
@@ -50,8 +49,11 @@ def resolve_source(args: ModelArgs, pocket_dir: Path) -> ModelSource:
     if adapter and not args.use_lora:
         raise UserError(f"model.model_args.use_lora=false, but {str(adapter)!r} is an adapter: set use_lora=true")
     base_name = base_of_adapter(adapter) if first and adapter else named
-    base = find_base(base_name, pocket_dir, key if not first else f"the base that {str(first)!r} names")
-    public_name = str(base) if POCKET.match(base_name) else base_name
+    if not fetch and not Path(base_name).expanduser().exists():
+        return ModelSource(base=Path(base_name), base_name=base_name, adapter=adapter, run=run_of(adapter))
+    where = key if not first else f"the base in {str(first / 'adapter_config.json')!r}, base_model_name_or_path"
+    base = find_base(base_name, pocket_dir, where)
+    public_name = str(base) if named_pocket(base_name, pocket_dir) else base_name
     return ModelSource(base=base, base_name=public_name, adapter=adapter, run=run_of(adapter))
 
 
@@ -69,29 +71,42 @@ def adapter_folder(path: Path, key: str) -> Path | None:
     if (path / "adapter" / "adapter_config.json").is_file():
         return path / "adapter"
     if (path / "config.json").is_file():
+        _refuse_run(path, key)
         return None
-    if (path / "config.yaml").is_file():
-        raise UserError(
-            f"{key}={str(path)!r} is a run without a result (no adapter/): finish it with resume=true, or name rounds/<n>/adapter in it"
-        )
     raise UserError(
         f"{key}={str(path)!r} holds neither config.json (a model) nor adapter_config.json (an adapter) nor adapter/ (a run): name such a folder"
     )
+
+
+def _refuse_run(path: Path, key: str) -> None:
+    """Raises UserError where config.json is that of a run of ours, which holds no model, or no JSON object."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}={str(path)!r}: its config.json is damaged ({error}); fetch the model again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{key}={str(path)!r}: its config.json is no JSON object; fetch the model again")
+    if config.get("mode") == "eval":
+        raise UserError(f"{key}={str(path)!r} is an evaluation, which holds no model: name what was evaluated")
+    if "task_name" in config:
+        raise UserError(
+            f"{key}={str(path)!r} is a run without a result (no adapter/): finish it with resume=true, or name rounds/<n>/adapter in it"
+        )
 
 
 def base_of_adapter(adapter: Path) -> str:
     """Gives base_model_name_or_path of a PEFT folder. Raises UserError where its config is no JSON or names none."""
     try:
         name = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{adapter / 'adapter_config.json'} is no JSON object ({error}): the adapter folder is damaged"
+            f"{adapter / 'adapter_config.json'} is no JSON object ({error}): the adapter folder is damaged; copy it again"
         ) from error
-    if not name:
+    if not name or not isinstance(name, str):
         raise UserError(
             f"{adapter / 'adapter_config.json'} names no base: give pretrained_model_name_or_path=BASE and this folder as lora_model_path"
         )
-    return str(name)
+    return name
 
 
 def run_of(adapter: Path | None) -> Path | None:
@@ -104,10 +119,10 @@ def run_of(adapter: Path | None) -> Path | None:
 
 def find_base(name: str, pocket_dir: Path, key: str) -> Path:
     """Gives the folder of a full model on this disk: a path, `pocket:SEED` (built on first use) or a hub id (fetched or from the cache)."""
-    pocket = POCKET.match(name)
-    if pocket:
-        return ensure_pocket(int(pocket.group(1)), pocket_dir).model
-    path = Path(name)
+    pocket = named_pocket(name, pocket_dir)
+    if pocket is not None:
+        return pocket.model
+    path = Path(name).expanduser()
     if path.is_dir():
         if adapter_folder(path, key) is not None:
             raise UserError(f"{key}: {name!r} is an adapter, where a full model is wanted")

@@ -5,9 +5,8 @@ import json
 import logging
 import os
 import platform
-import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.errors import UserError
-from fedunlearn.files import canonical_json, write_bytes, write_json
+from fedunlearn.files import canonical_json, disk_fault, whole_folder, write_bytes, write_json
 
 log = logging.getLogger(__name__)
 KINDS = {"train": "finetune", "unlearn": "unlearn", "eval": "eval"}
@@ -48,7 +47,7 @@ def judge_folder(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> None:
     which one log line says. Raises UserError where neither is said, or there is nothing to resume.
     """
     folder = run_path(run)
-    if folder.exists() and not run.overwrite:
+    if _is_there(folder) and not run.overwrite:
         _judge(folder, plain, run.resume)
     elif run.resume:
         raise UserError(
@@ -56,16 +55,42 @@ def judge_folder(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> None:
         )
 
 
-def make_folder(run: TrainRun | EvalRun, plain: Mapping[str, object], text: str) -> Path:
-    """Makes the folder that judge_folder allowed, emptied unless resume=true, with config.yaml and config.json in it."""
+def make_folder(
+    run: TrainRun | EvalRun, plain: Mapping[str, object], text: str, fill: Callable[[Path], None] | None = None
+) -> Path:
+    """Makes the folder that judge_folder allowed, with config.yaml, config.json and what `fill` writes; with resume=true it stays as it is.
+
+    All in one rename: where the disk is full, the folder is as it was before (the old run, or nothing).
+    """
     folder = run_path(run)
     if run.resume:
         return folder
-    if folder.exists():
-        shutil.rmtree(folder)
-    write_bytes(folder / "config.yaml", text.encode("utf-8"))
-    write_json(folder / "config.json", plain)
+    with whole_folder(folder) as temporary:
+        write_bytes(temporary / "config.yaml", text.encode("utf-8"))
+        write_json(temporary / "config.json", plain)
+        if fill is not None:
+            fill(temporary)
     return folder
+
+
+def _is_there(folder: Path) -> bool:
+    """Whether the folder exists. Raises UserError where it never can: a file in its place, a name too long, no right to write."""
+    try:
+        if folder.is_dir():
+            return True
+        taken = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+        if not taken.is_dir():
+            raise UserError(
+                f"{str(folder)!r} cannot be made, for {str(taken)!r} is a file: choose another task_name or paths.saves_dir"
+            )
+        folder.with_name(f".{folder.name}.tmp{os.getpid()}").exists()
+    except OSError as error:
+        raise disk_fault(error, folder) from error
+    if not os.access(taken, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{str(folder)!r} cannot be made, for {str(taken)!r} may not be written: choose another paths.saves_dir"
+        )
+    return False
 
 
 def _judge(folder: Path, plain: Mapping[str, object], resume: bool) -> None:
@@ -75,8 +100,10 @@ def _judge(folder: Path, plain: Mapping[str, object], resume: bool) -> None:
             raise UserError(
                 f"{str(folder)!r} exists and is no run of ours: choose another task_name, or empty it with overwrite=true"
             )
+        if resume:
+            raise UserError(f"resume=true, but {str(folder)!r} is empty: leave resume out")
         return
-    changed = changed_keys(json.loads(saved.read_text(encoding="utf-8")), plain)
+    changed = changed_keys(_saved_config(saved), plain)
     if changed:
         raise UserError(
             f"{str(folder)!r} was made with another config (differs in {', '.join(changed[:8])}): "
@@ -85,10 +112,25 @@ def _judge(folder: Path, plain: Mapping[str, object], resume: bool) -> None:
     if resume:
         return
     if not (folder / DONE).is_file():
-        raise UserError(
-            f"{str(folder)!r} holds an unfinished run of this config: resume=true goes on, overwrite=true starts anew"
-        )
+        goes_on = "" if plain.get("door") == "central" else "resume=true goes on, "
+        raise UserError(f"{str(folder)!r} holds an unfinished run of this config: {goes_on}overwrite=true starts anew")
     log.warning("%s holds a finished run of this very config: it is repeated from the start", folder)
+
+
+def _saved_config(path: Path) -> Mapping[str, object]:
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(saved, dict):
+        raise _damaged(path, "no JSON object")
+    return saved
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(
+        f"{str(path)!r} is damaged ({why}): choose another task_name, or overwrite=true to start anew in its place"
+    )
 
 
 def changed_keys(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:

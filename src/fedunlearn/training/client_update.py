@@ -69,20 +69,22 @@ def client_update(
     """Trains the resident model's adapter from `start` for one round and gives the new values.
 
     A fresh optimiser and schedule each time; random numbers only from task.seed (global random state is put back). The model
-    is left in eval mode. Raises ValueError for an idle task or one without rows.
+    is left in eval mode. Raises ValueError for an idle task, one without rows, or unlearning without a method.
     """
     rows = data.forget if task.role is Role.UNLEARN else data.retain
     if task.role is Role.IDLE or not rows:
         raise ValueError(f"client {task.client_id} has nothing to do as {task.role.value}")
+    if task.role is Role.UNLEARN and settings.method is None:
+        raise ValueError(f"client {task.client_id} is to unlearn without a method")
     began = time.monotonic()
     num_steps = count_steps(len(rows), task.epochs, settings.args)
     write_tensors(made.model, start)
     with _training_mode(made.model, settings.args, task.seed):
-        losses, tokens = _run(_Loop(made, data, rows, task, settings, start), num_steps)
+        losses, tokens, num_trained = _run(_Loop(made, data, rows, task, settings, start), num_steps)
     trace = torch.split(losses, settings.args.logging_steps)
     return LocalResult(
         tensors=read_tensors(made.model),
-        num_trained=len(rows),
+        num_trained=num_trained,
         num_steps=num_steps,
         num_tokens=tokens,
         seconds=time.monotonic() - began,
@@ -134,18 +136,19 @@ class _Loop:
         return collate(rows, self.settings.collator, self.made.chat.pad_id, self.made.device)
 
 
-def _run(loop: _Loop, num_steps: int) -> tuple[torch.Tensor, int]:
-    """Gives the loss of every optimiser step [num_steps] float64 and the input tokens seen."""
+def _run(loop: _Loop, num_steps: int) -> tuple[torch.Tensor, int, int]:
+    """Gives the loss of every optimiser step [num_steps] float64, the input tokens seen and the distinct rows trained on."""
     args = loop.settings.args
     live = live_parameters(loop.made.model)
     parameters = list(live.values())
     optimizer = build_optimizer(parameters, args, loop.task.lr_scale)
     schedule = build_schedule(optimizer, args, num_steps, warmup_of(len(loop.rows), num_steps, args))
     accelerator = _accelerator(loop.made.device.type)
-    losses, tokens = [], 0
+    losses, tokens, trained = [], 0, set[int]()
     for step in plan_steps(len(loop.rows), len(loop.data.retain), loop.per_row, num_steps, args, loop.task.seed):
         losses.append(sum(_backward(loop, part, _totals(loop, step), accelerator) for part in step))
         tokens += sum(len(row.input_ids) for part in step for row in _rows_of(loop, part))
+        trained.update(index for part in step for index in part.rows)
         if loop.settings.mu:
             _pull_to_start(live, loop.start, loop.settings.mu)
         if args.max_grad_norm > 0:
@@ -153,7 +156,7 @@ def _run(loop: _Loop, num_steps: int) -> tuple[torch.Tensor, int]:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-    return torch.tensor(losses, dtype=torch.float64), tokens
+    return torch.tensor(losses, dtype=torch.float64), tokens, len(trained)
 
 
 @dataclass(frozen=True)

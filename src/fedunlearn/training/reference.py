@@ -25,14 +25,13 @@ def reference_sums(
 ) -> torch.Tensor:
     """Gives NLL_i of every row under the reference adapter, [rows] float32, in eval mode.
 
-    Kept under `cache` by the hash of base, reference and token ids (which hold the template); read again where it is there.
+    Kept under `cache` by the hash of base, its dtype, LoRA config (which holds the scale), reference and token ids (which hold
+    the template); read again where it is there.
     The active adapter keeps its values.
     """
-    name = hashlib.sha256(
-        canonical_json(
-            [made.fingerprint, reference_hash, [[list(row.input_ids), row.num_prompt] for row in rows]]
-        ).encode()
-    ).hexdigest()
+    model = [made.fingerprint, str(made.model.dtype), None if made.start is None else dict(made.start.peft_config)]
+    labels = [[list(row.input_ids), row.num_prompt] for row in rows]
+    name = hashlib.sha256(canonical_json([model, reference_hash, labels]).encode()).hexdigest()
     path = cache / "reference_sums" / f"{name}.safetensors"
     if not path.is_file():
         sums = _compute(made, reference, rows)

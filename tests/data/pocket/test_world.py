@@ -58,7 +58,7 @@ def test_no_name_or_value_of_an_author_stands_in_the_pretraining_text(seed):
     text = "\n".join(world.pretraining.sentences())
     words = own_words(world)
     assert len(words) == 22 * (1 + SIZE.rows_per_author)
-    assert [word for word in words if re.search(rf"\b{re.escape(word)}\b", text)] == []
+    assert [word for word in words if word in text and re.search(rf"\b{re.escape(word)}\b", text)] == []
 
 
 @pytest.mark.parametrize("seed", WORLDS)

@@ -18,7 +18,7 @@ from fedunlearn.data.pocket.world import PretrainingText, WorldSize, make_world
 
 log = logging.getLogger(__name__)
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 _RECORD = "pocket.json"
 
 

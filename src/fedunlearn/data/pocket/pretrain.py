@@ -62,15 +62,20 @@ class Batch:
 def pretrain_base(
     text: PretrainingText, tokenizer: PreTrainedTokenizerFast, recipe: BaseRecipe, seed: int
 ) -> LlamaForCausalLM:
-    """Trains the base model. The same arguments and number of threads give the same weights; global random state is left as it was."""
+    """Trains the base model on one thread, so that the same arguments give the same weights; threads and global random state are put back."""
     encoded = tuple(encode(tokenizer, pairs) for pairs in (text.known, text.crowd, text.facts))
     plan = plan_batches(encoded, recipe, random.Random(f"pocket batches {seed}"))
     with _seeded(seed):
         model = new_model(tokenizer, recipe)
+    with _one_thread():
+        _train(model, plan, recipe, int(tokenizer.convert_tokens_to_ids(tokenizer.pad_token)))
+    return model.eval()
+
+
+def _train(model: LlamaForCausalLM, plan: Sequence[Sequence[EncodedPair]], recipe: BaseRecipe, pad: int) -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
     )
-    pad = int(tokenizer.convert_tokens_to_ids(tokenizer.pad_token))
     model.train()
     for step, rows in enumerate(track(plan, "training the pocket's base model", recipe.steps)):
         for group in optimizer.param_groups:
@@ -79,7 +84,6 @@ def pretrain_base(
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
-    return model.eval()
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, recipe: BaseRecipe) -> LlamaForCausalLM:
@@ -163,6 +167,16 @@ def lr_factor(step: int, recipe: BaseRecipe) -> float:
     done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
     cosine = 0.5 * (1 + float(torch.cos(torch.tensor(done * torch.pi))))
     return recipe.final_lr_ratio + (1 - recipe.final_lr_ratio) * cosine
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

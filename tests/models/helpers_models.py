@@ -1,0 +1,50 @@
+"""Configs and values for the tests of models: a resident model in one call, adapters that act."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from helpers_eval import LLAMA3_ARGS
+
+from fedunlearn.config.model import LoraArgs, ModelArgs, ModelConfig
+from fedunlearn.models.resident import Resident, resident
+from fedunlearn.models.source import resolve_source
+from fedunlearn.records.adapter import Adapter
+
+NOWHERE = Path("no pocket is built here")
+TAKE_ALL = {"r": None, "lora_alpha": None, "target_modules": None}
+
+
+def lora_args(**changed) -> LoraArgs:
+    """r 4, alpha 8, two targets, and what differs."""
+    return LoraArgs(**{"r": 4, "lora_alpha": 8.0, "target_modules": ("q_proj", "v_proj"), **changed})
+
+
+def model_config(path: Path, lora: dict | None = None, **args) -> ModelConfig:
+    """The `model` group for a folder, on the CPU. lora: what differs in lora_config."""
+    named = {"pretrained_model_name_or_path": str(path), "device": "cpu", "lora_config": lora_args(**(lora or {}))}
+    return ModelConfig(model_args=ModelArgs(**{**named, **args}), template_args=LLAMA3_ARGS)
+
+
+def load(config: ModelConfig, seed: int = 0) -> Resident:
+    """The process's model for that config."""
+    source = resolve_source(config.model_args, NOWHERE)
+    return resident(config, source, seed=seed, max_length=256, pocket_dir=NOWHERE)
+
+
+def drawn(adapter: Adapter, seed: int = 1) -> Adapter:
+    """The same adapter with random values, B included."""
+    generator = torch.Generator().manual_seed(seed)
+    return adapter.replace({k: 0.1 * torch.randn(t.shape, generator=generator) for k, t in adapter.tensors.items()})
+
+
+def copy_of(folder: Path, place: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(folder, place / "copy"))
+
+
+def some_logits(model: torch.nn.Module) -> torch.Tensor:
+    """Logits of two rows of six ids."""
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=torch.arange(12).reshape(2, 6) + 40).logits
+    return logits
