@@ -62,6 +62,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises UserError where the disk is full or the place cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    missing = [parent for parent in path.parents if not parent.exists()]
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -71,6 +72,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise disk_fault(error, path) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for parent in missing:  # from the inside out; those that hold something stay
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def _take_place(temporary: Path, path: Path) -> None:

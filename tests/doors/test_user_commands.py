@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(door: str, *arguments: str) -> subprocess.CompletedProcess:
     """Runs a door as a user does, from the project's root."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, door, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, door, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done
 
@@ -44,12 +46,25 @@ def base_of(pocket) -> str:
 def test_fine_tune_unlearn_and_evaluate_by_command_line(pocket, saves):
     """The fault of the field: with learning rate 0 unlearning must leave the fine-tuned model's logits, not the base's."""
     here = places(pocket, saves)
-    run("src/fed_train.py", "--config-name=train-lora.yaml", "experiment=finetune/tofu/pocket", "task_name=ft", base_of(pocket), *here)
+    run(
+        "src/fed_train.py",
+        "--config-name=train-lora.yaml",
+        "experiment=finetune/tofu/pocket",
+        "task_name=ft",
+        base_of(pocket),
+        *here,
+    )
     tuned = saves / "finetune" / "ft"
     still = ("--config-name=unlearn-lora.yaml", "experiment=unlearn/tofu/pocket", "trainer.args.learning_rate=0", *here)
     by_run = f"model.model_args.pretrained_model_name_or_path={tuned}"
     run("src/fed_train.py", *still, "task_name=by_run", by_run)
-    run("src/fed_train.py", *still, "task_name=by_path", base_of(pocket), f"model.model_args.lora_model_path={tuned}/adapter")
+    run(
+        "src/fed_train.py",
+        *still,
+        "task_name=by_path",
+        base_of(pocket),
+        f"model.model_args.lora_model_path={tuned}/adapter",
+    )
     fine, bare = logits(pocket.model, tuned / "adapter"), logits(pocket.model, None)
     assert (fine - bare).abs().max() > 1e-3
     for name in ("by_run", "by_path"):
@@ -75,7 +90,10 @@ def test_real_tofu_over_a_real_llama(saves):
     assert any(tensor.any() for name, tensor in adapter_tensors(first).items() if "lora_B" in name)
     assert not torch.equal(logits(base, first / "adapter"), logits(base, None))
     run("src/fed_train.py", *command, "task_name=y", f"model.model_args.pretrained_model_name_or_path={first}")
-    again = (f"model.model_args.pretrained_model_name_or_path={base}", f"model.model_args.lora_model_path={first}/adapter")
+    again = (
+        f"model.model_args.pretrained_model_name_or_path={base}",
+        f"model.model_args.lora_model_path={first}/adapter",
+    )
     run("src/fed_train.py", *command, "task_name=z", *again)
     assert adapter_bytes(saves / "unlearn" / "y") == adapter_bytes(saves / "unlearn" / "z")
     assert adapter_bytes(saves / "unlearn" / "y") != adapter_bytes(first)

@@ -1,4 +1,4 @@
-"""A tiny base on disk and an adapter for it; one thread; no model held from test to test."""
+"""A tiny base on disk and an adapter for it; one thread; no model is left to the next file."""
 
 import pytest
 import torch
@@ -15,6 +15,11 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_model_left():
+    yield
     release()
 
 

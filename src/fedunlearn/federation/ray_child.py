@@ -16,11 +16,10 @@ from fedunlearn.config.parse import parse_config
 from fedunlearn.config.run import TrainRun
 from fedunlearn.errors import UserError
 from fedunlearn.federation.client_app import make_client_app
+from fedunlearn.federation.launchers.ray import FAILURE
 from fedunlearn.federation.server_app import make_server_app
 from fedunlearn.files import write_json
 from fedunlearn.reporting.run_folder import run_path
-
-FAILURE = "failure.json"
 
 
 def main(config_json: str) -> None:

@@ -49,7 +49,8 @@ def resolve_source(args: ModelArgs, pocket_dir: Path, *, fetch: bool = True) -> 
     if adapter and not args.use_lora:
         raise UserError(f"model.model_args.use_lora=false, but {str(adapter)!r} is an adapter: set use_lora=true")
     base_name = base_of_adapter(adapter) if first and adapter else named
-    if not fetch and not Path(base_name).expanduser().exists():
+    elsewhere = HUB_ID.match(base_name) or base_name.startswith("pocket:")
+    if not fetch and elsewhere and not Path(base_name).is_dir():
         return ModelSource(base=Path(base_name), base_name=base_name, adapter=adapter, run=run_of(adapter))
     where = key if not first else f"the base in {str(first / 'adapter_config.json')!r}, base_model_name_or_path"
     base = find_base(base_name, pocket_dir, where)

@@ -96,7 +96,7 @@ def client_update(
 @contextmanager
 def _training_mode(model: PeftModel, args: TrainArgs, seed: int) -> Iterator[None]:
     if args.gradient_checkpointing:
-        model.enable_input_require_grads()
+        # it hooks the embeddings so that inputs carry a gradient; a hook of ours beside it would never be removed
         model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
     check_trainable(model)
     model.train()

@@ -26,8 +26,7 @@ def reference_sums(
     """Gives NLL_i of every row under the reference adapter, [rows] float32, in eval mode.
 
     Kept under `cache` by the hash of base, its dtype, LoRA config (which holds the scale), reference and token ids (which hold
-    the template); read again where it is there.
-    The active adapter keeps its values.
+    the template); read again where it is there. The active adapter keeps its values.
     """
     model = [made.fingerprint, str(made.model.dtype), None if made.start is None else dict(made.start.peft_config)]
     labels = [[list(row.input_ids), row.num_prompt] for row in rows]

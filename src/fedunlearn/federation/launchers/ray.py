@@ -22,10 +22,11 @@ from fedunlearn.config.parse import parse_config
 from fedunlearn.config.run import TrainRun
 from fedunlearn.errors import UserError
 from fedunlearn.federation.launchers.base import launch
-from fedunlearn.federation.ray_child import FAILURE
 from fedunlearn.reporting.run_folder import run_path
 
 log = logging.getLogger(__name__)
+CHILD = "fedunlearn.federation.ray_child"
+FAILURE = "failure.json"
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_END = 10.0
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -44,7 +45,7 @@ def launch_ray(launcher: RayLauncher, plain: Mapping[str, object]) -> None:
     folder = run_path(run)
     (folder / FAILURE).unlink(missing_ok=True)
     child = subprocess.Popen(
-        [sys.executable, "-m", "fedunlearn.federation.ray_child", json.dumps(plain)],
+        [sys.executable, "-m", CHILD, json.dumps(plain)],
         start_new_session=True,
         env={**os.environ, **QUIET},
         stdin=subprocess.DEVNULL,

@@ -1,0 +1,462 @@
+"""Bad input: one clear message with code 2 and no traceback, and under saves/ everything as it was."""
+
+import errno
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers_runs import CONFIGS, adapter_bytes, finetune, tiny
+from safetensors.torch import load_file, save_file
+
+from fedunlearn.doors.compose import ComposedConfig, compose
+from fedunlearn.doors.main import guarded
+from fedunlearn.doors.stages import run_evaluation, run_federated
+from fedunlearn.errors import UserError
+from fedunlearn.files import append_line
+from fedunlearn.training.client_update import LocalData, LocalSettings, client_update
+
+BASE = "model.model_args.pretrained_model_name_or_path"
+LORA = "model.model_args.lora_model_path"
+TARGETS = "model.model_args.lora_config.target_modules"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file and folder below: path -> size and time of change (0, 0 for a folder)."""
+    found = sorted(folder.rglob("*"))
+    return {
+        str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) if p.is_file() else (0, 0) for p in found
+    }
+
+
+@pytest.fixture(scope="module")
+def tuned(pocket, tmp_path_factory):
+    """A finished fine-tuning run: 4 clients, round robin, r = 4."""
+    return finetune(pocket, tmp_path_factory.mktemp("tuned"))
+
+
+@pytest.fixture
+def told(saves, capsys):
+    """Gives a call that does the work, which must be refused with nothing changed under saves, and gives its messages."""
+    saves.mkdir()
+
+    def call(work) -> list[str]:
+        before = tree(saves)
+        code = guarded(work)
+        said = capsys.readouterr().err
+        assert code == 2, said
+        assert "Traceback" not in said
+        assert tree(saves) == before
+        return [line.removeprefix("error: ") for line in said.splitlines() if line.startswith("error: ")]
+
+    return call
+
+
+@pytest.fixture
+def refused(told, pocket, saves):
+    """Gives a call that composes and runs, and gives the one message it is refused with."""
+
+    def call(kind: str, *overrides: str) -> str:
+        if kind == "eval":
+            lines = told(lambda: run_evaluation(evaluation(pocket, saves, *overrides)))
+        else:
+            lines = told(lambda: run_federated(tiny(pocket, saves, kind, "x", *overrides)))
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return call
+
+
+def evaluation(pocket, saves, *overrides) -> ComposedConfig:
+    own = (
+        "experiment=eval/tofu/pocket", "task_name=x", f"tofu_path={pocket.data}", f"{BASE}={pocket.model}", f"paths.saves_dir={saves}",
+        "model.model_args.lora_config.r=4", "eval.max_rows=1", "eval.max_new_tokens=2",
+    )  # fmt: skip
+    return compose(CONFIGS, "eval.yaml", [*own, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "said"),
+    [
+        ("finetune", "trainer.args.learning_rat=1", "did you mean 'learning_rate'?"),
+        ("finetune", "model.model_args.use_lora=false", "use_lora=false in a federated run: only adapters travel; set use_lora=true"),
+        ("finetune", "task_name=a/b", "task_name='a/b' must be a plain folder name"),
+        ("finetune", "task_name=..", "task_name='..' must be a plain folder name"),
+        ("finetune", f"task_name={'a' * 300}", "(File name too long): choose another paths.saves_dir or task_name"),
+        ("finetune", "trainer.federated.num_clients=-1", "num_clients=-1 must be above 0"),
+        ("finetune", "trainer.federated.min_clients=5", "min_clients=5 must lie between 1 and num_clients=4"),
+        ("finetune", "trainer.args.learning_rate=-1", "learning_rate=-1.0 must not be negative"),
+        ("finetune", "trainer.federated.num_clients=21", "num_clients=21 exceeds the 20 authors"),
+        ("finetune", "forget_split=forget01 retain_split=retain99", "has no split 'forget01': 1 % of its 20 authors is no whole number"),
+        ("finetune", "forget_split=forget05", "forget_split='forget05' and retain_split='retain90' are no pair"),
+        ("unlearn", "partition=by_author trainer.federated.num_clients=10", "client 9 of 10 owns forget rows only (8 of forget10), but method NPO"),
+        ("finetune", f"{BASE}=/nowhere/model", "'/nowhere/model' does not exist: give a folder that does, a hub id"),
+        ("finetune", f"{LORA}=/nowhere/adapter", "'/nowhere/adapter' does not exist: give a model folder, a PEFT adapter"),
+        ("finetune", f"{TARGETS}=[q_prj]", "target_modules: 'q_prj' matches no module of this base; linear ones are down_proj"),
+        ("finetune", f"{BASE}=nobody/nothing", "'nobody/nothing' is no folder here, and the model hub did not give it"),
+        ("finetune", "tofu_path=nobody/nothing", "tofu_path='nobody/nothing': split 'full' is not in the cache and the hub cannot be reached"),
+        ("finetune", "tofu_path=pocket:x", "tofu_path='pocket:x' is no folder"),
+        ("finetune", "resume=true", "resume=true, but "),
+        ("finetune", "paths.saves_dir=/dev/null", "cannot be made, for '/dev/null' is a file"),
+        ("finetune", "paths.saves_dir=/proc/nowhere", "cannot be written (No such file or directory)"),
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_be_is_refused_by_key_and_way_out(refused, kind, overrides, said):
+    assert said in refused(kind, *overrides.split())
+
+
+def test_misspelt_members_of_groups_are_told_with_the_nearest(told, pocket, saves):
+    lines = told(lambda: tiny(pocket, saves, "unlearn", "x", "strategy=fedavgg", "method=npoo", "partition=by_auther"))
+    assert [line.split(" Known:")[0] for line in lines] == [
+        "strategy='fedavgg' is unknown; did you mean 'fedavg'?",
+        "method='npoo' is unknown; did you mean 'npo'?",
+        "partition='by_auther' is unknown; did you mean 'by_author'?",
+    ]
+
+
+def test_faults_of_folder_data_and_model_are_told_at_once(told, pocket, saves, tuned):
+    shutil.copytree(tuned, saves / "finetune" / "x")
+    faults = ("trainer.args.seed=9", "retain_logs_path=/nowhere/log", f"{BASE}=/nowhere/model")
+    lines = told(lambda: run_federated(tiny(pocket, saves, "finetune", "x", *faults)))
+    wanted = ("was made with another config", "retain_logs_path='/nowhere/log'", "'/nowhere/model' does not exist")
+    assert [word in line for word, line in zip(wanted, lines, strict=True)] == [True] * 3
+
+
+# --- adapters and bases
+
+
+def without_weights(folder):
+    (folder / WEIGHTS).unlink()
+
+
+def truncated(folder):
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:999])
+
+
+def emptied(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def changed(folder):
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1] + b"\x77")
+
+
+def writes(name, data):
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+@pytest.mark.parametrize("key", [BASE, LORA])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (without_weights, f"lacks {WEIGHTS}: name a complete PEFT folder"),
+        (truncated, "is corrupt or truncated"),
+        (writes(WEIGHTS, b""), "is corrupt or truncated"),
+        (changed, "does not match the hash in fedunlearn.json"),
+        (emptied, "holds neither config.json (a model) nor adapter_config.json (an adapter)"),
+        (writes("adapter_config.json", b"{"), "adapter_config.json"),
+        (writes("adapter_config.json", b"[]"), "adapter_config.json is no JSON object"),
+        (writes("adapter_config.json", b"\xff"), "adapter_config.json"),
+        (writes("fedunlearn.json", b"[]"), "fedunlearn.json is no JSON object"),
+        (writes("fedunlearn.json", b"{}"), "fedunlearn.json lacks 'tensor_hash'"),
+        (writes("fedunlearn.json", b'{"tensor_hash": "", "base_fingerprint": null, "probe": {}}'), "is none of ours"),
+    ],
+)
+def test_a_damaged_adapter_is_refused(refused, tuned, tmp_path, key, damage, said):
+    folder = shutil.copytree(tuned / "adapter", tmp_path / "adapter")
+    damage(folder)
+    assert said in refused("unlearn", f"{key}={folder}")
+
+
+def test_an_adapter_of_another_base_is_refused(refused, pocket, tuned, tmp_path):
+    other = shutil.copytree(pocket.model, tmp_path / "base")
+    tensors = load_file(other / "model.safetensors")
+    name = min(tensors)
+    save_file({**tensors, name: tensors[name] + 1}, other / "model.safetensors", metadata={"format": "pt"})
+    line = refused("unlearn", f"{BASE}={other}", f"{LORA}={tuned}")
+    assert "belongs to another base: its fingerprint is " in line
+    assert line.endswith("name the base it was trained on")
+
+
+def test_an_adapter_of_another_rank_and_an_adapter_named_twice_are_refused(refused, tuned):
+    line = refused("unlearn", f"{BASE}={tuned}", "model.model_args.lora_config.r=8")
+    assert line == "model.model_args.lora_config.r=8 differs from the loaded adapter's 4: set that value or null"
+    assert "two adapters are named" in refused("unlearn", f"{BASE}={tuned}", f"{LORA}={tuned}/adapter")
+
+
+def test_a_run_without_a_result_is_neither_model_nor_adapter(refused, tuned, tmp_path):
+    unfinished = shutil.copytree(tuned, tmp_path / "unfinished")
+    shutil.rmtree(unfinished / "adapter")
+    said = "is a run without a result (no adapter/): finish it with resume=true, or name rounds/<n>/adapter in it"
+    assert said in refused("eval", f"{BASE}={unfinished}")
+    assert said in refused("unlearn", f"{BASE}={unfinished}")
+    assert said in refused("unlearn", f"{LORA}={unfinished}")
+    (unfinished / "config.json").write_text('{"mode": "eval", "task_name": "e"}')
+    assert "is an evaluation, which holds no model" in refused("unlearn", f"{BASE}={unfinished}")
+
+
+def test_a_model_whose_config_is_damaged_or_which_has_no_chat_template_is_refused(refused, pocket, tmp_path):
+    model = shutil.copytree(pocket.model, tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    assert "has no chat template: set it to false and give the tags" in refused("finetune", f"{BASE}={model}")
+    tags = ("model.template_args.apply_chat_template=false", "model.template_args.user_start_tag=Q")
+    assert "needs user_start_tag, user_end_tag, asst_start_tag" in refused("finetune", f"{BASE}={model}", *tags)
+    for text in ("[]", "{"):
+        (model / "config.json").write_text(text)
+        assert "its config.json is" in refused("finetune", f"{BASE}={model}")
+
+
+# --- partitions
+
+
+def edit(change, *, keeps_hash=False):
+    def apply(saved):
+        if not keeps_hash:
+            saved["hash"] = None
+        change(saved["clients"])
+        return saved
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("apply", "said"),
+    [
+        (edit(lambda c: c[3].pop(), keeps_hash=True), "does not match the hash in it: it was changed after it was written"),
+        (edit(lambda c: [rows.__setitem__(slice(None), [r for r in rows if r < 72]) for rows in c]), "8 of its rows (first: row 72 of full) belong to no client"),
+        (edit(lambda c: c[0].append(c[1].pop())), "splits the author of rows "),
+        (edit(lambda c: c[0].append(80)), "gives client 0 row 80, full has rows 0 to 79"),
+        (edit(lambda c: c[0].append(-1)), "gives client 0 row -1, full has rows 0 to 79"),
+        (edit(lambda c: c[0].append(c[1][0])), "gives a row to two clients"),
+        (edit(lambda c: c[0].append(0.5)), "0.5 is no whole number"),
+        (edit(lambda c: c.append([])), "num_clients=4, but the partition has 5 clients: set trainer.federated.num_clients=5"),
+        (lambda saved: {**saved, "rows_per_author": 2, "hash": None}, "rows_per_author=2, tofu_path="),
+        (lambda saved: {**saved, "data_hash": "x", "hash": None}, "was made over other data than tofu_path="),
+        (lambda saved: {**saved, "scheme": "x"}, "is no partition file"),
+        (lambda saved: [], "is no partition file"),
+    ],
+)  # fmt: skip
+def test_a_partition_made_by_hand_is_checked(refused, tuned, tmp_path, apply, said):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(apply(json.loads((tuned / "partition.json").read_text()))))
+    assert said in refused("unlearn", f"{BASE}={tuned}", f"partition.path={path}")
+
+
+def test_a_partition_that_is_not_there_or_not_json_is_refused(refused, tuned, tmp_path):
+    assert "does not exist: name a partition.json" in refused("unlearn", "partition.path=/nowhere.json")
+    (tmp_path / "p.json").write_text("{")
+    assert "is no partition file" in refused("unlearn", f"partition.path={tmp_path / 'p.json'}")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("trainer.federated.num_clients=5", "num_clients=5, but the partition has 4 clients: set trainer.federated.num_clients=4"),
+        ("partition=by_author", "{'name': 'ByAuthor'} is asked for, but the fine-tuning run has {'name': 'RoundRobin'}"),
+    ],
+)  # fmt: skip
+def test_unlearning_keeps_the_partition_of_the_fine_tuning_run(refused, tuned, override, said):
+    assert said in refused("unlearn", f"{BASE}={tuned}", override)
+
+
+# --- data and logs
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_rows(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def without_column(folder):
+    rows = rows_of(folder / "full.json")
+    del rows[3]["answer"]
+    write_rows(folder / "full.json", rows)
+
+
+def one_row_more(folder):
+    for name in ("full.json", "retain90.json"):
+        write_rows(folder / name, [{"question": "q", "answer": "a"}, *rows_of(folder / name)])
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda f: (f / "retain90.json").unlink(), "has no split 'retain90'; it has: forget05, "),
+        (lambda f: (f / "world_facts_perturbed.json").unlink(), "has no split 'world_facts_perturbed'"),
+        (without_column, "full row 3 needs a text in column 'answer'"),
+        (lambda f: (f / "full.json").write_text("{"), "is neither JSON lines nor a JSON list"),
+        (lambda f: shutil.copy(f / "forget05.json", f / "forget10.json"), "are not the end and the beginning of its full"),
+        (one_row_more, "full has 81 rows, no whole number of authors at 4 rows each"),
+    ],
+)  # fmt: skip
+def test_a_tofu_folder_that_is_not_whole_is_refused_before_the_run(refused, pocket, tmp_path, damage, said):
+    folder = shutil.copytree(pocket.data, tmp_path / "tofu")
+    damage(folder)
+    assert said in refused("finetune", f"tofu_path={folder}", "eval.at_end=true")
+
+
+def test_a_retain_log_of_something_else_is_refused(refused, pocket, saves, tmp_path):
+    (tmp_path / "no.json").write_text("no")
+    assert "is no TOFU_EVAL.json" in refused("unlearn", f"retain_logs_path={tmp_path / 'no.json'}")
+    run_evaluation(evaluation(pocket, saves, "task_name=trial"))
+    log = f"retain_logs_path={saves / 'eval' / 'trial'}"
+    assert "made with eval.max_rows=1, this evaluation has None" in refused("unlearn", log)
+    other = ("forget_split=forget05", "retain_split=retain95", "eval.max_rows=1")
+    assert "the log is of forget_split='forget10', this evaluation of 'forget05'" in refused("unlearn", log, *other)
+
+
+def test_a_client_without_forget_rows_is_not_asked_to_unlearn_and_says_so_if_it_is(pocket, saves):
+    from fedunlearn.doors.stages import central_task
+
+    composed = tiny(pocket, saves, "unlearn", "x")
+    task = central_task(composed.run)
+    settings = LocalSettings(args=composed.run.trainer.args, collator=composed.run.collator, method=composed.run.method)
+    with pytest.raises(ValueError, match="client 7 has nothing to do as unlearn"):
+        client_update(None, {}, LocalData(forget=(), retain=()), replace(task, client_id=7), settings)
+
+
+# --- folders
+
+
+def test_a_folder_that_is_taken_stays_as_it_is(refused, pocket, saves):
+    folder = finetune(pocket, saves, "x")
+    differs = "differs in trainer.args.seed): choose another task_name, or overwrite=true"
+    for more in ((), ("resume=true",)):
+        assert differs in refused("finetune", "trainer.args.seed=3", *more)
+    (folder / "config.json").write_text("{")
+    assert "config.json' is damaged" in refused("finetune", "resume=true")
+    (folder / "config.json").unlink()
+    assert "exists and is no run of ours" in refused("finetune")
+    shutil.rmtree(folder)
+    folder.mkdir()
+    assert "is empty: leave resume out" in refused("finetune", "resume=true")
+    folder.rmdir()
+    folder.write_text("a file")
+    for more in ((), ("overwrite=true",)):
+        assert "is a file: choose another task_name or paths.saves_dir" in refused("finetune", *more)
+
+
+def test_an_unfinished_run_is_named_with_both_ways_on(refused, pocket, saves):
+    folder = finetune(pocket, saves, "x")
+    (folder / "done.json").unlink()
+    assert "holds an unfinished run of this config: resume=true goes on, overwrite=true starts anew" in refused(
+        "finetune"
+    )
+    shutil.rmtree(folder / "start")
+    assert "lacks start/: overwrite=true starts anew" in refused("finetune", "resume=true")
+
+
+# --- a full disk
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Gives a call after which writing the n-th file whose path holds `part` fails, once."""
+
+    def arm(part: str, nth: int = 1) -> None:
+        real, seen = Path.open, []
+
+        def refuse(self, mode="r", *args, **more):
+            if part in str(self) and any(letter in mode for letter in "wax"):
+                seen.append(self)
+                if len(seen) == nth:
+                    raise OSError(errno.ENOSPC, "No space left on device", str(self))
+            return real(self, mode, *args, **more)
+
+        monkeypatch.setattr(Path, "open", refuse)
+
+    return arm
+
+
+@pytest.mark.parametrize("part", ["config.yaml", "config.json", "partition.json", "provenance.json", WEIGHTS])
+def test_a_full_disk_before_the_first_round_leaves_the_old_run_or_nothing(refused, saves, tuned, full_disk, part):
+    full_disk(part)
+    assert "disk full while saving" in refused("finetune")
+    shutil.copytree(tuned, saves / "finetune" / "x")
+    full_disk(part)
+    line = refused("finetune", "trainer.args.seed=3", "overwrite=true")
+    assert ".tmp" not in line
+    assert "nothing half-written was left; free some space and give the same command again" in line
+
+
+@pytest.mark.parametrize(
+    ("part", "nth"),
+    [("history.jsonl", 2), ("checkpoint.json", 2), ("0002", 1), ("rounds/.spool", 3), ("x/.adapter", 1), ("done.json", 1)],
+)  # fmt: skip
+def test_after_a_full_disk_the_run_resumes_to_the_same_adapter(pocket, saves, tuned, full_disk, part, nth):
+    full_disk(part, nth)
+    with pytest.raises(UserError, match=r"disk full while saving .*with resume=true"):
+        finetune(pocket, saves, "x")
+    assert [path for path in saves.rglob("*") if ".tmp" in path.name] == []
+    assert adapter_bytes(finetune(pocket, saves, "x", "resume=true")) == adapter_bytes(tuned)
+
+
+def test_a_line_that_does_not_fit_leaves_the_lines_before_it_whole(tmp_path, monkeypatch):
+    path = tmp_path / "history.jsonl"
+    append_line(path, '{"round": 1}')
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match="disk full while saving"):
+        append_line(path, '{"round": 2}')
+    assert path.read_text() == '{"round": 1}\n'
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_what_the_machine_refuses_anywhere_is_told_without_a_traceback(told, number):
+    def work():
+        raise OSError(number, "refused", "/some/place")
+
+    assert "/some/place" in told(work)[0]
+
+
+# --- the real command line
+
+
+def words(pocket, saves, task, *more):
+    return [
+        "experiment=finetune/tofu/pocket", f"tofu_path={pocket.data}", f"{BASE}={pocket.model}", f"paths.saves_dir={saves}",
+        f"task_name={task}", "trainer.federated.num_clients=4", "trainer.federated.num_rounds=4", "trainer.args.num_train_epochs=2",
+        "model.model_args.lora_config.r=4", "eval.at_end=false", *more,
+    ]  # fmt: skip
+
+
+def test_ctrl_c_in_mid_round_ends_with_130_and_the_run_resumes_bit_equal(pocket, saves):
+    door = [sys.executable, str(CONFIGS.parent / "src" / "fed_train.py")]
+    running = subprocess.Popen([*door, *words(pocket, saves, "stopped")], stderr=subprocess.PIPE, text=True)
+    first, end = saves / "finetune" / "stopped" / "rounds" / "0001", time.monotonic() + 60
+    while not first.is_dir() and running.poll() is None and time.monotonic() < end:
+        time.sleep(0.005)
+    running.send_signal(signal.SIGINT)
+    said = running.communicate(timeout=60)[1]
+    assert running.returncode == 130, said
+    assert said.splitlines()[-1].startswith("interrupted: the same command with resume=true goes on")
+    assert "Traceback" not in said
+    run_federated(compose(CONFIGS, "train-lora.yaml", words(pocket, saves, "stopped", "resume=true")))
+    run_federated(compose(CONFIGS, "train-lora.yaml", words(pocket, saves, "whole")))
+    assert adapter_bytes(saves / "finetune" / "stopped") == adapter_bytes(saves / "finetune" / "whole")
+
+
+def test_an_interrupt_says_the_way_on_that_fits(capsys, monkeypatch, tmp_path):
+    from fedunlearn.doors.main import hydra_door
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    assert hydra_door(CONFIGS, "eval.yaml", stop, ["task_name=e"]) == 130
+    assert capsys.readouterr().err == "interrupted: nothing was written; the same command starts it again\n"
+    assert hydra_door(CONFIGS, "train-lora.yaml", stop, ["task_name=t", "overwrite=true"]) == 130
+    assert capsys.readouterr().err.endswith("(and without overwrite=true)\n")

@@ -1,0 +1,106 @@
+"""Reference sums: slow sums row by row, kept by what they depend on, and nothing of the model moved."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers_training import FORGET, made_model, rows
+from safetensors.torch import load_file, save_file
+
+from fedunlearn.models.lora import check_trainable, read_tensors
+from fedunlearn.records.adapter import hash_tensors
+from fedunlearn.training.reference import BATCH_ROWS, reference_sums
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Dropout would be seen: half of what goes into the adapter."""
+    return made_model(dropout=0.5)
+
+
+@pytest.fixture(scope="module")
+def reference(made):
+    """Another adapter than the one the model holds."""
+    generator = torch.Generator().manual_seed(20)
+    return {n: 0.1 * torch.randn(t.shape, generator=generator) for n, t in made.start.tensors.items()}
+
+
+def sums_of(made, reference, chosen, cache):
+    return reference_sums(made, reference, hash_tensors(reference), chosen, cache)
+
+
+def kept(cache):
+    return sorted((cache / "reference_sums").iterdir())
+
+
+def slow_sums(reference, chosen):
+    """Row by row without padding, in float64, with an adapter of the same values and no dropout."""
+    plain = made_model()
+    plain.put(replace(plain.start, tensors=reference))
+    found = []
+    for row in chosen:
+        with torch.no_grad():
+            logits = plain.model(input_ids=torch.tensor([row.input_ids])).logits[0].double()
+        found.append(
+            -sum(
+                torch.log_softmax(logits[place - 1], -1)[row.input_ids[place]].item()
+                for place in range(row.num_prompt, len(row.input_ids))
+            )
+        )
+    return found
+
+
+def test_they_are_the_slow_sums_in_the_rows_order_over_several_batches(made, reference, tmp_path):
+    chosen = rows(2 * BATCH_ROWS + 3, 30)
+    found = sums_of(made, reference, chosen, tmp_path)
+    assert found.dtype == torch.float32
+    assert found.shape == (len(chosen),)
+    assert found.tolist() == pytest.approx(slow_sums(reference, chosen), rel=1e-5)
+
+
+def test_the_order_of_rows_is_the_caller_s(made, reference, tmp_path):
+    forth, back = (sums_of(made, reference, chosen, tmp_path) for chosen in (FORGET, FORGET[::-1]))
+    assert torch.allclose(forth, back.flip(0), rtol=1e-6)
+
+
+def test_they_are_read_again_from_the_cache(made, reference, tmp_path):
+    first = sums_of(made, reference, FORGET, tmp_path)
+    (path,) = kept(tmp_path)
+    assert torch.equal(load_file(path)["sums"], first)
+    save_file({"sums": torch.arange(8.0)}, path)
+    assert sums_of(made, reference, FORGET, tmp_path).tolist() == list(range(8))
+    assert kept(tmp_path) == [path]
+
+
+def test_what_they_depend_on_makes_another_file(made, reference, tmp_path):
+    """Base, its dtype, LoRA's scale, reference, token ids, prompt length: each with the same reference tensors otherwise."""
+    scaled = replace(made.start, peft_config={**made.start.peft_config, "lora_alpha": 400})
+    shorter = (replace(FORGET[0], num_prompt=FORGET[0].num_prompt - 1), *FORGET[1:])
+    cases = [
+        (made, reference, FORGET),
+        (replace(made, fingerprint="another"), reference, FORGET),
+        (made_model(dropout=0.5, dtype=torch.bfloat16), reference, FORGET),
+        (replace(made, start=scaled), reference, FORGET),
+        (made, {n: 2 * t for n, t in reference.items()}, FORGET),
+        (made, reference, FORGET[:-1]),
+        (made, reference, shorter),
+    ]
+    for number, case in enumerate(cases, start=1):
+        sums_of(*case, tmp_path)
+        assert len(kept(tmp_path)) == number
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_active_adapter_keeps_its_values_and_stays_trainable(made, reference, tmp_path, training):
+    made.model.train(training)
+    before, state = read_tensors(made.model), torch.get_rng_state()
+    sums_of(made, reference, FORGET, tmp_path)
+    after = read_tensors(made.model)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(torch.get_rng_state(), state)
+    check_trainable(made.model)
+
+
+def test_they_carry_no_gradient(made, reference, tmp_path):
+    assert not sums_of(made, reference, FORGET, tmp_path).requires_grad
+    assert all(parameter.grad is None for parameter in made.model.parameters())
