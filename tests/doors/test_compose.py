@@ -119,7 +119,7 @@ def test_a_parameter_that_no_yaml_names_needs_no_plus():
     ("words", "said"),
     [
         ("strategy=fedprx", "strategy='fedprx' is unknown; did you mean 'fedprox'? Known: fedavg, fedprox (configs/strategy/)"),
-        ("partition=by_autor", "partition='by_autor' is unknown; did you mean 'by_author'? Known: by_author, iid, round_robin (configs/partition/)"),
+        ("partition=by_autor", "partition='by_autor' is unknown; did you mean 'by_author'? Known: by_author, iid, inherit, round_robin (configs/partition/)"),
         ("--config-name=unlearn-lora.yaml method=nppo", "method='nppo' is unknown; did you mean 'npo'?"),
         ("experiment=finetune/tofu/pockt", "did you mean 'finetune/tofu/pocket'? Known: eval/tofu/default, "),
         ("model=null", "model='null' is unknown. Known: Llama-3.1-8B-Instruct-lora, "),

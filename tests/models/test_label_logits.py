@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers_eval import tiny_llama
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedunlearn.models.label_logits import label_logits
 
@@ -24,8 +25,18 @@ def batch(side):
     return rows, ids, mask, positions
 
 
+def tiny_gpt2():
+    """Learned absolute positions, which padding on the left would move; rotary ones are relative."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        size = {"vocab_size": 266, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}
+        return GPT2LMHeadModel(GPT2Config(**size, initializer_range=0.3, bos_token_id=0, eos_token_id=0)).eval()
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_equals_the_full_logits_of_each_row_alone(model, side):
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_equals_the_full_logits_of_each_row_alone(make, side):
+    model = make().eval()
     rows, ids, mask, positions = batch(side)
     with torch.no_grad():
         found = label_logits(model, ids, mask, positions)

@@ -185,6 +185,17 @@ def test_gradient_checkpointing_gives_the_same_gradient(made, method):
     assert all(not torch.equal(result.tensors[n], made.start.tensors[n]) for n in first_layer)
 
 
+@pytest.mark.parametrize(("saving", "passes"), [(False, 2), (True, 4)])
+def test_gradient_checkpointing_computes_each_layer_again(made, saving, passes):
+    """8 forget rows and their 8 retain rows in one micro-batch each: 2 forwards of a layer, 4 where backward repeats them."""
+    seen = []
+    layer = made.model.get_base_model().model.layers[0].mlp
+    handle = layer.register_forward_pre_hook(lambda *_: seen.append(1))
+    gradient(made, GradDiff(), **WHOLE, gradient_checkpointing=saving)
+    handle.remove()
+    assert len(seen) == passes
+
+
 def test_gradient_checkpointing_is_switched_off_again(made):
     """Two rounds leave no hook behind: each would make every later forward slower."""
     for _ in range(2):

@@ -71,9 +71,13 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PartitionConfig:
-    """Who owns which rows. path: a partition.json to read; null = that of the run the adapter comes from, else made by `scheme`."""
+    """Who owns which rows: read from `path`, else from the run that the adapter comes from, else made by `scheme`.
 
-    scheme: Partitioner
+    path: a partition.json or a run's folder. scheme: what a partition that is read must have been made by; null = any, and
+    by_author where one has to be made.
+    """
+
+    scheme: Partitioner | None = None
     path: str | None = None
 
 

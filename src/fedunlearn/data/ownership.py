@@ -11,6 +11,8 @@ from fedunlearn.data.pocket.named import named_pocket
 from fedunlearn.data.tofu import Tofu, load_tofu
 from fedunlearn.errors import UserError
 from fedunlearn.files import write_json
+from fedunlearn.partitions.base import Partitioner
+from fedunlearn.partitions.by_author import ByAuthor
 from fedunlearn.records.partition import OwnedRows, Partition
 
 log = logging.getLogger(__name__)
@@ -37,10 +39,14 @@ def make_partition(config: PartitionConfig, tofu: Tofu, num_clients: int) -> Par
             f"trainer.federated.num_clients={num_clients} exceeds the {num_authors} authors of {tofu.path!r} (an author is never split): "
             f"allowed are 1 to {num_authors}; lower it"
         )
-    dealt = config.scheme.deal(num_authors, num_clients)
+    scheme = config.scheme or ByAuthor()
+    dealt = scheme.deal(num_authors, num_clients)
     rows = tuple(tuple(author * size + i for author in authors for i in range(size)) for authors in dealt)
-    scheme = {"name": type(config.scheme).__name__, **asdict(config.scheme)}  # type: ignore[call-overload]
-    return Partition(clients=rows, rows_per_author=size, data_hash=tofu.hash("full"), scheme=scheme)
+    return Partition(clients=rows, rows_per_author=size, data_hash=tofu.hash("full"), scheme=_record_of(scheme))
+
+
+def _record_of(scheme: Partitioner) -> dict[str, object]:
+    return {"name": type(scheme).__name__, **asdict(scheme)}  # type: ignore[call-overload]
 
 
 def find_partition(config: PartitionConfig, run: Path | None, tofu: Tofu, num_clients: int) -> Partition:
@@ -51,13 +57,16 @@ def find_partition(config: PartitionConfig, run: Path | None, tofu: Tofu, num_cl
     if config.path is not None:
         path = Path(config.path)
         found = read_partition(path / FILE if path.is_dir() else path)
-        if run is not None and read_partition(run / FILE).hash != found.hash:
-            log.warning("partition.path=%s gives rows to other clients than the run %s did: it is taken", path, run)
     elif run is not None:
         found = read_partition(run / FILE)
     else:
         return make_partition(config, tofu, num_clients)
     _check(found, config, tofu, num_clients)
+    if run is not None and read_partition(run / FILE).hash != found.hash:
+        raise UserError(
+            f"partition.path={config.path!r} gives rows to other clients than {str(run / FILE)!r}, by which the adapter was trained: "
+            "a client can unlearn its own rows only; leave partition.path out"
+        )
     return found
 
 
@@ -73,10 +82,10 @@ def _check(found: Partition, config: PartitionConfig, tofu: Tofu, num_clients: i
         faults.append(
             f"trainer.federated.num_clients={num_clients}, but the partition has {found.num_clients} clients: set trainer.federated.num_clients={found.num_clients}"
         )
-    scheme = {"name": type(config.scheme).__name__, **asdict(config.scheme)}  # type: ignore[call-overload]
-    if config.path is None and found.scheme != scheme:
+    if config.path is None and config.scheme is not None and found.scheme != _record_of(config.scheme):
+        scheme = _record_of(config.scheme)
         faults.append(
-            f"partition {scheme} is asked for, but the fine-tuning run has {dict(found.scheme)}: choose the same"
+            f"partition {scheme} is asked for, but the fine-tuning run has {dict(found.scheme)}: choose the same, or partition=inherit"
         )
     if faults:
         raise UserError(*faults)
