@@ -37,7 +37,9 @@ VARIANTS = [
 @pytest.fixture(scope="module")
 def model():
     """A tiny Llama with an adapter that acts, and a frozen reference beside it."""
-    made = attach_lora(tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    base = tiny_llama()
+    base.name_or_path = "base"
+    made = attach_lora(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     draw_fresh(made, 0)
     reference = read_tensors(made)
     with torch.no_grad():

@@ -149,6 +149,7 @@ class TestAttach:
 
     def test_the_global_random_state_and_the_config_stay(self):
         base = tiny_llama().requires_grad_(False)
+        base.name_or_path = "base"
         config = lora_config_of(lora_args(target_modules="all-linear"), None, "the source's name")
         state = torch.get_rng_state()
         attach_lora(base, config)
