@@ -321,10 +321,6 @@ class TestReference:
         with pytest.raises(UserError, match="stands on one side only"):
             hold_reference(model, {"other": torch.zeros(1)})
 
-    @pytest.mark.xfail(
-        strict=True,
-        reason="PEFT's add_adapter draws from the global generator; attach_lora forks it, hold_reference does not",
-    )
     def test_the_global_random_state_stays(self):
         model = attached()
         values = random_tensors(model, 2)

@@ -103,9 +103,6 @@ class TestStart:
         check_trainable(made.model)
         assert made.start == load_adapter(adapter_folder)[0]
 
-    @pytest.mark.xfail(
-        strict=True, reason="PEFT's new modules are in train mode, and take_probe then spreads it to the base"
-    )
     def test_the_model_is_in_eval_mode_and_dropout_off(self, adapter_folder):
         release()
         made = load(model_config(adapter_folder, {**TAKE_ALL, "lora_dropout": 0.5}))
@@ -216,9 +213,6 @@ class TestProof:
         assert not [record for record in caplog.records if record.name.startswith("fedunlearn")]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="variants of a foreign adapter are not looked at; these break the base or the tensors' names"
-)
 @pytest.mark.parametrize(
     "variant", [{"use_dora": True}, {"init_lora_weights": "olora"}, {"modules_to_save": ["lm_head"]}]
 )
@@ -277,7 +271,6 @@ class TestProbe:
         with pytest.raises(UserError, match="does not give the logits recorded"):
             check_probe(dataclasses.replace(probe, logits=old), dataclasses.replace(probe, logits=new), "here")
 
-    @pytest.mark.xfail(strict=True, reason="NaN compares as not larger than the tolerance, so broken logits pass")
     def test_nan_logits_do_not_pass(self, adapter_folder):
         saved = load_adapter(adapter_folder)[1]
         broken = dataclasses.replace(saved, logits=((math.nan,) * 64,) * 4)

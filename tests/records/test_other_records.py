@@ -78,9 +78,6 @@ def test_a_metric_without_aggregate_is_allowed_and_columns_are_read_by_name():
         result.column("text")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="column() lets float()'s TypeError through for a tuple; its docstring says ValueError"
-)
 def test_a_column_of_lists_is_no_number():
     with pytest.raises(ValueError, match="losses"):
         MetricResult(None, "log-space", ({"losses": (1.0, 2.0)},)).column("losses")

@@ -40,7 +40,8 @@ def check_update(update: ClientUpdate, expected: Expected) -> Verdict:
     if (update.round, update.run_id) != (expected.round, expected.run_id):
         return Verdict("stale_round", f"round {update.round} of run {update.run_id}")
     declared = expected.num_examples.get(update.client_id, 0)
-    if update.num_examples != declared or not 0 < update.num_trained <= declared:
+    whole = type(update.num_examples) is int and type(update.num_trained) is int
+    if not whole or update.num_examples != declared or not 0 < update.num_trained <= declared:
         return Verdict(
             "num_examples", f"{update.num_examples} owned and {update.num_trained} trained, {declared} declared"
         )

@@ -73,8 +73,8 @@ class Method(ABC):
 
 
 def check_weights(name: str, gamma: float, alpha: float, retain: RetainTerm) -> None:
-    """Refuses weights without sense: raises UserError for a negative one, gamma = 0, or alpha > 0 that no retain term uses."""
-    if gamma <= 0 or alpha < 0:
+    """Refuses weights without sense: raises UserError for a negative one, gamma = 0, NaN, or alpha = 0 beside a retain term."""
+    if not (gamma > 0 and alpha >= 0):
         raise UserError(f"method {name}: gamma={gamma} must be above 0 and alpha={alpha} not negative")
     if alpha == 0 and retain != "none":
         raise UserError(

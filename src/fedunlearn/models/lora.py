@@ -1,6 +1,7 @@
 """LoRA on the resident base: attached once, its tensors swapped in and out."""
 
 import copy
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -8,7 +9,6 @@ from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,6 +19,15 @@ from fedunlearn.records.adapter import Adapter, Tensors
 
 ACTIVE = "default"
 REFERENCE = "reference"
+PLAIN: Mapping[str, tuple[object, ...]] = {
+    "use_dora": (False,),
+    "lora_bias": (False,),
+    "modules_to_save": (None, []),
+    "target_parameters": (None, []),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian"),
+}
+"""Values of a PEFT config that leave an adapter plain LoRA over an untouched base: other initialisations rewrite the base's weights."""
 
 
 def lora_config_of(args: LoraArgs, loaded: Adapter | None, base_name: str) -> LoraConfig:
@@ -59,7 +68,11 @@ def check_agreement(args: LoraArgs, peft_config: Mapping[str, object]) -> None:
         raise UserError(
             f"the adapter's peft_type={peft_config.get('peft_type')!r} is not LORA: only LoRA adapters are understood"
         )
-    faults = []
+    faults = [
+        f"the adapter's {key}={peft_config[key]!r} is a variant that is not understood here: allowed is {plain}"
+        for key, plain in PLAIN.items()
+        if peft_config.get(key) not in (None, False, *plain)
+    ]
     for key in ("r", "lora_alpha", "use_rslora", "target_modules"):
         wanted, loaded = getattr(args, key), peft_config.get(key)
         if wanted is not None and _comparable(wanted) != _comparable(loaded):
@@ -89,16 +102,27 @@ def attach_lora(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
         model: PeftModel = get_peft_model(base, config)
     check_trainable(model)
+    model.eval()
     return model
 
 
 def draw_fresh(model: PeftModel, seed: int) -> None:
-    """Gives the active adapter fresh values: A drawn from `seed` as PEFT draws it, B zero. Global random state is untouched."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of("lora init", seed))
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                module.reset_lora_parameters(ACTIVE, True)
+    """Gives the active adapter fresh values: A uniform in +-1/sqrt(d_in), as PEFT draws it, B zero.
+
+    Drawn on the CPU from a generator of its own, so that device and global random state do not matter. Raises ValueError for
+    a tensor that is neither A nor B.
+    """
+    generator = torch.Generator().manual_seed(seed_of("lora init", seed))
+    with torch.no_grad():
+        for name, parameter in live_parameters(model).items():
+            if ".lora_A." in name:
+                values = torch.empty(parameter.shape)
+                nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+                parameter.copy_(values)
+            elif ".lora_B." in name:
+                parameter.zero_()
+            else:
+                raise ValueError(f"adapter tensor {name!r} is neither A nor B")
 
 
 def _check_targets(base: nn.Module, targets: object) -> None:
@@ -122,7 +146,7 @@ def _check_targets(base: nn.Module, targets: object) -> None:
 
 
 def check_trainable(model: PeftModel) -> None:
-    """Asserts our own invariant: the trainable parameters are exactly the active adapter's, all float32."""
+    """Asserts our own invariant: the trainable parameters are exactly the active adapter's."""
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     wanted = {name for name, _ in model.named_parameters() if f".{ACTIVE}." in name}
     assert trainable == wanted, sorted(trainable ^ wanted)[:3]
@@ -158,12 +182,13 @@ def write_tensors(model: PeftModel, tensors: Tensors, name: str = ACTIVE) -> Non
         raise UserError(
             f"adapter does not fit this base: tensor {odd[0]!r} stands on one side only (other target modules, or another architecture)"
         )
+    for key, target in live.items():
+        if target.shape != tensors[key].shape:
+            raise UserError(
+                f"adapter does not fit: {key!r} has shape {tuple(tensors[key].shape)}, this model wants {tuple(target.shape)} (another base or rank)"
+            )
     with torch.no_grad():
         for key, target in live.items():
-            if target.shape != tensors[key].shape:
-                raise UserError(
-                    f"adapter does not fit: {key!r} has shape {tuple(tensors[key].shape)}, this model wants {tuple(target.shape)} (another base or rank)"
-                )
             target.copy_(tensors[key])
 
 
@@ -171,7 +196,8 @@ def hold_reference(model: PeftModel, tensors: Tensors) -> None:
     """Puts a frozen second adapter with these values on the one base (made on first use); the active adapter stays as it is."""
     if REFERENCE not in model.peft_config:
         config = PeftConfig.from_peft_type(**model.peft_config[ACTIVE].to_dict())
-        model.add_adapter(REFERENCE, config)
+        with torch.random.fork_rng():
+            model.add_adapter(REFERENCE, config)
         model.set_adapter(ACTIVE)
     write_tensors(model, tensors, REFERENCE)
     check_trainable(model)

@@ -165,7 +165,7 @@ def check_probe(saved: Probe, now: Probe, where: str) -> None:
     """Raises UserError where logits differ from the recorded ones by more than 1e-5 (float32 both) or 2e-2 of the largest."""
     old, new = torch.tensor(saved.logits), torch.tensor(now.logits)
     tolerance = 1e-5 if saved.dtype == now.dtype == "torch.float32" else 2e-2
-    if old.shape != new.shape or (old - new).abs().max() > tolerance * old.abs().max():
+    if old.shape != new.shape or not (old - new).abs().max() <= tolerance * old.abs().max():  # NaN fails too
         raise UserError(
             f"adapter {where!r} does not give the logits recorded with it (tolerance {tolerance:g} of the largest): the base, its dtype or a library differs"
         )

@@ -89,7 +89,11 @@ class MetricResult:
 
     def column(self, name: str) -> tuple[float, ...]:
         """Gives one number a row; raises KeyError where a row lacks it and ValueError where it is no number."""
-        return tuple(float(row[name]) for row in self.value_by_index)  # type: ignore[arg-type]
+        values = [row[name] for row in self.value_by_index]
+        for value in values:
+            if not isinstance(value, int | float):
+                raise ValueError(f"column {name!r} holds {value!r}, which is no number")
+        return tuple(float(value) for value in values if isinstance(value, int | float))
 
 
 @dataclass(frozen=True)

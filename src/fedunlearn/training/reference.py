@@ -1,12 +1,14 @@
 """Reference sums: each forget row's summed loss under the adapter that unlearning began with, computed once and kept."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 
 from fedunlearn.config.data import CollatorConfig
 from fedunlearn.data.chat import EncodedRow
@@ -17,6 +19,7 @@ from fedunlearn.models.resident import Resident
 from fedunlearn.records.adapter import Tensors
 from fedunlearn.training.forward import batch_logits
 
+log = logging.getLogger(__name__)
 BATCH_ROWS = 16
 
 
@@ -32,10 +35,21 @@ def reference_sums(
     labels = [[list(row.input_ids), row.num_prompt] for row in rows]
     name = hashlib.sha256(canonical_json([model, reference_hash, labels]).encode()).hexdigest()
     path = cache / "reference_sums" / f"{name}.safetensors"
+    kept = _read(path)
+    if kept is None:
+        kept = _compute(made, reference, rows)
+        write_bytes(path, safetensors.torch.save({"sums": kept}))
+    return kept
+
+
+def _read(path: Path) -> torch.Tensor | None:
     if not path.is_file():
-        sums = _compute(made, reference, rows)
-        write_bytes(path, safetensors.torch.save({"sums": sums}))
-    return safetensors.torch.load_file(path)["sums"]
+        return None
+    try:
+        return safetensors.torch.load_file(path)["sums"]
+    except SafetensorError as error:
+        log.warning("%s is damaged (%s): the reference sums are computed anew", path, error)
+        return None
 
 
 def _compute(made: Resident, reference: Tensors, rows: Sequence[EncodedRow]) -> torch.Tensor:
