@@ -11,6 +11,7 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
+import absl.logging
 import pytest
 import torch
 
@@ -18,7 +19,10 @@ from fedunlearn.data.pocket.build import PocketPaths, PocketRecipe, ensure_pocke
 from fedunlearn.data.pocket.pretrain import BaseRecipe
 from fedunlearn.data.pocket.world import WorldSize
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
+absl.logging.get_absl_handler().python_handler.close = lambda: (
+    None
+)  # it would close pytest's capture when logging is set up anew
 
 
 @pytest.fixture(scope="session")

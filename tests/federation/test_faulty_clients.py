@@ -5,12 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from helpers_runs import adapter_bytes, finetune, history, unlearn
 
 from fedunlearn.errors import UserError
 from fedunlearn.federation import client_app, rounds, site
 from fedunlearn.federation.checkpoint import latest_checkpoint
+from fedunlearn.federation.reference_store import ReferenceStore
+from fedunlearn.protocols.selection import select
+from fedunlearn.records.adapter import hash_tensors
 
 ALL = "trainer.federated.min_clients=4"
 
@@ -225,3 +229,33 @@ def test_a_loss_that_is_not_finite_never_reaches_the_history(pocket, saves, trai
     line = history(run)[0]["clients"][0]
     assert (line["loss"], line["loss_trace"]) == (None, [1.0])
     assert json.loads((run / "done.json").read_text())["adapter_hash"]
+
+
+def test_a_round_in_which_no_owner_unlearns_ends_the_run(pocket, saves):
+    """The others would go on and the run would end well, with nothing forgotten: here the owners cannot keep their reference."""
+    saves.mkdir()
+    (saves / "cache").write_text("a file where a folder is wanted")
+    with pytest.raises(UserError, match=r"round 1: no client that unlearns gave a usable update \(client 2: crashed"):
+        unlearn(pocket, saves, None, "un", "trainer.federated.num_rounds=1", "partition=round_robin")
+
+
+def test_a_run_that_never_drew_an_owner_is_no_unlearning(pocket, saves):
+    """One client a round of four, and the owner of the last authors is not among those drawn with this seed."""
+    few = ("partition=by_author", "trainer.federated.fraction_train=0.25", "trainer.federated.num_rounds=1")
+    seed = next(s for s in range(50) if select(range(4), seed=s, round=1, fraction=0.25, at_least=1) != (3,))
+    with pytest.raises(UserError, match=r"nobody unlearned: no owner of forget rows was drawn in any round"):
+        unlearn(pocket, saves, None, "un", *few, f"trainer.args.seed={seed}")
+
+
+@pytest.mark.parametrize("damage", [b"", b"no tensors here", None])
+def test_a_damaged_reference_is_asked_for_anew(tmp_path, damage):
+    tensors = {"a.lora_A.weight": torch.ones(2, 3)}
+    blob, name = safetensors.torch.save(tensors), hash_tensors(tensors)
+    store = ReferenceStore(tmp_path)
+    assert store.obtain(name, []) is None
+    assert store.obtain(name, [blob]).keys() == tensors.keys()
+    file = tmp_path / f"reference-{name}.safetensors"
+    file.write_bytes(safetensors.torch.save({"a.lora_A.weight": torch.zeros(2, 3)}) if damage is None else damage)
+    assert store.obtain(name, []) is None
+    assert torch.equal(store.obtain(name, [blob])["a.lora_A.weight"], torch.ones(2, 3))
+    assert torch.equal(store.obtain(name, [])["a.lora_A.weight"], torch.ones(2, 3))

@@ -38,7 +38,7 @@ class Verdict:
 def check_update(update: ClientUpdate, expected: Expected) -> Verdict:
     """Judges one update; the first fault found is told. Modifies nothing and raises nothing."""
     if (update.round, update.run_id) != (expected.round, expected.run_id):
-        return Verdict("stale_round", f"round {update.round} of run {update.run_id}")
+        return Verdict("stale_round", f"round {update.round} of run {update.run_id[:40]}")
     declared = expected.num_examples.get(update.client_id, 0)
     whole = type(update.num_examples) is int and type(update.num_trained) is int
     if not whole or update.num_examples != declared or not 0 < update.num_trained <= declared:

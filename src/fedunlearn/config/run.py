@@ -114,5 +114,10 @@ class EvalRun:
 
 
 def _task_name_rule(name: str) -> tuple[bool, str]:
-    plain = bool(name) and name not in (".", "..") and not any(mark in name for mark in "/\\\0")
-    return plain, f"task_name={name!r} must be a plain folder name without separators"
+    plain = (
+        bool(name.strip())
+        and name == name.strip()
+        and name not in (".", "..")
+        and not any(mark in name for mark in "/\\\0")
+    )
+    return plain, f"task_name={name!r} must be a plain folder name: no separators, no blanks around it"

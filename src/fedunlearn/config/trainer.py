@@ -80,6 +80,14 @@ class TrainArgs:
                 self.remove_unused_columns,
                 f"{at}remove_unused_columns=false is refused: rows are token ids only, there is no other column to keep",
             ),
+            (
+                0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1 and self.adam_epsilon >= 0,
+                f"{at}adam_beta1={self.adam_beta1} and adam_beta2={self.adam_beta2} must lie in [0, 1), adam_epsilon={self.adam_epsilon} must not be negative",
+            ),
+            (
+                self.warmup_epochs is None or self.warmup_epochs >= 0,
+                f"{at}warmup_epochs={self.warmup_epochs} must not be negative",
+            ),
             (self.logging_steps > 0, f"{at}logging_steps={self.logging_steps} must be above 0"),
         ]
 

@@ -68,6 +68,7 @@ class ChatFormat:
         self.max_length = max_length
         self.pad_id = pad_id(tokenizer)
         self._prompts: dict[str, tuple[int, ...]] = {}
+        self._rows: dict[tuple[str, str], EncodedRow] = {}
 
     def prompt(self, question: str) -> tuple[int, ...]:
         """Gives the ids after which the answer begins; kept, since a question meets several answers."""
@@ -76,11 +77,16 @@ class ChatFormat:
         return self._prompts[question]
 
     def encode(self, question: str, answer: str, where: str) -> EncodedRow:
-        """Gives the row's ids, closed by eos where its last id is another one.
+        """Gives the row's ids, closed by eos where its last id is another one; a row met before is not tokenised again.
 
         where: name of the row in messages, such as "forget10 row 7". Raises UserError where the row is longer than max_length
         or no label is left after the prompt (an empty answer, or one that merges into the prompt's last token).
         """
+        if (question, answer) not in self._rows:
+            self._rows[question, answer] = self._encode(question, answer, where)
+        return self._rows[question, answer]
+
+    def _encode(self, question: str, answer: str, where: str) -> EncodedRow:
         prompt = self.prompt(question)
         ids = self._render(question, answer)
         eos = self.tokenizer.eos_token_id

@@ -2,11 +2,13 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from fedunlearn.config.data import PartitionConfig
 from fedunlearn.config.run import TrainRun
+from fedunlearn.data.chat import ChatFormat, EncodedRow
 from fedunlearn.data.pocket.named import named_pocket
 from fedunlearn.data.tofu import Tofu, load_tofu
 from fedunlearn.errors import UserError
@@ -144,6 +146,12 @@ def _whole(value: object) -> int:
 def write_partition(path: Path, partition: Partition) -> None:
     """Writes partition.json atomically."""
     write_json(path, {**asdict(partition), "hash": partition.hash})
+
+
+def encode_rows(chat: ChatFormat, tofu: Tofu, numbers: Sequence[int]) -> tuple[EncodedRow, ...]:
+    """Gives rows of `full` as tokens, in order. Raises UserError naming the first row that does not fit."""
+    full = tofu.rows("full")
+    return tuple(chat.encode(full[number].question, full[number].answer, f"full row {number}") for number in numbers)
 
 
 def owned_rows(run: TrainRun, tofu: Tofu, partition: Partition) -> tuple[OwnedRows, ...]:

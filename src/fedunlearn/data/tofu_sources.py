@@ -164,8 +164,8 @@ def _unreachable(name: str, split: str) -> UserError:
 
 
 def _parse(path: Path) -> tuple[RawRow, ...]:
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         rows = (
             json.loads(text)
             if text.lstrip().startswith("[")

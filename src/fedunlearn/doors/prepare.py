@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from fedunlearn.config.run import EvalRun, TrainRun
-from fedunlearn.data.ownership import FILE, check_ownership, find_partition, open_tofu, write_partition
+from fedunlearn.data.ownership import (
+    FILE,
+    check_ownership,
+    encode_rows,
+    find_partition,
+    open_tofu,
+    owned_rows,
+    write_partition,
+)
 from fedunlearn.data.tofu import Tofu, check_splits
 from fedunlearn.doors.compose import ComposedConfig
 from fedunlearn.errors import UserError
@@ -76,6 +84,8 @@ def prepare(composed: ComposedConfig) -> Prepared:
     made = load_model(run, source)
     if made.start is None:
         raise ValueError("a federated run has an adapter")
+    for rows in owned_rows(run, tofu, partition):
+        encode_rows(made.chat, tofu, (*rows.forget, *rows.retain))
     hashes = {
         "base": made.fingerprint,
         "start_adapter": made.start.tensor_hash,

@@ -7,19 +7,18 @@ from pathlib import Path
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.doors.compose import ComposedConfig
 from fedunlearn.doors.finish import evaluate, finish
-from fedunlearn.doors.prepare import Prepared, load_model, open_data, prepare
+from fedunlearn.doors.prepare import Prepared, find_inputs, load_model, prepare
 from fedunlearn.errors import UserError
 from fedunlearn.evals.files import write_log
 from fedunlearn.federation.checkpoint import append_history, latest_checkpoint
 from fedunlearn.federation.launchers import launch
 from fedunlearn.federation.site import Site, reference_needs, set_threads
 from fedunlearn.files import write_json
-from fedunlearn.models.source import resolve_source
 from fedunlearn.protocols.selection import seed_of
 from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.records.partition import OwnedRows
 from fedunlearn.records.rounds import ClientOutcome, ClientTask, Role, RoundResult
-from fedunlearn.reporting.run_folder import DONE, config_hash, judge_folder, make_folder, provenance, run_path
+from fedunlearn.reporting.run_folder import DONE, config_hash, make_folder, provenance
 from fedunlearn.training.client_update import LocalResult
 
 log = logging.getLogger(__name__)
@@ -51,7 +50,10 @@ def run_central(composed: ComposedConfig) -> EvalLog | None:
     site = Site(run)
     rows = all_rows(site.owned)
     task = central_task(run)
-    done = site.work(task, rows, prepared.start.tensors, prepared.start.tensors if reference_needs(run) else None)
+    try:
+        done = site.work(task, rows, prepared.start.tensors, prepared.start.tensors if reference_needs(run) else None)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt("the central baseline is one piece, overwrite=true starts anew") from stop
     append_history(prepared.folder, asdict(_central_line(prepared, task, rows, done)))
     return finish(prepared, done.tensors, config_hash(composed.plain))
 
@@ -98,19 +100,17 @@ def run_evaluation(composed: ComposedConfig) -> EvalLog:
     set_threads(run)
     if run.resume:
         raise UserError("resume=true: an evaluation is one piece; leave it out, or use overwrite=true")
-    judge_folder(run, composed.plain)
-    tofu, retain_log = open_data(run)
-    source = resolve_source(run.model.model_args, Path(run.paths.pocket_dir))
-    made = load_model(run, source)
-    adapter = made.start
-    log = evaluate(run, made, adapter, tofu, retain_log, config_hash(composed.plain))
-    folder = make_folder(run, composed.plain, composed.text)
-    hashes = {
-        "base": made.fingerprint,
-        "adapter": adapter.tensor_hash if adapter else "none",
-        "data": tofu.hash("full"),
-    }
-    write_json(folder / "provenance.json", {**provenance(run, hashes), "config_hash": config_hash(composed.plain)})
-    write_log(log, folder)
-    write_json(run_path(run) / DONE, {"adapter_hash": hashes["adapter"]})
+    inputs = find_inputs(run, composed.plain)
+    made = load_model(run, inputs.source)
+    sha = config_hash(composed.plain)
+    log = evaluate(run, made, made.start, inputs.tofu, inputs.retain_log, sha)
+    adapter_hash = made.start.tensor_hash if made.start else "none"
+    hashes = {"base": made.fingerprint, "adapter": adapter_hash, "data": inputs.tofu.hash("full")}
+
+    def fill(place: Path) -> None:
+        write_json(place / "provenance.json", {**provenance(run, hashes), "config_hash": sha})
+        write_log(log, place)
+        write_json(place / DONE, {"adapter_hash": adapter_hash})
+
+    make_folder(run, composed.plain, composed.text, fill)
     return log

@@ -4,11 +4,11 @@ Ours hold one block more, `provenance`; a log without it is theirs and follows t
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from fedunlearn.errors import UserError
+from fedunlearn.files import write_bytes
 from fedunlearn.records.evaluation import Definition, EvalLog, MetricResult, Row, RowValue
 
 EVAL_FILE, SUMMARY_FILE = "TOFU_EVAL.json", "TOFU_SUMMARY.json"
@@ -24,7 +24,6 @@ def write_log(log: EvalLog, folder: Path) -> None:
 
     The summary holds agg_value of SUMMARY_METRICS that are there and not None.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     body: dict[str, object] = {name: _metric_json(result) for name, result in log.metrics.items()}
     _replace(folder / EVAL_FILE, {**body, "provenance": dict(log.provenance)})
     _replace(folder / SUMMARY_FILE, summary(log))
@@ -115,6 +114,5 @@ def _refuse_constant(name: str) -> object:
 
 
 def _replace(path: Path, body: object) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(body, indent=4, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    text = json.dumps(body, indent=4, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, f"{text}\n".encode())

@@ -65,20 +65,20 @@ def latest_checkpoint(run_folder: Path) -> Checkpoint | None:
     if not rounds:
         return None
     folder = rounds[-1]
-    adapter, _ = load_adapter(folder / "adapter")
     try:
+        adapter, _ = load_adapter(folder / "adapter")
         saved = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
         flat = safetensors.torch.load_file(folder / "moments.safetensors") if saved["moments"] else {}
-    except (OSError, json.JSONDecodeError, KeyError, safetensors.SafetensorError) as error:
+        moments = {
+            name: {key.partition("/")[2]: t for key, t in flat.items() if key.startswith(f"{name}/")}
+            for name in saved["moments"]
+        }
+        state = ServerState(adapter=adapter.tensors, moments=moments, round=int(saved["round"]))
+        return Checkpoint(state=state, holders=frozenset(saved["holders"]))
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise UserError(
             f"checkpoint {str(folder)!r} is damaged ({error}): delete that folder, resume=true then goes on from the round before"
         ) from error
-    moments = {
-        name: {key.partition("/")[2]: t for key, t in flat.items() if key.startswith(f"{name}/")}
-        for name in saved["moments"]
-    }
-    state = ServerState(adapter=adapter.tensors, moments=moments, round=int(saved["round"]))
-    return Checkpoint(state=state, holders=frozenset(saved["holders"]))
 
 
 def append_history(run_folder: Path, line: object) -> None:
@@ -87,9 +87,11 @@ def append_history(run_folder: Path, line: object) -> None:
 
 
 def read_history(run_folder: Path) -> list[dict[str, object]]:
-    """Reads history.jsonl, one object a round; empty where there is none yet."""
+    """Reads history.jsonl, one object a round; empty where there is none yet. A last line that was cut off by a kill is left out."""
     path = run_folder / HISTORY
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    whole = text[: text.rfind("\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def cut_history(run_folder: Path, last_round: int) -> None:

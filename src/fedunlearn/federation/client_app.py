@@ -87,17 +87,14 @@ def _train(site: Site, client: int, content: RecordDict) -> RecordDict:
     if request.client_id != client:
         raise ValueError(f"client {client} got the task of client {request.client_id}")
     sent = _blob(content, ADAPTER)
-    wanted = request.reference_hash
-    store = ReferenceStore(Path(site.run.paths.cache_dir) / "clients" / str(client))
-    store.learn(sent, wanted)
-    if REFERENCE in content:
-        store.learn(_blob(content, REFERENCE), wanted)
-    if wanted and not store.has(wanted):
-        log.info("client %d lacks the reference adapter %s and asks for it", client, wanted[:12])
-        return RecordDict({REPLY: pack_scalars(_reply(request, site.owned[client].num_owned, None))})
-    result = site.work(
-        request.task, site.owned[client], safetensors.torch.load(sent), store.load(wanted) if wanted else None
-    )
+    wanted, reference = request.reference_hash, None
+    if wanted:
+        store = ReferenceStore(Path(site.run.paths.cache_dir) / "clients" / str(client))
+        reference = store.obtain(wanted, [sent, *([_blob(content, REFERENCE)] if REFERENCE in content else [])])
+        if reference is None:
+            log.info("client %d lacks the reference adapter %s and asks for it", client, wanted[:12])
+            return RecordDict({REPLY: pack_scalars(_reply(request, site.owned[client].num_owned, None))})
+    result = site.work(request.task, site.owned[client], safetensors.torch.load(sent), reference)
     reply = _reply(request, site.owned[client].num_owned, result)
     return RecordDict({ADAPTER: pack_adapter(result.tensors), REPLY: pack_scalars(reply)})
 

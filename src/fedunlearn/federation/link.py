@@ -17,9 +17,9 @@ SECONDS_BETWEEN_LOOKS = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """What every client must agree with at the roll call."""
+    """What every client must agree with at the roll call. num_owned: rows of the partition, client by client, of which it may declare fewer."""
 
-    num_clients: int
+    num_owned: tuple[int, ...]
     version: str
     base_fingerprint: str
     partition_hash: str
@@ -54,7 +54,7 @@ def roll_call(grid: Grid, expected: Expectation, timeout: float) -> dict[int, Me
     Raises UserError telling all at once: nodes that did not answer or failed, two that say the same id, another version, base
     or partition than the server's.
     """
-    nodes = _wait_for_nodes(grid, expected.num_clients, timeout)
+    nodes = _wait_for_nodes(grid, len(expected.num_owned), timeout)
     messages = {node: Message(RecordDict(), node, MessageType.QUERY, group_id="roll-call") for node in nodes}
     members: dict[int, Member] = {}
     faults: list[str] = []
@@ -65,13 +65,17 @@ def roll_call(grid: Grid, expected: Expectation, timeout: float) -> dict[int, Me
                 + ("did not answer in time" if reply is None else f"failed: {reply.error.reason}")
             )
             continue
-        declared = unpack_scalars(RollCallReply, typed_record(ConfigRecord, reply.content[REPLY]))
+        try:
+            declared = unpack_scalars(RollCallReply, typed_record(ConfigRecord, reply.content[REPLY]))
+        except (KeyError, TypeError, ValueError) as error:
+            faults.append(f"roll call: the reply of node {node} cannot be read: {error}")
+            continue
         faults += _mismatches(declared, expected)
         if declared.client_id in members:
             faults.append(f"roll call: two nodes say that they are client {declared.client_id}")
         members[declared.client_id] = Member(node_id=node, declared=declared)
     if faults:
-        raise UserError(*faults)
+        raise UserError(*dict.fromkeys(faults))
     return {client: members[client] for client in sorted(members)}
 
 
@@ -87,8 +91,23 @@ def _wait_for_nodes(grid: Grid, num_clients: int, timeout: float) -> list[int]:
 
 
 def _mismatches(declared: RollCallReply, expected: Expectation) -> list[str]:
-    return [
-        f"roll call: client {declared.client_id} has {key}={getattr(declared, key)!r}, the server {getattr(expected, key)!r}"
+    client = declared.client_id
+    if not 0 <= client < len(expected.num_owned):
+        return [
+            f"roll call: a node says that it is client {client}, the partition has 0 to {len(expected.num_owned) - 1}"
+        ]
+    faults = [
+        f"roll call: client {client} has {key}={getattr(declared, key)!r}, the server {getattr(expected, key)!r}"
         for key in ("version", "base_fingerprint", "partition_hash")
         if getattr(declared, key) != getattr(expected, key)
     ]
+    counts = (declared.num_forget, declared.num_retain, declared.num_owned)
+    if (
+        min(counts) < 0
+        or not declared.num_forget + declared.num_retain <= declared.num_owned <= expected.num_owned[client]
+    ):
+        owned = expected.num_owned[client]
+        faults.append(
+            f"roll call: client {client} declares forget, retain and owned rows {counts}, the partition gives it {owned}"
+        )
+    return faults

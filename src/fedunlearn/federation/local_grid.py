@@ -12,6 +12,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedunlearn.errors import UserError
+
 log = logging.getLogger(__name__)
 RUN_ID = 1
 SERVER_NODE = 1
@@ -83,6 +85,8 @@ class LocalGrid(Grid):
     def _call(self, message: Message) -> Message:
         try:
             return self._app(message, self._contexts[message.metadata.dst_node_id])
+        except UserError as error:
+            return Message(Error(CLIENT_RAISED, str(error)), reply_to=message)
         except Exception as error:
             log.exception("a client raised while it worked on a %s message", message.metadata.message_type)
             return Message(Error(CLIENT_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)

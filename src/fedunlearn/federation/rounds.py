@@ -15,7 +15,14 @@ from fedunlearn.aggregation.mean import client_weights, weighted_mean
 from fedunlearn.config.run import TrainRun
 from fedunlearn.data.ownership import FILE, read_partition
 from fedunlearn.errors import UserError
-from fedunlearn.federation.checkpoint import Checkpoint, append_history, cut_history, latest_checkpoint, save_checkpoint
+from fedunlearn.federation.checkpoint import (
+    Checkpoint,
+    append_history,
+    cut_history,
+    latest_checkpoint,
+    read_history,
+    save_checkpoint,
+)
 from fedunlearn.federation.link import Expectation, Member, roll_call
 from fedunlearn.federation.spool import Spool, open_spool
 from fedunlearn.federation.turn import Turn, TurnReport, take_turn
@@ -55,11 +62,12 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, run_id: str, needs_refer
     )
     cut_history(folder, checkpoint.state.round)
     federated = run.trainer.federated
+    partition = read_partition(folder / FILE)
     expected = Expectation(
-        num_clients=federated.num_clients,
+        num_owned=tuple(len(rows) for rows in partition.clients),
         version=fedunlearn.__version__,
         base_fingerprint=str(start.base_fingerprint),
-        partition_hash=read_partition(folder / FILE).hash,
+        partition_hash=partition.hash,
     )
     members = roll_call(grid, expected, federated.roll_call_timeout)
     server = Server(grid, run, folder, run_id, start, members, needs_reference)
@@ -67,6 +75,18 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, run_id: str, needs_refer
     with open_curves(folder, run.trainer.args.report_to) as curves:
         for number in track(rounds, f"{run.task_name}: round", len(rounds)):
             checkpoint = _one_round(server, checkpoint, number, curves)
+    if run.mode == "unlearn":
+        _check_unlearned(folder)
+
+
+def _check_unlearned(folder: Path) -> None:
+    """Raises UserError where no owner of forget rows was drawn in any round: the result would be no unlearning at all."""
+    clients = [client for line in read_history(folder) for client in line["clients"]]  # type: ignore[attr-defined]
+    if not any(client["role"] == Role.UNLEARN and client["weight"] > 0 for client in clients):
+        raise UserError(
+            "nobody unlearned: no owner of forget rows was drawn in any round. Raise trainer.federated.fraction_train or num_rounds, "
+            "and start anew with overwrite=true"
+        )
 
 
 def plan_round(run: TrainRun, members: Mapping[int, Member], number: int) -> RoundPlan:
@@ -151,12 +171,23 @@ def _collect(server: Server, checkpoint: Checkpoint, plan: RoundPlan, spool: Spo
             raise UserError(
                 f"round {plan.round}: {_told(lost)}. This launcher cannot go on without a client; {_way_out(plan.round)}"
             )
-        if len(report.updates) >= wanted:
+        if len(report.updates) >= wanted and not _owners_lost(working, report):
             return report, attempt
         log.warning(
             "round %d, attempt %d: %d usable updates, %d wanted", plan.round, attempt, len(report.updates), wanted
         )
+    if len(report.updates) >= wanted:
+        lost = [outcome for outcome in report.outcomes if outcome.role is Role.UNLEARN]
+        raise UserError(
+            f"round {plan.round}: no client that unlearns gave a usable update ({_told(lost)}): {_way_out(plan.round)}"
+        )
     raise UserError(_too_few(plan.round, report, wanted, federated.max_retries))
+
+
+def _owners_lost(working: Sequence[ClientTask], report: TurnReport) -> bool:
+    """Whether clients were to unlearn this round and not one did: the others would go on and nothing would be forgotten."""
+    owners = {task.client_id for task in working if task.role is Role.UNLEARN}
+    return bool(owners) and owners.isdisjoint(update.client_id for update in report.updates)
 
 
 def _too_few(number: int, report: TurnReport, wanted: int, retries: int) -> str:

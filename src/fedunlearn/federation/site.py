@@ -1,6 +1,6 @@
 """A client's side of a run in this process: its config, data and the resident model, kept between messages."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import torch
 import fedunlearn
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.data.chat import EncodedRow
-from fedunlearn.data.ownership import FILE, open_tofu, owned_rows, read_partition
+from fedunlearn.data.ownership import FILE, encode_rows, open_tofu, owned_rows, read_partition
 from fedunlearn.data.tofu import Tofu
 from fedunlearn.methods.base import Need
 from fedunlearn.methods.retain import retain_needs
@@ -26,10 +26,9 @@ from fedunlearn.training.reference import reference_sums
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """What clients of this process share: one base model, the data, rows tokenised once. Everything is made on first use."""
+    """What clients of this process share: one base model and the data, each row tokenised once. Everything is made on first use."""
 
     run: TrainRun
-    rows: dict[int, EncodedRow] = field(default_factory=dict)
 
     @cached_property
     def made(self) -> Resident:
@@ -57,14 +56,8 @@ class Site:
         return owned_rows(self.run, self.tofu, self.partition)
 
     def encode(self, numbers: tuple[int, ...]) -> tuple[EncodedRow, ...]:
-        """Gives rows of `full` as tokens, each tokenised once. Raises UserError naming a row that does not fit."""
-        full = self.tofu.rows("full")
-        for number in numbers:
-            if number not in self.rows:
-                self.rows[number] = self.made.chat.encode(
-                    full[number].question, full[number].answer, f"full row {number}"
-                )
-        return tuple(self.rows[number] for number in numbers)
+        """Gives rows of `full` as tokens. Raises UserError naming a row that does not fit."""
+        return encode_rows(self.made.chat, self.tofu, numbers)
 
     def work(self, task: ClientTask, owned: OwnedRows, start: Tensors, reference: Tensors | None) -> LocalResult:
         """Trains on one client's rows for one round. reference: the adapter that unlearning began with, where reference_needs names it."""

@@ -87,7 +87,9 @@ def take_turn(
         again = replace(turn, tasks=tuple(task for task in turn.tasks if task.client_id in lacking))
         second, still = _ask(grid, members, again, lacking, spool)
         report = report.merge(second)
-        log.warning("clients %s had lost the reference adapter and got it again", sorted(lacking - still))
+        log.warning(
+            "clients %s lacked the reference adapter and were sent it; %s lack it still", sorted(lacking), sorted(still)
+        )
     held = {u.client_id for u in report.updates for t in turn.tasks if t.client_id == u.client_id and _wants(turn, t)}
     return replace(report, holders=holders | held)
 
@@ -165,6 +167,7 @@ def _judge(client: int, message: Message | None, expected: Expected, spool: Spoo
     size = content_bytes(message.content)
     try:
         reply = unpack_scalars(TrainReply, typed_record(ConfigRecord, message.content[REPLY]))
+        reply.check_account()
         if reply.needs_reference:
             return _Judged(
                 verdict=Verdict("no_reference", "the client lacked the reference adapter"),
@@ -174,7 +177,7 @@ def _judge(client: int, message: Message | None, expected: Expected, spool: Spoo
         blob = blob_of(typed_record(ArrayRecord, message.content[ADAPTER]))
         tensors = safetensors.torch.load(blob)
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
-        return _Judged(verdict=Verdict("unreadable", f"{type(error).__name__}: {error}"), bytes_up=size)
+        return _Judged(verdict=Verdict("unreadable", _first_line(f"{type(error).__name__}: {error}")), bytes_up=size)
     update = _update(reply, tensors)
     verdict = (
         check_update(update, expected)

@@ -1,6 +1,7 @@
 """What crosses the wire: one safetensors blob an adapter, a few scalars beside it; never pickle."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import TypeVar
 
@@ -13,6 +14,7 @@ from fedunlearn.records.rounds import ClientRows, ClientTask, Role
 
 ADAPTER, REFERENCE, REQUEST, REPLY = "adapter", "reference", "request", "reply"
 R = TypeVar("R")
+LONGEST_TEXT, LONGEST_RECORD, MOST = 256, 1_000_000, 1e15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,12 @@ class TrainReply:
     loss: float
     loss_trace: tuple[float, ...]
     needs_reference: bool
+
+    def check_account(self) -> None:
+        """Raises ValueError where steps, tokens or seconds cannot be: negative, not finite or absurdly large."""
+        account = (self.num_steps, self.num_tokens, self.seconds)
+        if not all(math.isfinite(value) and 0 <= value < MOST for value in account):
+            raise ValueError(f"steps, tokens and seconds {account} are not between 0 and {MOST:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +101,10 @@ def pack_scalars(record: object) -> ConfigRecord:
 
 def unpack_scalars(kind: type[R], record: ConfigRecord) -> R:
     """Reads a record packed by pack_scalars. Raises ValueError where fields are missing, unknown or of another type."""
-    data = json.loads(str(record["json"]))
+    text = str(record["json"])
+    if len(text) > LONGEST_RECORD:
+        raise ValueError(f"{kind.__name__} has {len(text)} characters, at most {LONGEST_RECORD} are read")
+    data = json.loads(text)
     known = {field.name: field.type for field in fields(kind)}  # type: ignore[arg-type]
     if not isinstance(data, dict) or set(data) != set(known):
         raise ValueError(f"{kind.__name__} expected {sorted(known)}, got {sorted(data)}")
@@ -103,6 +114,8 @@ def unpack_scalars(kind: type[R], record: ConfigRecord) -> R:
 def _typed(name: str, value: object, wanted: object) -> object:
     if wanted == tuple[float, ...] and isinstance(value, list):
         return tuple(float(_typed(name, item, float)) for item in value)  # type: ignore[arg-type]
+    if isinstance(value, str) and (len(value) > LONGEST_TEXT or not value.isprintable()):
+        raise ValueError(f"{name} is no plain text of at most {LONGEST_TEXT} characters")
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(wanted, type) or type(value) is not wanted:

@@ -24,11 +24,16 @@ def load_base(folder: Path, args: ModelArgs) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()
     attention = choose_attention(args.attn_implementation, device.type)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, args.torch_dtype), attn_implementation=attention
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, args.torch_dtype), attn_implementation=attention, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"base model {str(folder)!r} cannot be loaded: {error}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"base model {str(folder)!r} lacks {len(missing)} of its tensors (first: {missing[0]!r}), which would start at random: fetch it again"
+        )
     model.requires_grad_(False)
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded

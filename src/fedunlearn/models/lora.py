@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fedunlearn.config.model import LoraArgs
 from fedunlearn.errors import UserError
@@ -19,6 +20,7 @@ from fedunlearn.records.adapter import Adapter, Tensors
 
 ACTIVE = "default"
 REFERENCE = "reference"
+LINEAR = (nn.Linear, Conv1D)
 PLAIN: Mapping[str, tuple[object, ...]] = {
     "use_dora": (False,),
     "lora_bias": (False,),
@@ -126,23 +128,37 @@ def draw_fresh(model: PeftModel, seed: int) -> None:
 
 
 def _check_targets(base: nn.Module, targets: object) -> None:
+    """Raises UserError for a target that matches nothing, or something that is no linear layer."""
     if targets == "all-linear":
         return
-    names = [name for name, module in base.named_modules() if not list(module.children())]
-    if isinstance(targets, str):
-        missing = [targets] if not any(re.fullmatch(targets, name) for name in names) else []
-    else:
-        missing = [t for t in sorted(targets) if not any(name == t or name.endswith(f".{t}") for name in names)]  # type: ignore[call-overload]
-    if missing:
-        known = sorted(
-            {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
-        )
-        raise UserError(
-            *(
-                f"model.model_args.lora_config.target_modules: {name!r} matches no module of this base; linear ones are {', '.join(known)}"
-                for name in missing
+    at = "model.model_args.lora_config.target_modules"
+    leaves = {name: module for name, module in base.named_modules() if not list(module.children())}
+    known = ", ".join(
+        sorted({name.rsplit(".", 1)[-1] for name, module in leaves.items() if isinstance(module, LINEAR)})
+    )
+    faults = []
+    for target in [targets] if isinstance(targets, str) else sorted(targets):  # type: ignore[call-overload]
+        found = [module for name, module in leaves.items() if _matches(name, target, isinstance(targets, str))]
+        if not found:
+            faults.append(f"{at}: {target!r} matches no module of this base; linear ones are {known}")
+        elif not all(isinstance(module, LINEAR) for module in found):
+            faults.append(
+                f"{at}: {target!r} matches {type(found[0]).__name__}, which is no linear layer; linear ones are {known}"
             )
-        )
+    if faults:
+        raise UserError(*faults)
+
+
+def _matches(name: str, target: str, pattern: bool) -> bool:
+    """PEFT's rule: a text is a pattern for the whole name, an entry of a list is a name or its end."""
+    if not pattern:
+        return name == target or name.endswith(f".{target}")
+    try:
+        return re.fullmatch(target, name) is not None
+    except re.error as error:
+        raise UserError(
+            f"model.model_args.lora_config.target_modules={target!r} is no regular expression ({error})"
+        ) from error
 
 
 def check_trainable(model: PeftModel) -> None:

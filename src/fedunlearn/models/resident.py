@@ -136,9 +136,10 @@ def _prove(made: Resident, probe: Probe | None, source: ModelSource) -> None:
         log.warning("adapter %s: every B is zero, so it changes nothing of the base", where)
     if probe is None:
         log.warning(
-            "adapter %s carries no proof of ours: its %d tensors fit in name and shape, more is not known",
+            "adapter %s carries no proof of ours: its %d tensors fit in name and shape; whether it was trained on %s is not known",
             where,
             len(tensors),
+            source.base_name,
         )
         return
     check_probe(probe, take_probe(made), where)

@@ -31,7 +31,7 @@ PACKAGES = (
     "scipy",
 )
 DONE = "done.json"
-CONTROLS = ("resume", "overwrite", "launcher")
+CONTROLS = ("resume", "overwrite", "launcher", "paths")
 """Keys that say how a run is carried out and leave its result alone."""
 
 
