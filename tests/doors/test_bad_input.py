@@ -501,3 +501,48 @@ def test_an_interrupt_says_the_way_on_that_fits(capsys, monkeypatch, tmp_path):
     assert capsys.readouterr().err == "interrupted: nothing was written; the same command starts it again\n"
     assert hydra_door(CONFIGS, "train-lora.yaml", stop, ["task_name=t", "overwrite=true"]) == 130
     assert capsys.readouterr().err.endswith("(and without overwrite=true)\n")
+
+
+# --- what the first attack found
+
+
+def test_a_base_that_lacks_a_tensor_is_refused(pocket, saves, tmp_path):
+    """transformers would fill the gap at random and go on."""
+    broken = tmp_path / "broken"
+    shutil.copytree(pocket.model, broken)
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 of its tensors \(first: 'model.layers.1.self_attn.q_proj.weight'\)"):
+        finetune(pocket, saves, "ft", f"{BASE}={broken}")
+    assert not (saves / "finetune").exists()
+
+
+def test_a_row_that_does_not_fit_is_told_once_and_leaves_no_folder(pocket, saves):
+    with pytest.raises(UserError, match=r"full row \d+ has \d+ tokens .*more than data.max_length=12") as caught:
+        finetune(pocket, saves, "ft", "data.max_length=12")
+    assert len(caught.value.faults) == 1
+    assert not (saves / "finetune").exists()
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (
+            "[input_layernorm]",
+            "'input_layernorm' matches LlamaRMSNorm, which is no linear layer; linear ones are down_proj",
+        ),
+        ("[embed_tokens]", "'embed_tokens' matches Embedding, which is no linear layer"),
+        ("[q_proj, c_attn]", "'c_attn' matches no module of this base"),
+        ("'q_proj['", r"target_modules='q_proj\[' is no regular expression"),
+    ],
+)
+def test_a_target_that_cannot_carry_lora_is_refused(pocket, saves, targets, message):
+    with pytest.raises(UserError, match=message):
+        finetune(pocket, saves, "ft", f"model.model_args.lora_config.target_modules={targets}")
+
+
+@pytest.mark.parametrize("value", ["adam_beta1=1", "adam_beta2=-0.1", "adam_epsilon=-1", "warmup_epochs=-1"])
+def test_an_optimiser_s_number_out_of_range_is_refused(pocket, saves, value):
+    with pytest.raises(UserError, match=rf"trainer.args.*{value.split('=')[0]}"):
+        finetune(pocket, saves, "ft", f"trainer.args.{value}")
