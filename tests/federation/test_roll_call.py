@@ -72,5 +72,5 @@ def test_all_faults_are_told_at_once_and_each_once():
 
 
 def test_too_few_nodes_end_the_roll_call_at_its_deadline():
-    with pytest.raises(UserError, match="1 nodes are there after 0.2 s"):
+    with pytest.raises(UserError, match=r"1 nodes are there after 0\.2 s"):
         roll_call(LocalGrid(ClientApp(), 1), EXPECTED, timeout=0.2)
