@@ -82,3 +82,38 @@ def test_bytes_on_the_wire_stay_within_the_bound(pocket, saves, tuned):
     lines = [client for line in history(run) for client in line["clients"]]
     assert lines
     assert all(0 < client["bytes_up"] <= bound and 0 < client["bytes_down"] <= bound for client in lines)
+
+
+def test_one_base_model_a_process_from_fine_tuning_to_evaluation(pocket, saves, monkeypatch):
+    """Counts the entries of all live parameters while clients train with a KL reference and while the result is evaluated."""
+    import gc
+
+    from transformers import AutoModelForCausalLM
+
+    from fedunlearn.doors import finish
+    from fedunlearn.federation import site
+    from fedunlearn.models.resident import release
+
+    release()
+    gc.collect()
+    already = {id(o) for o in gc.get_objects() if isinstance(o, torch.nn.Parameter)}
+    counts = []
+
+    def counting(work):
+        def counted(*arguments):
+            gc.collect()
+            live = [o for o in gc.get_objects() if isinstance(o, torch.nn.Parameter) and id(o) not in already]
+            counts.append(sum(p.numel() for p in live))
+            return work(*arguments)
+
+        return counted
+
+    tuned = finetune(pocket, saves)
+    monkeypatch.setattr(site, "client_update", counting(site.client_update))
+    monkeypatch.setattr(finish, "evaluate_tofu", counting(finish.evaluate_tofu))
+    judged = ("method.retain=kl", "eval.at_end=true", "eval.max_rows=1", "eval.max_new_tokens=2")
+    run = unlearn(pocket, saves, tuned, "un", *judged)
+    base = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(pocket.model).parameters())
+    adapter = sum(t.numel() for t in adapter_tensors(run).values())
+    assert len(counts) == 9  # two rounds of four clients, and the evaluation
+    assert base + adapter <= max(counts) <= base + 2 * adapter

@@ -1,6 +1,6 @@
 """A tiny resident model in memory, rows of unequal lengths, and one round of one client in one call."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from helpers_eval import tiny_chat, tiny_llama
@@ -9,7 +9,7 @@ from peft import LoraConfig
 from fedunlearn.config.data import CollatorConfig
 from fedunlearn.config.trainer import TrainArgs
 from fedunlearn.data.chat import EncodedRow
-from fedunlearn.methods.base import Method, Need, RetainTerm, StepTotals, TokenLosses
+from fedunlearn.methods.base import Method
 from fedunlearn.models.lora import attach_lora, draw_fresh, plain_config, read_tensors, write_tensors
 from fedunlearn.models.resident import Resident
 from fedunlearn.records.adapter import Adapter
@@ -57,22 +57,6 @@ def rows(count: int, seed: int = 0) -> tuple[EncodedRow, ...]:
 FORGET, RETAIN = rows(8, 1), rows(5, 2)
 SUMS = torch.tensor([float(6 * row.num_labels) for row in FORGET])
 DATA = LocalData(forget=FORGET, retain=RETAIN, reference_sums=SUMS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetainOnly(Method):
-    """No forget loss, only the retain term: what is left when nothing is to be forgotten."""
-
-    gamma: float = field(default=1.0, init=False)
-    alpha: float = 1.0
-    retain: RetainTerm = "nll"
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset()
-
-    def forget(self, batch: TokenLosses, totals: StepTotals) -> torch.Tensor:
-        return 0.0 * batch.nll.sum()
 
 
 def train_args(**changed: object) -> TrainArgs:

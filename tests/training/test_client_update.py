@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from helpers_training import DATA, FORGET, RETAIN, SUMS, RetainOnly, equal, flat, made_model, rows, train
+from helpers_methods import RetainOnly
+from helpers_training import DATA, FORGET, RETAIN, SUMS, equal, flat, made_model, rows, train
 
 from fedunlearn.methods.grad_ascent import GradAscent
 from fedunlearn.methods.grad_diff import GradDiff
