@@ -469,7 +469,7 @@ def test_what_the_machine_refuses_anywhere_is_told_without_a_traceback(told, num
 def words(pocket, saves, task, *more):
     return [
         "experiment=finetune/tofu/pocket", f"tofu_path={pocket.data}", f"{BASE}={pocket.model}", f"paths.saves_dir={saves}",
-        f"task_name={task}", "trainer.federated.num_clients=4", "trainer.federated.num_rounds=3", "trainer.args.num_train_epochs=2",
+        f"task_name={task}", "trainer.federated.num_clients=4", "trainer.federated.num_rounds=15", "trainer.args.num_train_epochs=2",
         "model.model_args.lora_config.r=4", "eval.at_end=false", *more,
     ]  # fmt: skip
 

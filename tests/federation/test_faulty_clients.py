@@ -243,7 +243,7 @@ def test_a_run_that_never_drew_an_owner_is_no_unlearning(pocket, saves):
     """One client a round of four, and the owner of the last authors is not among those drawn with this seed."""
     few = ("partition=by_author", "trainer.federated.fraction_train=0.25", "trainer.federated.num_rounds=1")
     seed = next(s for s in range(50) if select(range(4), seed=s, round=1, fraction=0.25, at_least=1) != (3,))
-    with pytest.raises(UserError, match=r"nobody unlearned: no owner of forget rows was drawn in any round"):
+    with pytest.raises(UserError, match=r"nobody unlearned: no owner of forget rows is drawn in any round"):
         unlearn(pocket, saves, None, "un", *few, f"trainer.args.seed={seed}")
 
 

@@ -68,11 +68,11 @@ def test_flash_attention_falls_back_with_one_warning_a_process(base_folder, capl
             model = load_base(base_folder, args(base_folder, attn_implementation="flash_attention_2"))
     assert model.config._attn_implementation == "sdpa"
     assert [record.message for record in caplog.records if "flash_attention_2" in record.message] == [
-        "model.model_args.attn_implementation=flash_attention_2 is not to be had here (needs CUDA and flash-attn): sdpa is used"
+        "model.model_args.attn_implementation=flash_attention_2 is not to be had here (needs CUDA, 16-bit weights and flash-attn): sdpa is used"
     ]
 
 
 @pytest.mark.parametrize("wanted", ["eager", "sdpa"])
 def test_other_attention_is_what_was_asked_for(wanted, caplog):
-    assert choose_attention(wanted, "cpu") == choose_attention(wanted, "cuda") == wanted
+    assert choose_attention(wanted, "cpu", "float32") == choose_attention(wanted, "cuda", "bfloat16") == wanted
     assert not caplog.records

@@ -71,7 +71,7 @@ def test_names_shapes_and_types_change_it(tmp_path, other):
 
 def test_a_folder_without_safetensors_is_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"has no \*\.safetensors file.*save the model once with save_pretrained"):
+    with pytest.raises(UserError, match=r"has no model\.safetensors.*save the model once with save_pretrained"):
         fingerprint_base(tmp_path)
 
 

@@ -40,7 +40,7 @@ def made_model(dropout: float = 0.0, dtype: torch.dtype = torch.float32, targets
         model, {n: t + 0.05 * torch.randn(t.shape, generator=generator) for n, t in read_tensors(model).items()}
     )
     start = Adapter(read_tensors(model), plain_config(config), "print")
-    return Resident(model.eval(), tiny_chat(), "print", torch.device("cpu"), start)
+    return Resident(model.eval(), tiny_chat(), "print", "a tiny base", torch.device("cpu"), start)
 
 
 def rows(count: int, seed: int = 0) -> tuple[EncodedRow, ...]:
@@ -60,8 +60,8 @@ DATA = LocalData(forget=FORGET, retain=RETAIN, reference_sums=SUMS)
 
 
 def train_args(**changed: object) -> TrainArgs:
-    """AdamW at 1e-3, micro-batches of 4, no schedule."""
-    usual = {"learning_rate": 1e-3, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant"}
+    """AdamW at 1e-3, micro-batches of 4, no schedule but a warm-up where one is given."""
+    usual = {"learning_rate": 1e-3, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant_with_warmup"}
     return TrainArgs(**{**usual, **changed})
 
 

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
+from helpers_methods import RetainOnly
 from helpers_training import (
     FORGET,
     GRADIENT,
     RATE,
     RETAIN,
     SUMS,
-    RetainOnly,
     flat,
     gradient,
     made_model,

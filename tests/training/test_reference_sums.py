@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import safetensors.torch
 import torch
 from helpers_training import FORGET, made_model, rows
 from safetensors.torch import load_file, save_file
@@ -25,8 +26,8 @@ def reference(made):
     return {n: 0.1 * torch.randn(t.shape, generator=generator) for n, t in made.start.tensors.items()}
 
 
-def sums_of(made, reference, chosen, cache):
-    return reference_sums(made, reference, hash_tensors(reference), chosen, cache)
+def sums_of(made, reference, chosen, cache, bf16=False):
+    return reference_sums(made, reference, hash_tensors(reference), chosen, cache, bf16)
 
 
 def kept(cache):
@@ -104,3 +105,20 @@ def test_the_active_adapter_keeps_its_values_and_stays_trainable(made, reference
 def test_they_carry_no_gradient(made, reference, tmp_path):
     assert not sums_of(made, reference, FORGET, tmp_path).requires_grad
     assert all(parameter.grad is None for parameter in made.model.parameters())
+
+
+def test_under_bf16_they_are_those_of_the_training_forward_and_another_file(made, reference, tmp_path):
+    plain, cast = sums_of(made, reference, FORGET, tmp_path), sums_of(made, reference, FORGET, tmp_path, bf16=True)
+    assert len(list((tmp_path / "reference_sums").iterdir())) == 2
+    assert not torch.equal(plain, cast)
+    assert torch.allclose(plain, cast, rtol=0.05)
+
+
+@pytest.mark.parametrize("damage", [b"", b"nothing of the kind", safetensors.torch.save({"sums": torch.zeros(1)})])
+def test_a_damaged_file_is_computed_anew_and_told(made, reference, tmp_path, caplog, damage):
+    good = sums_of(made, reference, FORGET, tmp_path)
+    file = next((tmp_path / "reference_sums").iterdir())
+    file.write_bytes(damage)
+    assert torch.equal(sums_of(made, reference, FORGET, tmp_path), good)
+    assert "is damaged" in caplog.text
+    assert torch.equal(safetensors.torch.load_file(file)["sums"], good)

@@ -13,12 +13,22 @@ class Launcher:
         """Whether a round can go on when a client raised or fell silent; else that ends the run with an error."""
         return True
 
+    @property
+    def keeps_time(self) -> bool:
+        """Whether trainer.federated.round_timeout acts: only where a client's work can be left waiting."""
+        return True
+
 
 @dataclass(frozen=True, kw_only=True)
 class LocalLauncher(Launcher):
     """All clients in this process, one after another, on one resident base model. threads: torch.set_num_threads; null = torch's own choice."""
 
     threads: int | None = 2
+
+    @property
+    def keeps_time(self) -> bool:
+        """A call in this process cannot be timed out, and clients that wait for their turn are not late."""
+        return False
 
     def __post_init__(self) -> None:
         _check_threads(self.threads)

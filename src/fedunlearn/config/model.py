@@ -1,6 +1,5 @@
 """Records of the `model` group: base, LoRA, tokenizer and the words around a question."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -117,6 +116,3 @@ class ModelConfig:
     model_args: ModelArgs
     tokenizer_args: TokenizerArgs = field(default_factory=TokenizerArgs)
     template_args: TemplateArgs = field(default_factory=TemplateArgs)
-
-
-JsonObject = Mapping[str, object]

@@ -12,7 +12,7 @@ class TrainArgs:
 
     num_train_epochs, max_steps (-1: by epochs), warm-up and schedule count per client and round and start anew each round.
     An epoch of unlearning is one pass over the forget rows. warmup_steps below 1 is a fraction of the steps; warmup_epochs
-    counts epochs; both at once are refused.
+    counts epochs; both at once are refused. max_steps, where it is set, holds for every role, whatever epochs say.
     logging_steps: the mean loss of every so many optimiser steps goes into the history.
     """
 
@@ -69,6 +69,18 @@ class TrainArgs:
                 f"{at}warmup_epochs={self.warmup_epochs} beside warmup_steps={self.warmup_steps}: give one of the two",
             ),
             (
+                self.lr_scheduler_type != "constant" or not (self.warmup_steps or self.warmup_epochs),
+                f"{at}lr_scheduler_type='constant' has no warm-up: use constant_with_warmup, or leave warmup_steps and warmup_epochs out",
+            ),
+            (
+                self.lr_scheduler_type != "polynomial" or self.learning_rate > 1e-7,
+                f"{at}lr_scheduler_type='polynomial' ends at 1e-7: learning_rate={self.learning_rate} must be above it",
+            ),
+            (
+                self.optim != "sgd" or (self.adam_beta1, self.adam_beta2, self.adam_epsilon) == (0.9, 0.999, 1e-8),
+                f"{at}optim='sgd' reads no adam_beta1, adam_beta2 or adam_epsilon: leave them out",
+            ),
+            (
                 self.max_grad_norm >= 0,
                 f"{at}max_grad_norm={self.max_grad_norm} must not be negative (0 switches clipping off)",
             ),
@@ -97,7 +109,7 @@ class FederatedArgs:
     """The federation: who takes part, for how long.
 
     fraction_train: share of the clients drawn each round. min_clients: accepted updates below which a round is repeated.
-    round_timeout, roll_call_timeout: seconds. max_retries: repeats of one round before the run stops.
+    round_timeout, roll_call_timeout: seconds (launcher=local works on clients in turn and keeps no time in a round). max_retries: repeats of one round before the run stops.
     final_lr_ratio: the learning rate of the last round over that of the first, linear between them (1: constant).
     keep_rounds: checkpoints kept, newest first.
     """

@@ -95,7 +95,7 @@ class ChatFormat:
         if len(ids) > self.max_length:
             raise UserError(
                 f"{where} has {len(ids)} tokens ({len(prompt)} of them prompt), more than data.max_length={self.max_length}; rows are never "
-                f"cut: set data.max_length={len(ids)} or above, or take the row out"
+                f"cut: set data.max_length={len(ids)} or above (in eval.yaml: max_length), or take the row out"
             )
         if not prompt or len(prompt) >= len(ids) or not answer.strip():
             raise UserError(

@@ -190,14 +190,17 @@ def check_ownership(run: TrainRun, tofu: Tofu, partition: Partition) -> None:
             f"forget_split={run.forget_split!r}: {len(lost)} of its rows (first: row {lost[0]} of full) belong to no client of the partition: "
             "give them to one, or choose another partition or forget_split"
         )
-    faults += [fault for rows in clients if (fault := _client_fault(run, rows, tofu))]
+    faults += [fault for rows in clients if (fault := _client_fault(run, rows, tofu, partition))]
     if faults:
         raise UserError(*faults)
 
 
-def _client_fault(run: TrainRun, rows: OwnedRows, tofu: Tofu) -> str:
+def _client_fault(run: TrainRun, rows: OwnedRows, tofu: Tofu, partition: Partition) -> str:
     where = f"client {rows.client_id} of {run.trainer.federated.num_clients}"
-    if not rows.forget and not rows.retain and not run.data.allow_empty_clients:
+    gone = run.data.rows == "retain" and bool(
+        partition.clients[rows.client_id]
+    )  # owned forget rows only: idle in the oracle
+    if not rows.forget and not rows.retain and not gone and not run.data.allow_empty_clients:
         return (
             f"{where} has no row to train on ({tofu.path}, {run.data.rows}): lower trainer.federated.num_clients, "
             "choose another partition, or set data.allow_empty_clients=true (it then stands idle)"

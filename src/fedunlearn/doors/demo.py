@@ -50,6 +50,7 @@ class Demo:
             "overwrite=true",
             f"paths.saves_dir={self.saves}",
             f"paths.pocket_dir={self.pocket_dir}",
+            f"paths.cache_dir={self.saves}/cache",
         )
         return compose(self.configs, config_name, [*overrides, *common])
 
@@ -82,7 +83,7 @@ def run_demo(seed: int, configs: Path, saves: Path, pocket_dir: Path, seconds_so
     with demo.stage("pocket"):
         open_tofu(f"pocket:{seed}", pocket_dir)
     tuned = demo.train("finetuned", "train-lora.yaml", "experiment=finetune/tofu/pocket")
-    oracle = demo.train("oracle", "train-lora.yaml", "experiment=retrain/tofu/pocket")
+    oracle = demo.train("oracle", "train-lora.yaml", "experiment=retrain/tofu/pocket", f"partition.path={tuned}")
     named = "model.model_args.pretrained_model_name_or_path="
     log_of_oracle = f"retain_logs_path={demo.evaluate('oracle', named + str(oracle)) / EVAL_FILE}"
     unlearned = demo.train("unlearned", "unlearn-lora.yaml", "experiment=unlearn/tofu/pocket", named + str(tuned))

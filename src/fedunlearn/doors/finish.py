@@ -59,7 +59,7 @@ def evaluate(
     """Evaluates the model as it is now; the result's provenance names base, adapter, dtype, versions and config."""
     args = run.model.model_args
     known: Mapping[str, object] = {
-        "base": args.pretrained_model_name_or_path,
+        "base": made.base_name,
         "base_fingerprint": made.fingerprint,
         "adapter_hash": adapter.tensor_hash if adapter is not None else None,
         "dtype": args.torch_dtype,

@@ -24,7 +24,7 @@ from fedunlearn.evals.retain_log import check_retain_log
 from fedunlearn.evals.tofu import read_sets
 from fedunlearn.federation.rounds import START
 from fedunlearn.files import write_json
-from fedunlearn.models.adapter_files import save_adapter
+from fedunlearn.models.adapter_files import load_adapter, save_adapter
 from fedunlearn.models.resident import Resident, resident
 from fedunlearn.models.source import ModelSource, resolve_source
 from fedunlearn.records.adapter import Adapter
@@ -44,7 +44,6 @@ class Prepared:
     folder: Path
     tofu: Tofu
     source: ModelSource
-    partition: Partition
     start: Adapter
     retain_log: EvalLog | None
 
@@ -100,12 +99,15 @@ def prepare(composed: ComposedConfig) -> Prepared:
         save_adapter(place / START, start)
 
     make_folder(run, composed.plain, composed.text, fill)
+    if run.resume and load_adapter(folder / START)[0] != start:
+        raise UserError(
+            f"{str(folder / START)!r} is not the adapter that the model now names: the run it came from was made anew; overwrite=true starts anew"
+        )
     return Prepared(
         run=run,
         folder=folder,
         tofu=tofu,
         source=source,
-        partition=partition,
         start=start,
         retain_log=inputs.retain_log,
     )

@@ -18,6 +18,7 @@ from fedunlearn.protocols.selection import seed_of
 from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.records.partition import OwnedRows
 from fedunlearn.records.rounds import ClientOutcome, ClientTask, Role, RoundResult
+from fedunlearn.reporting.curves import open_curves
 from fedunlearn.reporting.run_folder import DONE, config_hash, make_folder, provenance
 from fedunlearn.training.client_update import LocalResult
 
@@ -41,12 +42,13 @@ def run_central(composed: ComposedConfig) -> EvalLog | None:
     """The central baseline: the same loop over all clients' rows at once, in one round, without a federation."""
     composed = replace(composed, plain={**composed.plain, "door": "central"})
     set_threads(composed.run)
-    prepared = prepare(composed)
-    run = prepared.run
-    if run.resume:
+    if composed.run.resume:
         raise UserError(
             "resume=true: the central baseline is one round, there is nothing to go on with; use overwrite=true"
         )
+    prepared = prepare(composed)
+    run = prepared.run
+    log.info("central: one round of trainer.args over all rows; trainer.federated, strategy and protocol do not act")
     site = Site(run)
     rows = all_rows(site.owned)
     task = central_task(run)
@@ -54,7 +56,10 @@ def run_central(composed: ComposedConfig) -> EvalLog | None:
         done = site.work(task, rows, prepared.start.tensors, prepared.start.tensors if reference_needs(run) else None)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt("the central baseline is one piece, overwrite=true starts anew") from stop
-    append_history(prepared.folder, asdict(_central_line(prepared, task, rows, done)))
+    line = _central_line(prepared, task, rows, done)
+    append_history(prepared.folder, asdict(line))
+    with open_curves(prepared.folder, run.trainer.args.report_to) as curves:
+        curves.add(line)
     return finish(prepared, done.tensors, config_hash(composed.plain))
 
 

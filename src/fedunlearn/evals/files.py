@@ -22,11 +22,12 @@ DEFINITIONS: tuple[Definition, ...] = ("log-space", "open-unlearning")
 def write_log(log: EvalLog, folder: Path) -> None:
     """Writes both files into the folder (made where missing), each under a temporary name first and then renamed.
 
-    The summary holds agg_value of SUMMARY_METRICS that are there and not None.
+    The summary holds agg_value of SUMMARY_METRICS that are there and not None; that of a trial says its max_rows too.
     """
     body: dict[str, object] = {name: _metric_json(result) for name, result in log.metrics.items()}
     _replace(folder / EVAL_FILE, {**body, "provenance": dict(log.provenance)})
-    _replace(folder / SUMMARY_FILE, summary(log))
+    trial = {"max_rows": log.provenance["max_rows"]} if log.provenance.get("trial") else {}
+    _replace(folder / SUMMARY_FILE, {**summary(log), **trial})
 
 
 def summary(log: EvalLog) -> dict[str, float]:

@@ -114,6 +114,6 @@ def _reply(request: TrainRequest, num_owned: int, result: LocalResult | None) ->
         num_tokens=result.num_tokens if result else 0,
         seconds=result.seconds if result else 0.0,
         loss=result.loss if result else 0.0,
-        loss_trace=result.loss_trace if result else (),
+        loss_trace=tuple(float(f"{loss:.6g}") for loss in result.loss_trace) if result else (),
         needs_reference=result is None,
     )

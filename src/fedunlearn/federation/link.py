@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedunlearn.errors import UserError
-from fedunlearn.federation.wire import REPLY, RollCallReply, typed_record, unpack_scalars
+from fedunlearn.federation.wire import REPLY, RollCallReply, content_bytes, typed_record, unpack_scalars
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LOOKS = 0.02
@@ -31,6 +31,7 @@ class Member:
 
     node_id: int
     declared: RollCallReply
+    bytes_up: int
 
 
 def exchange(grid: Grid, messages: Mapping[int, Message], timeout: float) -> Iterator[tuple[int, Message | None]]:
@@ -73,7 +74,7 @@ def roll_call(grid: Grid, expected: Expectation, timeout: float) -> dict[int, Me
         faults += _mismatches(declared, expected)
         if declared.client_id in members:
             faults.append(f"roll call: two nodes say that they are client {declared.client_id}")
-        members[declared.client_id] = Member(node_id=node, declared=declared)
+        members[declared.client_id] = Member(node_id=node, declared=declared, bytes_up=content_bytes(reply.content))
     if faults:
         raise UserError(*dict.fromkeys(faults))
     return {client: members[client] for client in sorted(members)}

@@ -46,7 +46,7 @@ class ReferenceStore:
             return None
         try:
             tensors: Tensors = safetensors.torch.load_file(path)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             log.warning("%s is damaged (%s): the reference adapter is asked for anew", path, error)
             return None
         if hash_tensors(tensors) != name:

@@ -26,6 +26,7 @@ from fedunlearn.federation.checkpoint import (
 from fedunlearn.federation.link import Expectation, Member, roll_call
 from fedunlearn.federation.spool import Spool, open_spool
 from fedunlearn.federation.turn import Turn, TurnReport, take_turn
+from fedunlearn.files import write_json
 from fedunlearn.models.adapter_files import load_adapter
 from fedunlearn.protocols.selection import seed_of, select
 from fedunlearn.records.adapter import Adapter, hash_tensors
@@ -34,7 +35,11 @@ from fedunlearn.reporting.curves import Curves, open_curves
 from fedunlearn.reporting.progress import track
 
 log = logging.getLogger(__name__)
-START = "start"
+START, ROLL_CALL = "start", "roll_call.json"
+NOBODY = (
+    "nobody unlearned: no owner of forget rows is drawn in any round. Raise trainer.federated.fraction_train or num_rounds, "
+    "and start anew with overwrite=true"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +75,13 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, run_id: str, needs_refer
         partition_hash=partition.hash,
     )
     members = roll_call(grid, expected, federated.roll_call_timeout)
+    answers = {
+        str(client): {**asdict(member.declared), "bytes_up": member.bytes_up} for client, member in members.items()
+    }
+    write_json(folder / ROLL_CALL, answers)
     server = Server(grid, run, folder, run_id, start, members, needs_reference)
+    if run.mode == "unlearn":
+        _check_an_owner_is_drawn(run, members)
     rounds = range(checkpoint.state.round + 1, federated.num_rounds + 1)
     with open_curves(folder, run.trainer.args.report_to) as curves:
         for number in track(rounds, f"{run.task_name}: round", len(rounds)):
@@ -79,14 +90,18 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, run_id: str, needs_refer
         _check_unlearned(folder)
 
 
+def _check_an_owner_is_drawn(run: TrainRun, members: Mapping[int, Member]) -> None:
+    """Raises UserError, before any training, where no round of the whole plan lets an owner unlearn: plans are functions of the seed."""
+    plans = (plan_round(run, members, number) for number in range(1, run.trainer.federated.num_rounds + 1))
+    if not any(task.role is Role.UNLEARN for plan in plans for task in plan.tasks):
+        raise UserError(NOBODY)
+
+
 def _check_unlearned(folder: Path) -> None:
-    """Raises UserError where no owner of forget rows was drawn in any round: the result would be no unlearning at all."""
+    """Raises UserError where no owner's update counted in any round: the result would be no unlearning at all."""
     clients = [client for line in read_history(folder) for client in line["clients"]]  # type: ignore[attr-defined]
     if not any(client["role"] == Role.UNLEARN and client["weight"] > 0 for client in clients):
-        raise UserError(
-            "nobody unlearned: no owner of forget rows was drawn in any round. Raise trainer.federated.fraction_train or num_rounds, "
-            "and start anew with overwrite=true"
-        )
+        raise UserError(NOBODY)
 
 
 def plan_round(run: TrainRun, members: Mapping[int, Member], number: int) -> RoundPlan:
@@ -163,7 +178,7 @@ def _collect(server: Server, checkpoint: Checkpoint, plan: RoundPlan, spool: Spo
             tasks=tuple(task for task in working if task.client_id not in counted),
             adapter=checkpoint.state.adapter,
             reference=server.start if server.needs_reference else None,
-            timeout=federated.round_timeout,
+            timeout=federated.round_timeout if server.run.launcher.keeps_time else math.inf,
         )
         report = report.merge(take_turn(server.grid, server.members, turn, report.holders, spool))
         lost = [outcome for outcome in report.outcomes if outcome.reason in ("crashed", "timeout")]

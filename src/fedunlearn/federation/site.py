@@ -66,7 +66,14 @@ class Site:
         needs = reference_needs(run) if task.role is Role.UNLEARN else frozenset()
         data = LocalData(forget=self.encode(owned.forget), retain=self.encode(owned.retain))
         if reference is not None and Need.REFERENCE_SUMS in needs:
-            sums = reference_sums(self.made, reference, hash_tensors(reference), data.forget, Path(run.paths.cache_dir))
+            sums = reference_sums(
+                self.made,
+                reference,
+                hash_tensors(reference),
+                data.forget,
+                Path(run.paths.cache_dir),
+                run.trainer.args.bf16,
+            )
         if reference is not None and Need.REFERENCE_LOGITS in needs:
             hold_reference(self.made.model, reference)
         settings = LocalSettings(

@@ -22,7 +22,7 @@ def load_base(folder: Path, args: ModelArgs) -> PreTrainedModel:
     """
     device = choose_device(args)
     transformers_logging.disable_progress_bar()
-    attention = choose_attention(args.attn_implementation, device.type)
+    attention = choose_attention(args.attn_implementation, device.type, args.torch_dtype)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, args.torch_dtype), attn_implementation=attention, output_loading_info=True
@@ -60,11 +60,12 @@ def choose_device(args: ModelArgs) -> torch.device:
 
 
 @functools.cache
-def choose_attention(wanted: str, device: str) -> str:
+def choose_attention(wanted: str, device: str, dtype: str) -> str:
     """The attention implementation: flash_attention_2 falls back to sdpa where it cannot run, with one warning a process."""
-    if wanted == "flash_attention_2" and not (device == "cuda" and is_flash_attn_2_available()):
+    able = device == "cuda" and dtype != "float32" and is_flash_attn_2_available()
+    if wanted == "flash_attention_2" and not able:
         log.warning(
-            "model.model_args.attn_implementation=flash_attention_2 is not to be had here (needs CUDA and flash-attn): sdpa is used"
+            "model.model_args.attn_implementation=flash_attention_2 is not to be had here (needs CUDA, 16-bit weights and flash-attn): sdpa is used"
         )
         return "sdpa"
     return wanted

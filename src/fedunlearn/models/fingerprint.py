@@ -16,12 +16,21 @@ def fingerprint_base(folder: Path) -> str:
 
     Raises UserError where the folder has no safetensors file or one that cannot be read.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = _weight_files(folder)
     if not files:
         raise UserError(
-            f"base model {str(folder)!r} has no *.safetensors file, which its fingerprint is taken from: save the model once with save_pretrained"
+            f"base model {str(folder)!r} has no model.safetensors, which its fingerprint is taken from: save the model once with save_pretrained"
         )
     return _fingerprint(tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files transformers would load: those of the index, or the single one; other safetensors beside them do not count."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else []
 
 
 @functools.lru_cache(maxsize=8)

@@ -26,6 +26,8 @@ PLAIN: Mapping[str, tuple[object, ...]] = {
     "lora_bias": (False,),
     "modules_to_save": (None, []),
     "target_parameters": (None, []),
+    "trainable_token_indices": (None, []),
+    "layer_replication": (None, []),
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian"),
 }
@@ -54,11 +56,11 @@ def lora_config_of(args: LoraArgs, loaded: Adapter | None, base_name: str) -> Lo
             use_rslora=bool(args.use_rslora),
             bias=args.bias,
             task_type=args.task_type,
-            base_model_name_or_path=base_name,
         )
     else:
         check_agreement(args, loaded.peft_config)
         config = PeftConfig.from_peft_type(**dict(loaded.peft_config))
+    config.base_model_name_or_path = base_name
     config.lora_dropout = args.lora_dropout
     config.inference_mode = False
     return config

@@ -28,7 +28,7 @@ PROBE_ROWS, PROBE_LENGTH, PROBE_IDS = 4, 16, 64
 
 @dataclass(frozen=True, eq=False)
 class Resident:
-    """A loaded base with its LoRA layers. start: the adapter it was loaded with (fresh or from a folder).
+    """A loaded base with its LoRA layers. base_name: what user or adapter call the base. start: the adapter it was loaded with (fresh or from a folder).
 
     model is the PeftModel, or the plain base where use_lora is false (then start is None).
     """
@@ -36,6 +36,7 @@ class Resident:
     model: PeftModel | PreTrainedModel
     chat: ChatFormat
     fingerprint: str
+    base_name: str
     device: torch.device
     start: Adapter | None
 
@@ -118,7 +119,7 @@ def _load(
     fingerprint = fingerprint_base(source.base)
     base = load_base(source.base, config.model_args)
     model = base if lora is None else attach_lora(base, lora)
-    return Resident(model, chat, fingerprint, choose_device(config.model_args), None)
+    return Resident(model, chat, fingerprint, source.base_name, choose_device(config.model_args), None)
 
 
 def _start(held: Resident, loaded: Adapter | None, seed: int, plain: Mapping[str, object]) -> Resident:

@@ -28,8 +28,9 @@ class ModelSource:
 def resolve_source(args: ModelArgs, pocket_dir: Path, *, fetch: bool = True) -> ModelSource:
     """Finds base and adapter. Builds the pocket or fetches from the hub where that is what is named.
 
-    fetch=False: neither is done, and the base is then not looked at: for checks after a fault is known. Raises UserError for a missing path, an empty folder, two adapters, an adapter whose base cannot be found, a hub that cannot
-    be reached.
+    fetch=False: neither is done, and the base is then not looked at: for checks after a fault is known.
+    Raises UserError for a missing path, an empty folder, two adapters, an adapter whose base cannot be found, a hub that
+    cannot be reached.
     """
     key = "model.model_args.pretrained_model_name_or_path"
     named = args.pretrained_model_name_or_path

@@ -137,7 +137,12 @@ def changed_keys(old: Mapping[str, object], new: Mapping[str, object]) -> list[s
     """Gives the dotted keys in which two configs differ, leaving out those that only control how a run is carried out."""
     flat_old, flat_new = _flat(old), _flat(new)
     keys = sorted(set(flat_old) | set(flat_new))
-    return [key for key in keys if key.split(".")[0] not in CONTROLS and flat_old.get(key) != flat_new.get(key)]
+    return [key for key in keys if _counts(key) and flat_old.get(key) != flat_new.get(key)]
+
+
+def _counts(key: str) -> bool:
+    """Whether a key can change a result; of the launcher the threads can, in the last bits."""
+    return key.split(".")[0] not in CONTROLS or key == "launcher.threads"
 
 
 def _flat(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -190,5 +195,5 @@ def _git_commit() -> str | None:
 
 def config_hash(plain: Mapping[str, object]) -> str:
     """sha256 of the config without the keys that only control how a run is carried out."""
-    kept = {key: value for key, value in plain.items() if key not in CONTROLS}
+    kept = {key: value for key, value in _flat(plain).items() if _counts(key)}
     return hashlib.sha256(canonical_json(kept).encode()).hexdigest()

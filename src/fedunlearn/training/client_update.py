@@ -144,13 +144,15 @@ def _run(loop: _Loop, num_steps: int) -> tuple[torch.Tensor, int, int]:
     optimizer = build_optimizer(parameters, args, loop.task.lr_scale)
     schedule = build_schedule(optimizer, args, num_steps, warmup_of(len(loop.rows), num_steps, args))
     accelerator = _accelerator(loop.made.device.type)
+    start = {name: tensor.to(loop.made.device) for name, tensor in loop.start.items()} if loop.settings.mu else {}
     losses, tokens, trained = [], 0, set[int]()
     for step in plan_steps(len(loop.rows), len(loop.data.retain), loop.per_row, num_steps, args, loop.task.seed):
-        losses.append(sum(_backward(loop, part, _totals(loop, step), accelerator) for part in step))
+        totals = _totals(loop, step)
+        losses.append(sum(_backward(loop, part, totals, accelerator) for part in step))
         tokens += sum(len(row.input_ids) for part in step for row in _rows_of(loop, part))
         trained.update(index for part in step for index in part.rows)
         if loop.settings.mu:
-            _pull_to_start(live, loop.start, loop.settings.mu)
+            _pull_to_start(live, start, loop.settings.mu)
         if args.max_grad_norm > 0:
             accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
@@ -222,4 +224,4 @@ def _pull_to_start(live: Mapping[str, torch.nn.Parameter], start: Tensors, mu: f
     """Adds the gradient of (mu/2) ||w - x||^2 (FedProx), x the adapter the round began with."""
     for name, parameter in live.items():
         if parameter.grad is not None:
-            parameter.grad.add_(parameter.detach() - start[name].to(parameter.device), alpha=mu)
+            parameter.grad.add_(parameter.detach() - start[name], alpha=mu)

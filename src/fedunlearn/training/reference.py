@@ -24,52 +24,63 @@ BATCH_ROWS = 16
 
 
 def reference_sums(
-    made: Resident, reference: Tensors, reference_hash: str, rows: Sequence[EncodedRow], cache: Path
+    made: Resident, reference: Tensors, reference_hash: str, rows: Sequence[EncodedRow], cache: Path, bf16: bool
 ) -> torch.Tensor:
     """Gives NLL_i of every row under the reference adapter, [rows] float32, in eval mode.
 
-    Kept under `cache` by the hash of base, its dtype, LoRA config (which holds the scale), reference and token ids (which hold
-    the template); read again where it is there. The active adapter keeps its values.
+    bf16: under autocast, as the training forward is. Kept under `cache` by the hash of base, how it is run (dtype, attention,
+    device, bf16), LoRA config (which holds the scale), reference and token ids (which hold the template); read again where it is there. The active adapter keeps its values.
     """
-    model = [made.fingerprint, str(made.model.dtype), None if made.start is None else dict(made.start.peft_config)]
+    attention = str(made.model.config._attn_implementation)
+    model = [
+        made.fingerprint,
+        str(made.model.dtype),
+        attention,
+        made.device.type,
+        bf16,
+        None if made.start is None else dict(made.start.peft_config),
+    ]
     labels = [[list(row.input_ids), row.num_prompt] for row in rows]
     name = hashlib.sha256(canonical_json([model, reference_hash, labels]).encode()).hexdigest()
     path = cache / "reference_sums" / f"{name}.safetensors"
-    kept = _read(path)
+    kept = _read(path, len(rows))
     if kept is None:
-        kept = _compute(made, reference, rows)
+        kept = _compute(made, reference, rows, bf16)
         write_bytes(path, safetensors.torch.save({"sums": kept}))
     return kept
 
 
-def _read(path: Path) -> torch.Tensor | None:
+def _read(path: Path, count: int) -> torch.Tensor | None:
     if not path.is_file():
         return None
     try:
-        return safetensors.torch.load_file(path)["sums"]
-    except SafetensorError as error:
+        sums = safetensors.torch.load_file(path)["sums"]
+        if sums.shape != (count,):
+            raise ValueError(f"{tuple(sums.shape)} sums for {count} rows")
+        return sums
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         log.warning("%s is damaged (%s): the reference sums are computed anew", path, error)
         return None
 
 
-def _compute(made: Resident, reference: Tensors, rows: Sequence[EncodedRow]) -> torch.Tensor:
+def _compute(made: Resident, reference: Tensors, rows: Sequence[EncodedRow], bf16: bool) -> torch.Tensor:
     current = read_tensors(made.model)
     write_tensors(made.model, reference)
     made.model.eval()
     try:
-        return _sums_of(made, rows)
+        return _sums_of(made, rows, bf16)
     finally:
         write_tensors(made.model, current)
 
 
-def _sums_of(made: Resident, rows: Sequence[EncodedRow]) -> torch.Tensor:
+def _sums_of(made: Resident, rows: Sequence[EncodedRow], bf16: bool) -> torch.Tensor:
     """Batches rows of like length, for order does not matter here."""
     by_length = sorted(range(len(rows)), key=lambda index: (len(rows[index].input_ids), index))
     sums = torch.zeros(len(rows), dtype=torch.float32)
     for start in range(0, len(rows), BATCH_ROWS):
         chosen = by_length[start : start + BATCH_ROWS]
         batch = collate([rows[index] for index in chosen], CollatorConfig(), made.chat.pad_id, made.device)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(made.device.type, dtype=torch.bfloat16, enabled=bf16):
             nll = F.cross_entropy(batch_logits(made.model, batch), batch.labels, reduction="none")
         sums[chosen] = torch.zeros(len(chosen)).index_add(0, batch.row.cpu(), nll.float().cpu())
     return sums

@@ -22,6 +22,8 @@ from fedunlearn.config.parse import parse_config
 from fedunlearn.config.run import TrainRun
 from fedunlearn.errors import UserError
 from fedunlearn.federation.launchers.base import launch
+from fedunlearn.models.base import choose_device
+from fedunlearn.models.resident import release
 from fedunlearn.reporting.run_folder import run_path
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,11 @@ def launch_ray(launcher: RayLauncher, plain: Mapping[str, object]) -> None:
         raise UserError("launcher=ray needs Ray: pip install 'fedunlearn[ray]', or use launcher=local")
     run = parse_config(plain)
     assert isinstance(run, TrainRun)
+    if choose_device(run.model.model_args).type == "cuda" and launcher.client_gpus == 0:
+        raise UserError(
+            "launcher.client_gpus=0, but the model would run on CUDA: give each actor its share, or model.model_args.device=cpu"
+        )
+    release()  # the actors hold a base each; this process needs none until they are done
     folder = run_path(run)
     (folder / FAILURE).unlink(missing_ok=True)
     child = subprocess.Popen(
