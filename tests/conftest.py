@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -19,7 +20,6 @@ from fedunlearn.data.pocket.build import PocketPaths, PocketRecipe, ensure_pocke
 from fedunlearn.data.pocket.pretrain import BaseRecipe
 from fedunlearn.data.pocket.world import WorldSize
 
-torch.set_num_threads(1)
 absl.logging.get_absl_handler().python_handler.close = lambda: (
     None
 )  # it would close pytest's capture when logging is set up anew
@@ -39,3 +39,12 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> PocketPaths:
 def saves(tmp_path: Path) -> Path:
     """An empty saves folder of one test."""
     return tmp_path / "saves"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """So small a model gains nothing from a second thread; a run may set its own, and is undone."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

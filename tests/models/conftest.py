@@ -1,20 +1,11 @@
-"""A tiny base on disk and an adapter for it; one thread; no model is left to the next file."""
+"""A tiny base on disk and an adapter for it; no model is left to the next file."""
 
 import pytest
-import torch
 from helpers_eval import byte_tokenizer, tiny_llama
 from helpers_models import drawn, load, model_config
 
 from fedunlearn.models.adapter_files import save_adapter
 from fedunlearn.models.resident import release, take_probe
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", autouse=True)
