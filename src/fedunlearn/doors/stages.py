@@ -48,7 +48,7 @@ def run_central(composed: ComposedConfig) -> EvalLog | None:
         )
     prepared = prepare(composed)
     run = prepared.run
-    log.info("central: one round of trainer.args over all rows; trainer.federated, strategy and protocol do not act")
+    log.info("central: one round of trainer.args over all rows; trainer.federated, protocol and the server do not act")
     site = Site(run)
     rows = all_rows(site.owned)
     task = central_task(run)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -36,7 +37,7 @@ class Adapter:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensors", {name: self.tensors[name] for name in sorted(self.tensors)})
 
-    @property
+    @cached_property
     def tensor_hash(self) -> str:
         """sha256 of the tensors alone: what names a reference adapter on the wire."""
         return hash_tensors(self.tensors)
