@@ -8,7 +8,8 @@ from collections import Counter
 
 import pytest
 
-from fedunlearn.protocols.selection import seed_of, select
+from fedunlearn.protocols.selection import select
+from fedunlearn.seeds import seed_of
 
 CLIENTS = tuple(range(10))
 

@@ -14,12 +14,12 @@ from fedunlearn.federation.checkpoint import append_history, latest_checkpoint
 from fedunlearn.federation.launchers import launch
 from fedunlearn.federation.site import Site, reference_needs, set_threads
 from fedunlearn.files import write_json
-from fedunlearn.protocols.selection import seed_of
 from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.records.partition import OwnedRows
 from fedunlearn.records.rounds import ClientOutcome, ClientTask, Role, RoundResult
 from fedunlearn.reporting.curves import open_curves
 from fedunlearn.reporting.run_folder import DONE, config_hash, make_folder, provenance
+from fedunlearn.seeds import seed_of
 from fedunlearn.training.client_update import LocalResult
 
 log = logging.getLogger(__name__)

@@ -28,11 +28,12 @@ from fedunlearn.federation.spool import Spool, open_spool
 from fedunlearn.federation.turn import Turn, TurnReport, take_turn
 from fedunlearn.files import write_json
 from fedunlearn.models.adapter_files import load_adapter
-from fedunlearn.protocols.selection import seed_of, select
+from fedunlearn.protocols.selection import select
 from fedunlearn.records.adapter import Adapter, hash_tensors
 from fedunlearn.records.rounds import ClientOutcome, ClientTask, Role, RoundPlan, RoundResult
 from fedunlearn.reporting.curves import Curves, open_curves
 from fedunlearn.reporting.progress import track
+from fedunlearn.seeds import seed_of
 
 log = logging.getLogger(__name__)
 START, ROLL_CALL = "start", "roll_call.json"

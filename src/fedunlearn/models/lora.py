@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fedunlearn.config.model import LoraArgs
 from fedunlearn.errors import UserError
-from fedunlearn.protocols.selection import seed_of
 from fedunlearn.records.adapter import Adapter, Tensors
+from fedunlearn.seeds import seed_of
 
 ACTIVE = "default"
 REFERENCE = "reference"

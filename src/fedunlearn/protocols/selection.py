@@ -1,14 +1,9 @@
-"""The seeded draw of a round's cohort, and the seeds that clients train with."""
+"""The seeded draw of a round's cohort."""
 
-import hashlib
 import math
 from collections.abc import Sequence
 
-
-def seed_of(*parts: object) -> int:
-    """Gives a seed in [0, 2**63) from the parts (run seed, client, round, purpose ...) by sha256: same parts, same seed, on every machine."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+from fedunlearn.seeds import seed_of
 
 
 def select(client_ids: Sequence[int], *, seed: int, round: int, fraction: float, at_least: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fedunlearn.config.trainer import TrainArgs
-from fedunlearn.protocols.selection import seed_of
+from fedunlearn.seeds import seed_of
 
 
 @dataclass(frozen=True)
