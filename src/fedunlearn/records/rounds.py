@@ -15,6 +15,18 @@ class Role(StrEnum):
     IDLE = "idle"
 
 
+class Trained(StrEnum):
+    """Which LoRA factors a client trains in a round, sends back, and the server steps over."""
+
+    BOTH = "both"
+    A = "a"
+    B = "b"
+
+    def covers(self, name: str) -> bool:
+        """Whether a tensor of the adapter is among them."""
+        return self is Trained.BOTH or f".lora_{self.value.upper()}." in name
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClientRows:
     """What a client declares at the roll call: rows it owns, and how many of them are to be forgotten or kept.

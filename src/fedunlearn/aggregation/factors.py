@@ -1,0 +1,111 @@
+"""LoRA factors of one module: which tensors belong together, the scale s of their product, and a client's own rank."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from fedunlearn.records.adapter import Tensors
+from fedunlearn.records.shape import ClientShape, lora_scale
+
+A, B = ".lora_A.", ".lora_B."
+
+
+@dataclass(frozen=True, order=True)
+class Module:
+    """One LoRA target. name: path in the base, as in `model.layers.0.self_attn.q_proj`; a, b: the names of its two tensors."""
+
+    name: str
+    a: str
+    b: str
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """One module's update of the base: scale * b @ a. b [d_out, r], a [r, d_in], same dtype."""
+
+    b: torch.Tensor
+    a: torch.Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return int(self.a.shape[0])
+
+    @cached_property
+    def double(self) -> "Factors":
+        """The same in float64."""
+        return Factors(self.b.double(), self.a.double(), self.scale)
+
+
+def modules_of(names: Iterable[str]) -> tuple[Module, ...]:
+    """Pairs the tensors of an adapter, in name order. Raises ValueError for one that is neither A nor B, or has no partner."""
+    known = set(names)
+    modules = []
+    for name in sorted(known):
+        if A in name and name.replace(A, B) in known:
+            path = name.split(A)[0].removeprefix("base_model.model.")
+            modules.append(Module(path, name, name.replace(A, B)))
+        elif not (B in name and name.replace(B, A) in known):
+            raise ValueError(
+                f"adapter tensor {name!r} is no LoRA factor with a partner: only plain A and B are aggregated"
+            )
+    return tuple(modules)
+
+
+def scale_of(peft_config: Mapping[str, object], module: Module, rank: int) -> float:
+    """Gives s = lora_alpha / r (rsLoRA: / sqrt(r)) of one module, lora_alpha as alpha_pattern has it where a pattern matches."""
+    alpha = peft_config["lora_alpha"]
+    patterns = peft_config.get("alpha_pattern") or {}
+    for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
+        if re.match(rf"(.*\.)?({pattern})$", module.name):
+            alpha = value
+            break
+    return lora_scale(float(str(alpha)), rank, bool(peft_config.get("use_rslora")))
+
+
+def scales_of(peft_config: Mapping[str, object], tensors: Tensors) -> dict[str, float]:
+    """Gives s of every module of an adapter, by module name."""
+    return {m.name: scale_of(peft_config, m, tensors[m.a].shape[0]) for m in modules_of(tensors)}
+
+
+def read_factors(tensors: Tensors, module: Module, scale: float) -> Factors:
+    """Gives one module of an adapter."""
+    return Factors(tensors[module.b], tensors[module.a], scale)
+
+
+def cut_to(shape: ClientShape, tensors: Tensors, scales: Mapping[str, float]) -> Tensors:
+    """Gives what a client of that rank is sent of an adapter: the first r_k rows of A and columns of B, each times sqrt(s / s_k).
+
+    scales: s of the adapter by module name. The product of what is sent, times s_k, is s times the product of the first r_k
+    columns and rows. Where rank and scale are the adapter's own the tensors are the same, bit by bit.
+    """
+    cut: dict[str, torch.Tensor] = {}
+    for module in modules_of(tensors):
+        share = math.sqrt(scales[module.name] / shape.scale)
+        cut[module.a] = _times(tensors[module.a][: shape.rank], share)
+        cut[module.b] = _times(tensors[module.b][:, : shape.rank], share)
+    return cut
+
+
+def _times(tensor: torch.Tensor, share: float) -> torch.Tensor:
+    return tensor.contiguous() if share == 1.0 else (tensor.double() * share).to(tensor.dtype)
+
+
+def padded_to(rank: int, scale: float, factors: Factors) -> Factors:
+    """Gives the same product at a larger rank and another scale: zero columns and rows, both factors times sqrt(s_k / s)."""
+    share = math.sqrt(factors.scale / scale)
+    extra = rank - factors.rank
+    b, a = (factors.b, factors.a) if share == 1.0 else (factors.b * share, factors.a * share)
+    return Factors(torch.nn.functional.pad(b, (0, extra)), torch.nn.functional.pad(a, (0, 0, 0, extra)), scale)
+
+
+def fresh_a(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Gives a fresh A as PEFT draws it, float32: uniform in +-1/sqrt(d_in)."""
+    values = torch.empty(shape)
+    torch.nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+    return values

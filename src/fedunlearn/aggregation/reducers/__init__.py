@@ -1,0 +1,1 @@
+"""What the clients' factors of one module become: one file a reducer."""

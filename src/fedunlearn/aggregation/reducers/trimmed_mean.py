@@ -1,0 +1,29 @@
+"""The trimmed mean (Yin et al. 2018, arXiv:1803.01498), entry by entry of the one factor that clients train."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fedunlearn.aggregation.reducers.base import ModuleCohort, Reducer
+
+
+@dataclass(frozen=True)
+class TrimmedMean(Reducer):
+    """Leaves out the floor(trim * K) largest and smallest values of every entry and takes the plain mean of the rest.
+
+    Exact in product space only where one factor is the same for all clients, so a mask is asked for. Every client counts once.
+    """
+
+    trim: float
+
+    def reduce(self, cohort: ModuleCohort) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Reducer.reduce."""
+        return self._trimmed([client.b for client in cohort.clients]), self._trimmed(
+            [client.a for client in cohort.clients]
+        )
+
+    def _trimmed(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        ordered = torch.stack(tensors).double().sort(dim=0).values
+        drop = math.floor(self.trim * len(tensors) + 1e-9)
+        return ordered[drop : len(tensors) - drop].mean(dim=0)
