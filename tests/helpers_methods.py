@@ -3,6 +3,7 @@
 import os
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -39,4 +40,21 @@ class Hanging(RetainOnly):
 
     def forget(self, batch: TokenLosses, totals: StepTotals) -> torch.Tensor:
         time.sleep(10_000)
+        return super().forget(batch, totals)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scripted(RetainOnly):
+    """Takes one word off the file `plan` a forward pass: `die` kills its process, `hang` does not come back, all others do nothing."""
+
+    plan: str
+
+    def forget(self, batch: TokenLosses, totals: StepTotals) -> torch.Tensor:
+        plan = Path(self.plan)
+        word, *left = plan.read_text().split() or ["end"]
+        plan.write_text(" ".join(left))
+        if word == "die":
+            os._exit(9)
+        if word == "hang":
+            time.sleep(10_000)
         return super().forget(batch, totals)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -102,6 +102,13 @@ def padded_to(rank: int, scale: float, factors: Factors) -> Factors:
     extra = rank - factors.rank
     b, a = (factors.b, factors.a) if share == 1.0 else (factors.b * share, factors.a * share)
     return Factors(torch.nn.functional.pad(b, (0, extra)), torch.nn.functional.pad(a, (0, 0, 0, extra)), scale)
+
+
+def side_by_side(blocks: Sequence[Tensors]) -> Tensors:
+    """Gives blocks of factors as one: A's rows below each other, B's columns beside each other; empty for none."""
+    if not blocks:
+        return {}
+    return {key: torch.cat([block[key] for block in blocks], dim=0 if A in key else 1) for key in blocks[0]}
 
 
 def fresh_a(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fedunlearn.aggregation.base import ServerOptimizer, ServerState, cast_like, check_mean
+from fedunlearn.aggregation.base import ServerOptimizer, ServerState, step_to_mean
 from fedunlearn.records.adapter import Tensors
 
 
@@ -10,7 +10,11 @@ from fedunlearn.records.adapter import Tensors
 class FedAvg(ServerOptimizer):
     """x = mean. LoRA's A and B are averaged apart: mean(B) @ mean(A) is not mean(B @ A)."""
 
+    @property
+    def moment_names(self) -> tuple[str, ...]:
+        """None: gives the mean itself."""
+        return ()
+
     def step(self, state: ServerState, mean: Tensors) -> ServerState:
         """See ServerOptimizer.step."""
-        check_mean(state, mean)
-        return ServerState(adapter=cast_like(mean, state.adapter), round=state.round + 1)
+        return step_to_mean(self, state, mean)

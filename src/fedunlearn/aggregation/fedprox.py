@@ -2,8 +2,13 @@
 
 from dataclasses import dataclass
 
-from fedunlearn.aggregation.base import ServerOptimizer, ServerState, cast_like, check_mean
-from fedunlearn.errors import UserError
+from fedunlearn.aggregation.base import (
+    NOT_NEGATIVE,
+    ServerOptimizer,
+    ServerState,
+    check_hyperparameters,
+    step_to_mean,
+)
 from fedunlearn.records.adapter import Tensors
 
 
@@ -11,21 +16,24 @@ from fedunlearn.records.adapter import Tensors
 class FedProx(ServerOptimizer):
     """Each client adds (mu/2) ||w - x||^2 over its trainable tensors, x a detached snapshot of the global adapter.
 
-    mu = 0 leaves the term out: FedAvg bit by bit.
+    mu >= 0; 0 leaves the term out: FedAvg bit by bit.
     """
 
     mu: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.mu < 0:
-            raise UserError(f"strategy.mu={self.mu} of FedProx must not be negative (0 is FedAvg)")
+        check_hyperparameters(self, {"mu": NOT_NEGATIVE})
 
     @property
     def client_mu(self) -> float:
         """The proximal weight that clients train with."""
         return self.mu
 
+    @property
+    def moment_names(self) -> tuple[str, ...]:
+        """None: gives the mean itself."""
+        return ()
+
     def step(self, state: ServerState, mean: Tensors) -> ServerState:
         """See ServerOptimizer.step."""
-        check_mean(state, mean)
-        return ServerState(adapter=cast_like(mean, state.adapter), round=state.round + 1)
+        return step_to_mean(self, state, mean)

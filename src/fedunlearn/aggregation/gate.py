@@ -1,27 +1,38 @@
-"""The gate every client update passes before it counts: names, shapes, dtypes, finite values, example count, round and run."""
+"""The gate every client update passes before it counts: what it is, then how far it goes beside the others of its role."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 
 from fedunlearn.records.adapter import Tensors
 from fedunlearn.records.rounds import ClientUpdate
 
+MIN_FOR_NORMS = 3
+MIN_FOR_SHARES = 3
+
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What the server knows before a reply comes. num_examples: client id -> rows declared at the roll call."""
+    """What the server knows of one client's reply before it comes.
 
-    adapter: Tensors
+    tensors: those it was sent that it was to train, in the dtype and shapes they must come back in. num_examples: rows it declared at
+    the roll call.
+    """
+
+    client_id: int
+    tensors: Tensors
     round: int
     run_id: str
-    num_examples: Mapping[int, int]
+    base_fingerprint: str
+    num_examples: int
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """reason: empty where the update counts, else `stale_round`, `missing_key`, `extra_key`, `shape`, `dtype`, `nan` or `num_examples`.
+    """reason: empty where the update counts, else the gate's code: `stale_round`, `base_mismatch`, `num_examples`, `missing_key`,
+    `extra_key`, `shape`, `dtype`, `nan`, `norm`; before the gate `wire_size`, `unreadable`, `extra_metric`, `missing_part`, `crashed`, `timeout`.
 
     detail: the first offender, for the history.
     """
@@ -36,18 +47,54 @@ class Verdict:
 
 
 def check_update(update: ClientUpdate, expected: Expected) -> Verdict:
-    """Judges one update; the first fault found is told. Modifies nothing and raises nothing."""
-    if (update.round, update.run_id) != (expected.round, expected.run_id):
-        return Verdict("stale_round", f"round {update.round} of run {update.run_id[:40]}")
-    declared = expected.num_examples.get(update.client_id, 0)
+    """Judges one update by itself; the first fault found is told. Modifies nothing and raises nothing."""
+    if (update.client_id, update.round, update.run_id) != (expected.client_id, expected.round, expected.run_id):
+        return Verdict("stale_round", f"client {update.client_id}, round {update.round} of run {update.run_id[:40]}")
+    if update.base_fingerprint != expected.base_fingerprint:
+        return Verdict("base_mismatch", f"trained on the base {update.base_fingerprint[:40]!r}")
     whole = type(update.num_examples) is int and type(update.num_trained) is int
-    if not whole or update.num_examples != declared or not 0 < update.num_trained <= declared:
+    if not whole or update.num_examples != expected.num_examples or not 0 < update.num_trained <= expected.num_examples:
         return Verdict(
-            "num_examples", f"{update.num_examples} owned and {update.num_trained} trained, {declared} declared"
+            "num_examples",
+            f"{update.num_examples} owned and {update.num_trained} trained, {expected.num_examples} declared",
         )
     return (
-        _check_names(update.tensors, expected.adapter) or _check_values(update.tensors, expected.adapter) or Verdict()
+        _check_names(update.tensors, expected.tensors) or _check_values(update.tensors, expected.tensors) or Verdict()
     )
+
+
+def judge_norms(norms: Mapping[int, float], max_ratio: float) -> dict[int, Verdict]:
+    """Gives the clients of one role whose update goes too far beside the others': above max_ratio times the others' median norm.
+
+    norms: client id -> norm of the product update. With fewer than three there is no telling who is odd, and where the others did not move
+    at all (median 0) there is no measure: then nobody is judged.
+    """
+    if len(norms) < MIN_FOR_NORMS:
+        return {}
+    odd = {}
+    for client, norm in norms.items():
+        usual = median(other for key, other in norms.items() if key != client)
+        if 0 < usual * max_ratio < norm:
+            odd[client] = Verdict("norm", f"{norm:.3g} is above {max_ratio:g} x the others' median {usual:.3g}")
+    return odd
+
+
+def cap_shares(weights: Mapping[int, float], max_share: float) -> tuple[dict[int, float], frozenset[int]]:
+    """Gives weights (sum 1) of which none is above max_share, the rest in proportion, and the clients that were held down.
+
+    Acts from three clients on; where 1/K is above max_share the shares become equal.
+    """
+    if len(weights) < MIN_FOR_SHARES:
+        return dict(weights), frozenset()
+    cap = max(max_share, 1 / len(weights))
+    held: set[int] = set()
+    shares = dict(weights)
+    while over := {client for client, share in shares.items() if share > cap * (1 + 1e-12)} - held:
+        held |= over
+        free = sum(weights[client] for client in weights if client not in held)
+        left = 1 - cap * len(held)
+        shares = {client: cap if client in held else weights[client] / free * left for client in weights}
+    return shares, frozenset(held)
 
 
 def _check_names(tensors: Tensors, adapter: Tensors) -> Verdict | None:
@@ -55,7 +102,7 @@ def _check_names(tensors: Tensors, adapter: Tensors) -> Verdict | None:
     if missing:
         return Verdict("missing_key", missing[0])
     extra = sorted(set(tensors) - set(adapter))
-    return Verdict("extra_key", extra[0]) if extra else None
+    return Verdict("extra_key", extra[0][:120]) if extra else None
 
 
 def _check_values(tensors: Tensors, adapter: Tensors) -> Verdict | None:

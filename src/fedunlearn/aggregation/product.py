@@ -100,9 +100,12 @@ def truncated_svd(part: LowRank, rank: int) -> Svd:
     return Svd(u * sign, s, vt * sign.T)
 
 
-def compressed(part: LowRank, rank: int | None = None) -> LowRank:
-    """Gives the same matrix at the least rank that holds it (to 1e-13 of its largest singular value), at most `rank`."""
+def compressed(part: LowRank, rank: int | None = None, floor: float = 0.0) -> LowRank:
+    """Gives the same matrix at the least rank that holds it (to 1e-13 of its largest singular value), at most `rank`.
+
+    floor: singular values up to it count as 0. A difference wants one: where its terms cancel, what is left is rounding of full rank.
+    """
     svd = truncated_svd(part, part.rank if rank is None else rank)
-    keep = int((svd.s > SMALLEST * svd.s[0]).sum()) if len(svd.s) and svd.s[0] > 0 else 0
+    keep = int((svd.s > max(SMALLEST * float(svd.s[0]), floor)).sum()) if len(svd.s) else 0
     root = svd.s[:keep].sqrt()
     return LowRank(svd.u[:, :keep] * root, root[:, None] * svd.vt[:keep])

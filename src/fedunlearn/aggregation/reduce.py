@@ -23,6 +23,9 @@ from fedunlearn.records.rounds import Trained
 from fedunlearn.records.shape import ClientShape
 from fedunlearn.seeds import seed_of
 
+# What casting a factor to float32 may lose of it: a difference below this share of its terms is rounding, not a residual.
+ROUNDING = 2.0**-24
+
 ReadTensor = Callable[[int, str], torch.Tensor]
 ReadBlocks = Callable[[Module], LowRank | None]
 
@@ -135,9 +138,9 @@ def _reduce_module(
         sent = _into_sidecar(choices, cohort, module, exact, sent, tally)
     products = inner_products([exact, sent])
     tally.exact += max(float(products[0, 0]), 0.0)
-    tally.lost += max(float(products[0, 0] - 2 * products[0, 1] + products[1, 1]), 0.0)
+    tally.lost += _squared_distance(products)
     if choices.feedback:
-        left = compressed(weighted_sum([1.0, -1.0], [exact, sent]))
+        left = _difference(exact, sent)
         tally.carried |= {module.b: left.left.float(), module.a: left.right.float()}
 
 
@@ -147,7 +150,7 @@ def _into_sidecar(
     """Puts what the factors miss into this round's block; gives what is sent altogether, less what the side-car held before."""
     b_is_zero = not bool(sent.left.any())
     # an untouched stack keeps its factors as they came: nothing is gained by an SVD of what is exact already
-    left_over = exact if b_is_zero else compressed(weighted_sum([1.0, -1.0], [exact, sent]))
+    left_over = exact if b_is_zero and bool(exact.left.any()) else _difference(exact, sent)
     before = cohort.blocks(module) if tally.replaces else None
     whole = left_over if before is None else weighted_sum([1.0, 1.0], [before, left_over])
     if tally.replaces:
@@ -156,6 +159,11 @@ def _into_sidecar(
     tally.block |= stored
     parts = [sent, LowRank(stored[module.b].double(), stored[module.a].double())]
     return weighted_sum([1.0, 1.0, -1.0][: 2 + (before is not None)], parts if before is None else [*parts, before])
+
+
+def _difference(exact: LowRank, sent: LowRank) -> LowRank:
+    """Exact - sent without what is mere rounding of the factors sent: 2 r more ranks of it, or all of them where nothing is missing."""
+    return compressed(weighted_sum([1.0, -1.0], [exact, sent]), floor=ROUNDING * squared_norm(exact) ** 0.5)
 
 
 def _replaces(choices: Choices, cohort: Cohort) -> bool:
@@ -211,6 +219,24 @@ def _as_stored(adapter: Tensors, module: Module, b: torch.Tensor, a: torch.Tenso
 
 def _trained_names(names: Tensors, cohort: Cohort) -> list[str]:
     return [name for name in names if cohort.trained.covers(name)]
+
+
+def aggregation_error(cohort: Cohort, adapter: Tensors) -> tuple[float, float]:
+    """Gives error and norm (see Reduced) of an adapter that somebody else made of the cohort."""
+    exact = lost = 0.0
+    for module in modules_of(cohort.adapter):
+        clients = tuple(client.double for client in _clients(cohort, module))
+        weights = tuple(cohort.weights[client] for client in sorted(cohort.weights))
+        want = ModuleCohort(old=_old(cohort, module), clients=clients, weights=weights).exact()
+        sent = product_of(read_factors(adapter, module, cohort.scales[module.name]))
+        products = inner_products([want, sent])
+        exact += max(float(products[0, 0]), 0.0)
+        lost += _squared_distance(products)
+    return (lost / exact) ** 0.5 if exact > 0 else 0.0, exact**0.5
+
+
+def _squared_distance(products: torch.Tensor) -> float:
+    return max(float(products[0, 0] - 2 * products[0, 1] + products[1, 1]), 0.0)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,45 @@
 
 import dataclasses
 import importlib
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Protocol, Self, TypeGuard
 
 from fedunlearn.errors import did_you_mean
 
 
-def component_class(target: object, base: type, key: str) -> type | str:
-    """Gives the dataclass that the dotted name `target` means, a subclass of `base`; or the fault, as one sentence about `key`.
+class Adopter(Protocol):
+    """A record that stands beside an interface in a union and takes in classes of other people's by their shape.
 
-    Importing runs the module's own code: an error in there, other than a failed import, is not caught.
+    described: what it takes, in words, with the article.
     """
-    way_out = f"give the import path of a frozen dataclass that subclasses {base.__module__}.{base.__name__}"
+
+    described: ClassVar[str]
+
+    @classmethod
+    def adopt(cls, target: str, found: type, parameters: Mapping[str, object], key: str) -> Self | None:
+        """Gives a record that holds the class by its name, or None where it is not of the kind.
+
+        Raises UserError where it is of the kind and cannot be used.
+        """
+
+
+def is_adopter(option: object) -> TypeGuard[type[Adopter]]:
+    """Whether a member of a union takes in other people's classes."""
+    return isinstance(option, type) and callable(getattr(option, "adopt", None))
+
+
+def is_component(found: type, base: type) -> bool:
+    """Whether the class is a member of the interface `base`."""
+    return issubclass(found, base) and dataclasses.is_dataclass(found)
+
+
+def component_class(target: object, base: type, key: str, adopters: Sequence[type[Adopter]] = ()) -> type | str:
+    """Gives the class that the dotted name `target` means; or the fault, as one sentence about `key`.
+
+    Without adopters it is a dataclass and a subclass of `base`. Importing runs the module's own code: an error in there,
+    other than a failed import, is not caught.
+    """
+    way_out = _way_out(base, adopters)
     if not isinstance(target, str) or target == "???":
         return f"{key} is missing: {way_out}, or choose a member of the group"
     said = f"{key}={target!r}"
@@ -26,6 +55,17 @@ def component_class(target: object, base: type, key: str) -> type | str:
     if found is None:
         near = did_you_mean(name, [word for word in vars(module) if not word.startswith("_")])
         return f"{said}: {module_name} has no {name!r}{near or ';'} {way_out}"
-    if not (isinstance(found, type) and issubclass(found, base) and dataclasses.is_dataclass(found)):
-        return f"{said} is not a {base.__name__}: {way_out}"
+    if not (isinstance(found, type) and (adopters or is_component(found, base))):
+        return not_wanted(target, base, key, adopters)
     return found
+
+
+def not_wanted(target: object, base: type, key: str, adopters: Sequence[type[Adopter]] = ()) -> str:
+    """The fault of a class that is neither a member of the interface nor taken in by an adopter."""
+    wanted = " or ".join([f"a {base.__name__}", *(adopter.described for adopter in adopters)])
+    return f"{key}={target!r} is not {wanted}: {_way_out(base, adopters)}"
+
+
+def _way_out(base: type, adopters: Sequence[type[Adopter]]) -> str:
+    ours = f"a frozen dataclass that subclasses {base.__module__}.{base.__name__}"
+    return f"give the import path of {' or of '.join([ours, *(adopter.described for adopter in adopters)])}"

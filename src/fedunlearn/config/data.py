@@ -1,4 +1,4 @@
-"""Records of the groups `data`, `collator`, `eval`, `partition`, `aggregation` and `paths`."""
+"""Records of the groups `data`, `collator`, `eval`, `partition` and `paths`."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -75,17 +75,20 @@ class PartitionConfig:
 
     path: a partition.json or a run's folder. scheme: what a partition that is read must have been made by; null = any, and
     by_author where one has to be made.
+    ranks, lora_alphas: LoRA rank r_k and alpha_k of each client, in client order, where they differ from the model's; the adapter of the model has
+    the largest rank there can be. Null: all have the model's.
     """
 
     scheme: Partitioner | None = None
     path: str | None = None
+    ranks: tuple[int, ...] | None = None
+    lora_alphas: tuple[float, ...] | None = None
 
-
-@dataclass(frozen=True, kw_only=True)
-class AggregationConfig:
-    """Client weights of the mean: rows `owned` (declared at the roll call, the same in every round), rows `trained` this round, or `uniform`."""
-
-    weights: Literal["owned", "trained", "uniform"] = "owned"
+    def __post_init__(self) -> None:
+        if self.ranks is not None and min(self.ranks, default=0) < 1:
+            raise UserError(f"partition.ranks={list(self.ranks)} must be whole numbers from 1, one a client")
+        if self.lora_alphas is not None and min(self.lora_alphas, default=0) <= 0:
+            raise UserError(f"partition.lora_alphas={list(self.lora_alphas)} must be above 0, one a client")
 
 
 @dataclass(frozen=True, kw_only=True)

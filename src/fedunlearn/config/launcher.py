@@ -1,8 +1,11 @@
 """Records of the `launcher` group: where the clients run."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fedunlearn.errors import UserError
+
+START_TIMEOUT = 120.0
 
 
 class Launcher:
@@ -14,24 +17,47 @@ class Launcher:
         return True
 
     @property
+    def clock(self) -> Literal["round", "client", "none"]:
+        """What trainer.federated.round_timeout counts for.
+
+        round: one deadline for a whole round, which the round loop keeps; client: each client's own turn, which the Grid
+        keeps; none: it does not act.
+        """
+        return "round"
+
+    @property
     def keeps_time(self) -> bool:
-        """Whether trainer.federated.round_timeout acts: only where a client's work can be left waiting."""
-        return True
+        """Whether the round loop keeps the time."""
+        return self.clock == "round"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalLauncher(Launcher):
-    """All clients in this process, one after another, on one resident base model. threads: torch.set_num_threads; null = torch's own choice."""
+    """All clients one after another on one resident base model.
+
+    threads: torch.set_num_threads; null = torch's own choice. isolate: the clients work in one worker process, which is ended and
+    started anew where a client dies or passes trainer.federated.round_timeout; else in this process. start_timeout: seconds until
+    the worker must be ready; it acts with isolate only.
+    """
 
     threads: int | None = 2
+    isolate: bool = False
+    start_timeout: float = START_TIMEOUT
 
     @property
-    def keeps_time(self) -> bool:
-        """A call in this process cannot be timed out, and clients that wait for their turn are not late."""
-        return False
+    def clock(self) -> Literal["round", "client", "none"]:
+        """A call in this process cannot be timed out; and clients that wait for their turn are never late."""
+        return "client" if self.isolate else "none"
 
     def __post_init__(self) -> None:
         _check_threads(self.threads)
+        if self.start_timeout <= 0:
+            raise UserError(f"launcher.start_timeout={self.start_timeout} must be above 0 seconds")
+        if not self.isolate and self.start_timeout != START_TIMEOUT:
+            raise UserError(
+                f"launcher.start_timeout={self.start_timeout} has nothing to act on: without a worker process only the default "
+                f"{START_TIMEOUT} is allowed. Leave it out, or set launcher.isolate=true"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

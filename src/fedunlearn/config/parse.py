@@ -7,10 +7,10 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Union, cast, get_args, get_origin
 
-from fedunlearn.config.components import component_class
+from fedunlearn.config.components import Adopter, component_class, is_adopter, is_component, not_wanted
 from fedunlearn.config.refused import REFUSED
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.config.trainer import TrainArgs
@@ -78,23 +78,24 @@ class _Reader:
             if name not in given and (name in data or _required(fields[name]))
         ]
         values = {name: self.value(hints[name], value, _join(key, name)) for name, value in given.items()}
-        return self._build(cls, values, key) if len(self.faults) == before else _BAD
+        return self._built(lambda: cls(**values), key or cls.__name__) if len(self.faults) == before else _BAD
 
-    def _build(self, cls: type, values: Mapping[str, object], key: str) -> object:
+    def _built(self, build: Callable[[], object], key: str) -> object:
         try:
-            return cls(**values)
+            return build()
         except UserError as error:
             self.faults += error.faults
         except ValueError as error:  # a user's own class
-            self.faults.append(f"{key or cls.__name__}: {error}")
+            self.faults.append(f"{key}: {error}")
         return _BAD
 
     def value(self, hint: object, value: object, key: str) -> object:
         """Gives the value as the hint wants it, or _BAD with the faults noted."""
         options = _options(hint)
+        records = [cast("type", option) for option in options if _is_record(option)]
+        if records and isinstance(value, Mapping):
+            return self._component(records, value, key)
         for option in options:
-            if _is_record(option) and isinstance(value, Mapping):
-                return self._component(cast("type", option), value, key)
             if get_origin(option) is tuple and isinstance(value, list | tuple):
                 return self._items(get_args(option)[0], value, key)
             read = _scalar(option, value)
@@ -107,16 +108,32 @@ class _Reader:
         read = tuple(self.value(hint, value, f"{key}[{index}]") for index, value in enumerate(values))
         return _BAD if _BAD in read else read
 
-    def _component(self, base: type, data: Mapping[str, object], key: str) -> object:
-        """A record, or where the hint is an interface the dataclass that `_target_` names."""
+    def _component(self, options: Sequence[type], data: Mapping[str, object], key: str) -> object:
+        """A record; or where the first option is an interface, what `_target_` names: a dataclass of it, or what an adopter takes."""
+        base = options[0]
         if dataclasses.is_dataclass(base):
             return self.record(base, data, key)
-        target = data.get(TARGET, MISSING)
-        found = component_class(target, base, _join(key, TARGET))
+        target, adopters = data.get(TARGET, MISSING), [option for option in options if is_adopter(option)]
+        found = component_class(target, base, _join(key, TARGET), adopters)
         if isinstance(found, str):
             self.faults.append(found)
             return _BAD
-        return self.record(found, {name: value for name, value in data.items() if name != TARGET}, key)
+        parameters = {name: value for name, value in data.items() if name != TARGET}
+        if is_component(found, base):
+            return self.record(found, parameters, key)
+        adopted = self._built(lambda: _adopted(adopters, str(target), found, parameters, key), key)
+        if adopted is None:
+            self.faults.append(not_wanted(target, base, _join(key, TARGET), adopters))
+            return _BAD
+        return adopted
+
+
+def _adopted(
+    adopters: Sequence[type[Adopter]], target: str, found: type, parameters: Mapping[str, object], key: str
+) -> object:
+    """Gives the first record that takes the class in, None where none does."""
+    taken = (adopter.adopt(target, found, parameters, key) for adopter in adopters)
+    return next((record for record in taken if record is not None), None)
 
 
 def _join(key: str, name: str) -> str:
@@ -184,6 +201,8 @@ def _expected(option: object) -> str:
         return f"a list of {_expected(get_args(option)[0])}"
     if option in _EXPECTED:
         return _EXPECTED[option]
+    if is_adopter(option):
+        return f"{option.described}: {TARGET} and its parameters"
     name = getattr(option, "__name__", str(option))
     return (
         f"the keys of a {name}"

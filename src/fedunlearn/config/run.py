@@ -4,8 +4,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fedunlearn.aggregation.base import ServerOptimizer
+from fedunlearn.aggregation.combinations import Combination, combination_faults
+from fedunlearn.aggregation.flower import FlowerStrategy
+from fedunlearn.aggregation.robust.base import Robust
+from fedunlearn.aggregation.robust.off import Off
 from fedunlearn.config.data import (
-    AggregationConfig,
     CollatorConfig,
     DataConfig,
     EvalConfig,
@@ -14,6 +17,7 @@ from fedunlearn.config.data import (
 )
 from fedunlearn.config.launcher import Launcher
 from fedunlearn.config.model import ModelConfig
+from fedunlearn.config.server import AggregationConfig, GateConfig
 from fedunlearn.config.trainer import TrainerConfig
 from fedunlearn.errors import UserError
 from fedunlearn.methods.base import Method
@@ -35,13 +39,15 @@ class TrainRun:
     retain_split: str
     model: ModelConfig
     trainer: TrainerConfig
-    strategy: ServerOptimizer
+    strategy: ServerOptimizer | FlowerStrategy
     protocol: Protocol
     partition: PartitionConfig
     launcher: Launcher
     data: DataConfig
     method: Method | None = None
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    robust: Robust = field(default_factory=Off)
+    gate: GateConfig = field(default_factory=GateConfig)
     collator: CollatorConfig = field(default_factory=CollatorConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
@@ -51,9 +57,56 @@ class TrainRun:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        faults = [fault for holds, fault in self._rules() if not holds]
+        faults = [fault for holds, fault in (*self._rules(), *self._client_rules()) if not holds]
+        faults += combination_faults(self._combination())
         if faults:
             raise UserError(*faults)
+
+    @property
+    def ranks_differ(self) -> bool:
+        """Whether clients have LoRA ranks or scales of their own."""
+        return self.partition.ranks is not None or self.partition.lora_alphas is not None
+
+    def _combination(self) -> Combination:
+        chosen, foreign = self.aggregation, isinstance(self.strategy, FlowerStrategy)
+        return Combination(
+            weights=chosen.weights,
+            mask=chosen.mask,
+            reducer=chosen.reducer,
+            residual=chosen.residual,
+            gauge=chosen.gauge,
+            strategy=self.strategy.target
+            if isinstance(self.strategy, FlowerStrategy)
+            else type(self.strategy).__name__,
+            moments=not isinstance(self.strategy, FlowerStrategy) and bool(self.strategy.moment_names),
+            foreign=foreign,
+            robust=type(self.robust).__name__,
+            reweighs=self.robust.reads_gram,
+            ranks_differ=self.ranks_differ,
+        )
+
+    def _client_rules(self) -> list[tuple[bool, str]]:
+        federated = self.trainer.federated
+        rules = [
+            (
+                self.robust.min_updates <= federated.cohort_size,
+                f"robust {type(self.robust).__name__} needs {self.robust.min_updates} updates a round, trainer.federated draws {federated.cohort_size} clients: "
+                "draw more, lower robust.num_malicious, or choose robust=off",
+            ),
+            (
+                not federated.force_owners or self.mode == "unlearn",
+                "trainer.federated.force_owners=true: nobody owns forget rows where nothing is unlearned; leave it false",
+            ),
+        ]
+        for key in ("ranks", "lora_alphas"):
+            given = getattr(self.partition, key)
+            rules.append(
+                (
+                    given is None or len(given) == federated.num_clients,
+                    f"partition.{key} has {len(given or ())} entries, trainer.federated.num_clients={federated.num_clients}: give one a client, or null",
+                )
+            )
+        return rules
 
     def _rules(self) -> list[tuple[bool, str]]:
         unlearn = self.mode == "unlearn"

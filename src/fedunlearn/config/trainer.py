@@ -1,5 +1,6 @@
 """Records of the `trainer` group: the names of transformers' TrainingArguments that are honoured, and the federation's numbers."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -108,8 +109,11 @@ class TrainArgs:
 class FederatedArgs:
     """The federation: who takes part, for how long.
 
-    fraction_train: share of the clients drawn each round. min_clients: accepted updates below which a round is repeated.
-    round_timeout, roll_call_timeout: seconds (launcher=local works on clients in turn and keeps no time in a round). max_retries: repeats of one round before the run stops.
+    fraction_train: share of the clients drawn each round, or num_train_clients: how many (null: by fraction). force_owners: clients with forget
+    rows are in every cohort, beside those drawn. min_clients: updates that must count; with fewer a round is repeated, at most max_retries
+    times: those that were dropped are asked once more, then others are drawn in their place.
+    round_timeout, roll_call_timeout: seconds; of a round the launcher says whose (launcher=local keeps none, with isolate=true each client's own).
+    wire_dtype: what adapters are sent in, both ways; training and sums are not made in it.
     final_lr_ratio: the learning rate of the last round over that of the first, linear between them (1: constant).
     keep_rounds: checkpoints kept, newest first.
     """
@@ -117,12 +121,22 @@ class FederatedArgs:
     num_clients: int
     num_rounds: int
     fraction_train: float = 1.0
+    num_train_clients: int | None = None
+    force_owners: bool = False
     min_clients: int = 1
     round_timeout: float = 3600.0
     roll_call_timeout: float = 300.0
     max_retries: int = 1
     final_lr_ratio: float = 1.0
     keep_rounds: int = 2
+    wire_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def cohort_size(self) -> int:
+        """How many clients are drawn each round; forced owners come on top."""
+        if self.num_train_clients is not None:
+            return self.num_train_clients
+        return math.ceil(self.fraction_train * self.num_clients - 1e-9)
 
     def __post_init__(self) -> None:
         at = "trainer.federated."
@@ -131,8 +145,17 @@ class FederatedArgs:
             (self.num_rounds > 0, f"{at}num_rounds={self.num_rounds} must be above 0"),
             (0 < self.fraction_train <= 1, f"{at}fraction_train={self.fraction_train} must lie in (0, 1]"),
             (
-                1 <= self.min_clients <= max(self.num_clients, 1),
-                f"{at}min_clients={self.min_clients} must lie between 1 and num_clients={self.num_clients}",
+                self.num_train_clients is None or 1 <= self.num_train_clients <= max(self.num_clients, 1),
+                f"{at}num_train_clients={self.num_train_clients} must lie between 1 and num_clients={self.num_clients}, or be null (by fraction_train)",
+            ),
+            (
+                self.num_train_clients is None or self.fraction_train == 1,
+                f"{at}num_train_clients={self.num_train_clients} beside fraction_train={self.fraction_train}: give one of the two (fraction_train=1.0 is none)",
+            ),
+            (
+                1 <= self.min_clients <= max(self.cohort_size, 1),
+                f"{at}min_clients={self.min_clients} must lie between 1 and the clients drawn each round, {self.cohort_size} of num_clients={self.num_clients}: "
+                "lower it, or raise fraction_train or num_train_clients",
             ),
             (self.round_timeout > 0, f"{at}round_timeout={self.round_timeout} must be above 0 seconds"),
             (self.roll_call_timeout > 0, f"{at}roll_call_timeout={self.roll_call_timeout} must be above 0 seconds"),

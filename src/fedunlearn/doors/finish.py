@@ -14,8 +14,9 @@ from fedunlearn.evals.tofu import evaluate_tofu
 from fedunlearn.federation.checkpoint import read_history
 from fedunlearn.files import write_json
 from fedunlearn.models.adapter_files import save_adapter
+from fedunlearn.models.export import export
 from fedunlearn.models.resident import Resident, take_probe
-from fedunlearn.records.adapter import Adapter, Tensors
+from fedunlearn.records.adapter import Adapter
 from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.reporting.run_folder import DONE, PACKAGES, versions
 
@@ -34,12 +35,15 @@ class Account:
     peak_memory_mib: float
 
 
-def finish(prepared: Prepared, result: Tensors, config_sha: str) -> EvalLog | None:
-    """Saves the result as <folder>/adapter, evaluates it where eval.at_end says so, and marks the run as done."""
+def finish(prepared: Prepared, result: Adapter, config_sha: str) -> EvalLog | None:
+    """Saves the result as <folder>/adapter, evaluates it where eval.at_end says so, and marks the run as done.
+
+    A side-car is exported with it, as aggregation.export_rank says; what is evaluated is what is saved.
+    """
     made = load_model(prepared.run, prepared.source)
-    adapter = prepared.start.replace(result)
-    made.put(adapter)
-    save_adapter(prepared.folder / RESULT, adapter, take_probe(made))
+    adapter, stacked = export(result, prepared.run.aggregation.export_rank)
+    made.put(result if stacked else adapter)
+    save_adapter(prepared.folder / RESULT, adapter, take_probe(made), stacked)
     log = None
     if prepared.run.eval.at_end:
         log = evaluate(prepared.run, made, adapter, prepared.tofu, prepared.retain_log, config_sha)

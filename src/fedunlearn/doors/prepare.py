@@ -22,9 +22,8 @@ from fedunlearn.errors import UserError
 from fedunlearn.evals.files import read_log
 from fedunlearn.evals.retain_log import check_retain_log
 from fedunlearn.evals.tofu import read_sets
-from fedunlearn.federation.rounds import START
+from fedunlearn.federation.start import START, load_start, save_start
 from fedunlearn.files import write_json
-from fedunlearn.models.adapter_files import load_adapter, save_adapter
 from fedunlearn.models.resident import Resident, resident
 from fedunlearn.models.source import ModelSource, resolve_source
 from fedunlearn.records.adapter import Adapter
@@ -38,7 +37,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Prepared:
-    """A run whose folder stands: config, provenance.json, partition.json, start/. start: the adapter training begins with."""
+    """A run whose folder stands: config, provenance.json, partition.json, start/. start: the adapter training begins with, its side-car too."""
 
     run: TrainRun
     folder: Path
@@ -83,7 +82,9 @@ def prepare(composed: ComposedConfig) -> Prepared:
     made = load_model(run, source)
     if made.start is None:
         raise ValueError("a federated run has an adapter")
-    for rows in owned_rows(run, tofu, partition):
+    owned = owned_rows(run, tofu, partition)
+    _check_ranks(run, made.start)
+    for rows in owned:
         encode_rows(made.chat, tofu, (*rows.forget, *rows.retain))
     hashes = {
         "base": made.fingerprint,
@@ -96,10 +97,10 @@ def prepare(composed: ComposedConfig) -> Prepared:
     def fill(place: Path) -> None:
         write_partition(place / FILE, partition)
         write_json(place / "provenance.json", {**provenance(run, hashes), "config_hash": config_hash(composed.plain)})
-        save_adapter(place / START, start)
+        save_start(place, start, owned)
 
     make_folder(run, composed.plain, composed.text, fill)
-    if run.resume and load_adapter(folder / START)[0] != start:
+    if run.resume and load_start(folder).adapter != start:
         raise UserError(
             f"{str(folder / START)!r} is not the adapter that the model now names: the run it came from was made anew; overwrite=true starts anew"
         )
@@ -111,6 +112,21 @@ def prepare(composed: ComposedConfig) -> Prepared:
         start=start,
         retain_log=inputs.retain_log,
     )
+
+
+def _check_ranks(run: TrainRun, start: Adapter) -> None:
+    """Raises UserError where a client's own rank is above the adapter's, or modules have ranks of their own already."""
+    largest = int(str(start.peft_config["r"]))
+    above = [rank for rank in run.partition.ranks or () if rank > largest]
+    if above:
+        raise UserError(
+            f"partition.ranks={list(run.partition.ranks or ())}: {above[0]} is above the adapter's r={largest}, which is the largest there can be: "
+            f"lower it, or raise model.model_args.lora_config.r"
+        )
+    if run.ranks_differ and (start.peft_config.get("rank_pattern") or start.peft_config.get("alpha_pattern")):
+        raise UserError(
+            "partition.ranks or lora_alphas beside an adapter whose modules have ranks of their own (rank_pattern): leave them null"
+        )
 
 
 def find_inputs(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> Inputs:

@@ -4,16 +4,19 @@ import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from fedunlearn.aggregation.choices import trained_in
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.doors.compose import ComposedConfig
 from fedunlearn.doors.finish import evaluate, finish
-from fedunlearn.doors.prepare import Prepared, find_inputs, load_model, prepare
+from fedunlearn.doors.prepare import find_inputs, load_model, prepare
 from fedunlearn.errors import UserError
 from fedunlearn.evals.files import write_log
+from fedunlearn.federation.block_store import FOLDER, BlockStore
 from fedunlearn.federation.checkpoint import append_history, latest_checkpoint
 from fedunlearn.federation.launchers import launch
 from fedunlearn.federation.site import Site, reference_needs, set_threads
 from fedunlearn.files import write_json
+from fedunlearn.records.adapter import Adapter, Tensors
 from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.records.partition import OwnedRows
 from fedunlearn.records.rounds import ClientOutcome, ClientTask, Role, RoundResult
@@ -35,7 +38,8 @@ def run_federated(composed: ComposedConfig) -> EvalLog | None:
         raise UserError(
             f"the run stopped before its last round: see the log, then go on with resume=true ({str(prepared.folder)!r})"
         )
-    return finish(prepared, last.state.adapter, config_hash(composed.plain))
+    sidecar = BlockStore(prepared.folder / FOLDER).read(last.blocks)
+    return finish(prepared, prepared.start.replace(last.state.adapter, sidecar), config_hash(composed.plain))
 
 
 def run_central(composed: ComposedConfig) -> EvalLog | None:
@@ -46,6 +50,10 @@ def run_central(composed: ComposedConfig) -> EvalLog | None:
         raise UserError(
             "resume=true: the central baseline is one round, there is nothing to go on with; use overwrite=true"
         )
+    if isinstance(composed.run, TrainRun) and composed.run.ranks_differ:
+        raise UserError(
+            "partition.ranks and lora_alphas belong to clients, of which the central baseline has none: leave them null"
+        )
     prepared = prepare(composed)
     run = prepared.run
     log.info("central: one round of trainer.args over all rows; trainer.federated, protocol and the server do not act")
@@ -53,21 +61,35 @@ def run_central(composed: ComposedConfig) -> EvalLog | None:
     rows = all_rows(site.owned)
     task = central_task(run)
     try:
-        done = site.work(task, rows, prepared.start.tensors, prepared.start.tensors if reference_needs(run) else None)
+        start = prepared.start.weights
+        done = site.work(task, rows, start, start if reference_needs(run) else None)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt("the central baseline is one piece, overwrite=true starts anew") from stop
-    line = _central_line(prepared, task, rows, done)
+    result = prepared.start.replace({**prepared.start.tensors, **_float32(done.tensors)})
+    line = _central_line(result, task, rows, done)
     append_history(prepared.folder, asdict(line))
     with open_curves(prepared.folder, run.trainer.args.report_to) as curves:
         curves.add(line)
-    return finish(prepared, done.tensors, config_hash(composed.plain))
+    return finish(prepared, result, config_hash(composed.plain))
 
 
 def central_task(run: TrainRun) -> ClientTask:
     """The task of round 1 for a single client that owns everything: what a federation of one client does."""
     role = Role.UNLEARN if run.mode == "unlearn" else Role.FINETUNE
     seed = seed_of("client", run.trainer.args.seed, 0, 1)
-    return ClientTask(client_id=0, role=role, epochs=run.trainer.args.num_train_epochs, lr_scale=1.0, seed=seed)
+    return ClientTask(
+        client_id=0,
+        role=role,
+        epochs=run.trainer.args.num_train_epochs,
+        lr_scale=1.0,
+        seed=seed,
+        mu=run.strategy.client_mu,
+        trained=trained_in(run.aggregation.mask, 1),
+    )
+
+
+def _float32(tensors: Tensors) -> Tensors:
+    return {name: tensor.float() for name, tensor in tensors.items()}
 
 
 def all_rows(owned: tuple[OwnedRows, ...]) -> OwnedRows:
@@ -80,7 +102,7 @@ def all_rows(owned: tuple[OwnedRows, ...]) -> OwnedRows:
     )
 
 
-def _central_line(prepared: Prepared, task: ClientTask, rows: OwnedRows, done: LocalResult) -> RoundResult:
+def _central_line(result: Adapter, task: ClientTask, rows: OwnedRows, done: LocalResult) -> RoundResult:
     outcome = ClientOutcome(
         client_id=0,
         role=task.role,
@@ -93,8 +115,7 @@ def _central_line(prepared: Prepared, task: ClientTask, rows: OwnedRows, done: L
         loss=done.loss,
         loss_trace=done.loss_trace,
     )
-    hashed = prepared.start.replace(done.tensors).tensor_hash
-    return RoundResult(round=1, attempt=1, adapter_hash=hashed, seconds=done.seconds, clients=(outcome,))
+    return RoundResult(round=1, attempt=1, adapter_hash=result.tensor_hash, seconds=done.seconds, clients=(outcome,))
 
 
 def run_evaluation(composed: ComposedConfig) -> EvalLog:

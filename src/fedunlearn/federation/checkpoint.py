@@ -1,30 +1,51 @@
-"""A checkpoint a round: the global adapter, the server optimiser's moments, and who holds the reference."""
+"""A checkpoint a round: the global adapter, what the server keeps beside it, and which parts each client holds."""
 
+import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 
 from fedunlearn.aggregation.base import ServerState
 from fedunlearn.errors import UserError
+from fedunlearn.federation.block_store import FOLDER, BlockStore
+from fedunlearn.federation.flower_strategy import StrategyState
+from fedunlearn.federation.start import began_with
 from fedunlearn.files import append_line, canonical_json, whole_folder, write_bytes, write_json
 from fedunlearn.models.adapter_files import load_adapter, save_adapter
-from fedunlearn.records.adapter import Adapter
+from fedunlearn.records.adapter import Adapter, Tensors, hash_tensors
 
 log = logging.getLogger(__name__)
 HISTORY = "history.jsonl"
+ADAPTER, FACTORS = "adapter", "factors"
+MOMENTS, CARRIED, FOREIGN = "moments.safetensors", "carried.safetensors", "strategy.safetensors"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
-    """What resume needs. Random numbers need nothing: every draw is a function of (seed, round, client)."""
+    """What resume needs. Random numbers need nothing: every draw is a function of (seed, round, client).
+
+    strategy: the class that made the state. blocks: hashes of the side-car in <run>/sidecar/. carried: error feedback. holds: client ->
+    parts it keeps. foreign: the state of a Flower strategy.
+    """
 
     state: ServerState
-    holders: frozenset[int] = frozenset()
+    strategy: str
+    blocks: tuple[str, ...] = ()
+    carried: Tensors = field(default_factory=dict)
+    holds: Mapping[int, frozenset[str]] = field(default_factory=dict)
+    foreign: StrategyState | None = None
+
+    @property
+    def adapter_hash(self) -> str:
+        """Names the global adapter of this round: the hash of its factors, with those of the side-car's blocks where there are some."""
+        own = hash_tensors(self.state.adapter)
+        return hashlib.sha256(" ".join((own, *self.blocks)).encode()).hexdigest() if self.blocks else own
 
 
 def round_folder(run_folder: Path, round: int) -> Path:
@@ -33,26 +54,38 @@ def round_folder(run_folder: Path, round: int) -> Path:
 
 
 def save_checkpoint(run_folder: Path, checkpoint: Checkpoint, start: Adapter, keep: int) -> None:
-    """Writes rounds/<n>/ in one rename, then deletes all but the newest `keep`.
+    """Writes rounds/<n>/ in one rename, then deletes all but the newest `keep`, and side-car blocks that none of them names.
 
-    start: gives the PEFT config and base of the adapter. Raises UserError where the disk is full; earlier rounds stay.
+    The adapter lies in adapter/; beside a side-car its factors alone are no result, and lie in factors/. start: gives the PEFT config and
+    base. Raises UserError where the disk is full; earlier rounds stay.
     """
     state = checkpoint.state
     with whole_folder(round_folder(run_folder, state.round)) as folder:
-        save_adapter(folder / "adapter", start.replace(state.adapter))
-        if state.moments:
-            flat = {
-                f"{moment}/{name}": tensor
-                for moment, tensors in state.moments.items()
-                for name, tensor in tensors.items()
-            }
-            write_bytes(folder / "moments.safetensors", safetensors.torch.save(flat))
-        write_json(
-            folder / "checkpoint.json",
-            {"round": state.round, "holders": sorted(checkpoint.holders), "moments": sorted(state.moments)},
-        )
+        save_adapter(folder / (FACTORS if checkpoint.blocks else ADAPTER), start.replace(state.adapter, {}))
+        flat = {f"{moment}/{name}": t for moment, tensors in state.moments.items() for name, t in tensors.items()}
+        foreign = checkpoint.foreign or StrategyState()
+        for file, tensors in ((MOMENTS, flat), (CARRIED, checkpoint.carried), (FOREIGN, foreign.arrays)):
+            if tensors:
+                write_bytes(folder / file, safetensors.torch.save({k: t.contiguous() for k, t in tensors.items()}))
+        write_json(folder / "checkpoint.json", _described(checkpoint))
     for old in _rounds(run_folder)[:-keep]:
         shutil.rmtree(old)
+    if checkpoint.blocks:
+        named = {name for path in _rounds(run_folder) for name in _blocks(path)}
+        BlockStore(run_folder / FOLDER).drop_all_but({*named, *began_with(run_folder)})
+
+
+def _described(checkpoint: Checkpoint) -> dict[str, object]:
+    foreign = checkpoint.foreign
+    return {
+        "round": checkpoint.state.round,
+        "strategy": checkpoint.strategy,
+        "moments": sorted(checkpoint.state.moments),
+        "blocks": list(checkpoint.blocks),
+        "carried": bool(checkpoint.carried),
+        "holds": {str(client): sorted(names) for client, names in sorted(checkpoint.holds.items())},
+        "foreign": None if foreign is None else {"kinds": foreign.kinds, "unsaved": list(foreign.unsaved)},
+    }
 
 
 def _rounds(run_folder: Path) -> list[Path]:
@@ -66,19 +99,44 @@ def latest_checkpoint(run_folder: Path) -> Checkpoint | None:
         return None
     folder = rounds[-1]
     try:
-        adapter, _ = load_adapter(folder / "adapter")
-        saved = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
-        flat = safetensors.torch.load_file(folder / "moments.safetensors") if saved["moments"] else {}
-        moments = {
-            name: {key.partition("/")[2]: t for key, t in flat.items() if key.startswith(f"{name}/")}
-            for name in saved["moments"]
-        }
-        state = ServerState(adapter=adapter.tensors, moments=moments, round=int(saved["round"]))
-        return Checkpoint(state=state, holders=frozenset(saved["holders"]))
+        return _read(folder)
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise UserError(
             f"checkpoint {str(folder)!r} is damaged ({error}): delete that folder, resume=true then goes on from the round before"
         ) from error
+
+
+def _read(folder: Path) -> Checkpoint:
+    saved = _object(folder)
+    adapter, _ = load_adapter(folder / (FACTORS if saved["blocks"] else ADAPTER))
+    flat = safetensors.torch.load_file(folder / MOMENTS) if saved["moments"] else {}
+    moments = {
+        name: {key.partition("/")[2]: t for key, t in flat.items() if key.startswith(f"{name}/")}
+        for name in saved["moments"]
+    }
+    foreign = saved["foreign"]
+    arrays = safetensors.torch.load_file(folder / FOREIGN) if (folder / FOREIGN).is_file() else {}
+    return Checkpoint(
+        state=ServerState(adapter=adapter.tensors, moments=moments, round=int(saved["round"])),
+        strategy=str(saved["strategy"]),
+        blocks=tuple(saved["blocks"]),
+        carried=safetensors.torch.load_file(folder / CARRIED) if saved["carried"] else {},
+        holds={int(client): frozenset(names) for client, names in saved["holds"].items()},
+        foreign=None
+        if foreign is None
+        else StrategyState(arrays=arrays, kinds=foreign["kinds"], unsaved=tuple(foreign["unsaved"])),
+    )
+
+
+def _blocks(folder: Path) -> list[str]:
+    return [str(name) for name in _object(folder)["blocks"]]
+
+
+def _object(folder: Path) -> dict[str, Any]:
+    saved = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+    if not isinstance(saved, dict):
+        raise ValueError("checkpoint.json is no JSON object")
+    return saved
 
 
 def append_history(run_folder: Path, line: object) -> None:

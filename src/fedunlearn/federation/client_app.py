@@ -4,17 +4,17 @@ import json
 import logging
 from pathlib import Path
 
-import safetensors.torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedunlearn.aggregation.factors import side_by_side
 from fedunlearn.config.parse import parse_config
 from fedunlearn.config.run import TrainRun
-from fedunlearn.federation.reference_store import ReferenceStore
+from fedunlearn.federation.part_store import PartStore, joined
 from fedunlearn.federation.site import VERSION, Site, set_threads
 from fedunlearn.federation.wire import (
     ADAPTER,
-    REFERENCE,
+    PART,
     REPLY,
     REQUEST,
     RollCallReply,
@@ -26,6 +26,7 @@ from fedunlearn.federation.wire import (
     typed_record,
     unpack_scalars,
 )
+from fedunlearn.records.adapter import Weights
 from fedunlearn.training.client_update import LocalResult
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def _client_id(context: Context) -> int:
 
 
 def _roll_call(site: Site, client: int) -> RollCallReply:
-    owned = site.owned[client]
+    owned, shape = site.owned[client], site.shapes[client]
     site.encode((*owned.forget, *owned.retain))
     return RollCallReply(
         client_id=client,
@@ -79,41 +80,45 @@ def _roll_call(site: Site, client: int) -> RollCallReply:
         num_owned=owned.num_owned,
         num_forget=len(owned.forget),
         num_retain=len(owned.retain),
+        rank=shape.rank,
+        lora_alpha=shape.lora_alpha,
     )
 
 
 def _train(site: Site, client: int, content: RecordDict) -> RecordDict:
-    request = unpack_scalars(TrainRequest, typed_record(ConfigRecord, content[REQUEST]))
+    request = unpack_scalars(TrainRequest, typed_record(ConfigRecord, content.get(REQUEST)))
     if request.client_id != client:
         raise ValueError(f"client {client} got the task of client {request.client_id}")
-    sent = _blob(content, ADAPTER)
-    wanted, reference = request.reference_hash, None
-    if wanted:
-        store = ReferenceStore(Path(site.run.paths.cache_dir) / "clients" / str(client))
-        reference = store.obtain(wanted, [sent, *([_blob(content, REFERENCE)] if REFERENCE in content else [])])
-        if reference is None:
-            log.info("client %d lacks the reference adapter %s and asks for it", client, wanted[:12])
-            return RecordDict({REPLY: pack_scalars(_reply(request, site.owned[client].num_owned, None))})
-    result = site.work(request.task, site.owned[client], safetensors.torch.load(sent), reference)
-    reply = _reply(request, site.owned[client].num_owned, result)
-    return RecordDict({ADAPTER: pack_adapter(result.tensors), REPLY: pack_scalars(reply)})
+    store = PartStore(Path(site.run.paths.cache_dir) / "clients" / str(client))
+    wanted = (*request.adapter, *request.sidecar, *request.reference, *request.reference_sidecar)
+    received = {key.removeprefix(PART): _blob(content, key) for key in content if key.startswith(PART)}
+    parts, missing = store.obtain(wanted, received, request.keep)
+    if missing:
+        log.info("client %d lacks %d parts of its task and asks for them", client, len(missing))
+        return RecordDict({REPLY: pack_scalars(_reply(site, request, None, missing))})
+    start = Weights(joined(request.adapter, parts), side_by_side([parts[name] for name in request.sidecar]))
+    beside = side_by_side([parts[name] for name in request.reference_sidecar])
+    reference = Weights(joined(request.reference, parts), beside) if request.reference else None
+    result = site.work(request.task, site.owned[client], start, reference)
+    return RecordDict({ADAPTER: pack_adapter(result.tensors), REPLY: pack_scalars(_reply(site, request, result))})
 
 
 def _blob(content: RecordDict, key: str) -> bytes:
     return blob_of(typed_record(ArrayRecord, content[key]))
 
 
-def _reply(request: TrainRequest, num_owned: int, result: LocalResult | None) -> TrainReply:
+def _reply(site: Site, request: TrainRequest, result: LocalResult | None, missing: tuple[str, ...] = ()) -> TrainReply:
     return TrainReply(
         run_id=request.run_id,
         round=request.round,
         client_id=request.client_id,
-        num_examples=num_owned,
+        base_fingerprint=site.made.fingerprint,
+        num_examples=site.owned[request.client_id].num_owned,
         num_trained=result.num_trained if result else 0,
         num_steps=result.num_steps if result else 0,
         num_tokens=result.num_tokens if result else 0,
         seconds=result.seconds if result else 0.0,
         loss=result.loss if result else 0.0,
         loss_trace=tuple(float(f"{loss:.6g}") for loss in result.loss_trace) if result else (),
-        needs_reference=result is None,
+        missing=missing,
     )

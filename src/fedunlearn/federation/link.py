@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -10,6 +10,8 @@ from flwr.serverapp import Grid
 
 from fedunlearn.errors import UserError
 from fedunlearn.federation.wire import REPLY, RollCallReply, content_bytes, typed_record, unpack_scalars
+from fedunlearn.records.rounds import ClientRows
+from fedunlearn.records.shape import ClientShape
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LOOKS = 0.02
@@ -17,12 +19,17 @@ SECONDS_BETWEEN_LOOKS = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """What every client must agree with at the roll call. num_owned: rows of the partition, client by client, of which it may declare fewer."""
+    """What every client must agree with at the roll call. rows, shapes: what each owns by the partition, and its LoRA rank; entry k is client k.
 
-    num_owned: tuple[int, ...]
+    min_clients: how many must be able to take part.
+    """
+
+    rows: tuple[ClientRows, ...]
+    shapes: tuple[ClientShape, ...]
     version: str
     base_fingerprint: str
     partition_hash: str
+    min_clients: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +39,14 @@ class Member:
     node_id: int
     declared: RollCallReply
     bytes_up: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollCall:
+    """members: by client id, in order. refused: a sentence for each node or client that is left out."""
+
+    members: Mapping[int, Member]
+    refused: tuple[str, ...]
 
 
 def exchange(grid: Grid, messages: Mapping[int, Message], timeout: float) -> Iterator[tuple[int, Message | None]]:
@@ -49,66 +64,95 @@ def exchange(grid: Grid, messages: Mapping[int, Message], timeout: float) -> Ite
         yield key, None
 
 
-def roll_call(grid: Grid, expected: Expectation, timeout: float) -> dict[int, Member]:
-    """Asks every node who it is: once a run. Gives the members by client id, in order.
+def roll_call(grid: Grid, expected: Expectation, timeout: float) -> RollCall:
+    """Asks every node who it is: once a run. Nodes that are not there yet are waited for until `timeout` seconds have passed.
 
-    Raises UserError telling all at once: nodes that did not answer or failed, two that say the same id, another version, base
-    or partition than the server's.
+    A node that does not answer, or cannot take part (another version, base or partition, row counts that are not the partition's, two
+    that say the same id), is refused by name and left out. Raises UserError, telling all at once, where fewer than
+    expected.min_clients are left, or in unlearning one that owns forget rows is not among them: the request could not be served.
     """
-    nodes = _wait_for_nodes(grid, len(expected.num_owned), timeout)
+    nodes = _wait_for_nodes(grid, len(expected.rows), timeout)
     messages = {node: Message(RecordDict(), node, MessageType.QUERY, group_id="roll-call") for node in nodes}
-    members: dict[int, Member] = {}
-    faults: list[str] = []
+    found: dict[int, list[Member]] = {}
+    refused: list[str] = []
     for node, reply in exchange(grid, messages, timeout):
-        if reply is None or reply.has_error():
-            faults.append(
-                f"roll call: node {node} "
-                + ("did not answer in time" if reply is None else f"failed: {reply.error.reason}")
-            )
-            continue
-        try:
-            declared = unpack_scalars(RollCallReply, typed_record(ConfigRecord, reply.content[REPLY]))
-        except (KeyError, TypeError, ValueError) as error:
-            faults.append(f"roll call: the reply of node {node} cannot be read: {error}")
-            continue
-        faults += _mismatches(declared, expected)
-        if declared.client_id in members:
-            faults.append(f"roll call: two nodes say that they are client {declared.client_id}")
-        members[declared.client_id] = Member(node_id=node, declared=declared, bytes_up=content_bytes(reply.content))
-    if faults:
-        raise UserError(*dict.fromkeys(faults))
-    return {client: members[client] for client in sorted(members)}
+        member = _read_member(node, reply)
+        faults = [member] if isinstance(member, str) else _mismatches(member.declared, expected)
+        refused += faults
+        if not isinstance(member, str) and not faults:
+            found.setdefault(member.declared.client_id, []).append(member)
+    refused += [
+        f"roll call: {len(said)} nodes say that they are client {client}"
+        for client, said in sorted(found.items())
+        if len(said) > 1
+    ]
+    members = {client: said[0] for client, said in sorted(found.items()) if len(said) == 1}
+    refused += [
+        f"roll call: client {row.client_id} is not there" for row in expected.rows if row.client_id not in found
+    ]
+    _check_enough(members, expected, refused)
+    for fault in refused:
+        log.warning("%s: the run goes on without", fault)
+    return RollCall(members=members, refused=tuple(refused))
+
+
+def _check_enough(members: Mapping[int, Member], expected: Expectation, refused: Sequence[str]) -> None:
+    lost = [row.client_id for row in expected.rows if row.num_forget and row.client_id not in members]
+    if lost:
+        raise UserError(
+            *refused,
+            f"roll call: clients {lost} own forget rows and cannot take part: nobody else can unlearn these; mend the cause and start again",
+        )
+    if len(members) < expected.min_clients:
+        raise UserError(
+            *refused,
+            f"roll call: {len(members)} of {len(expected.rows)} clients can take part, trainer.federated.min_clients={expected.min_clients} are wanted: mend the cause, or lower it",
+        )
+
+
+def _read_member(node: int, reply: Message | None) -> "Member | str":
+    if reply is None:
+        return f"roll call: node {node} did not answer in time"
+    if reply.has_error():
+        return f"roll call: node {node} failed: {_first_line(reply.error.reason or '')}"
+    try:
+        declared = unpack_scalars(RollCallReply, typed_record(ConfigRecord, reply.content.get(REPLY)))
+        return Member(node_id=node, declared=declared, bytes_up=content_bytes(reply.content))
+    except Exception as error:  # whatever a node can send costs it its own place, never the run
+        return f"roll call: the reply of node {node} cannot be read: {_first_line(str(error))}"
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split("\n")[0][:300]
 
 
 def _wait_for_nodes(grid: Grid, num_clients: int, timeout: float) -> list[int]:
     end = time.monotonic() + timeout
     while len(nodes := list(grid.get_node_ids())) < num_clients and time.monotonic() < end:
         time.sleep(SECONDS_BETWEEN_LOOKS)
-    if len(nodes) != num_clients:
-        raise UserError(
-            f"roll call: {len(nodes)} nodes are there after {timeout:g} s, trainer.federated.num_clients={num_clients} are wanted"
-        )
     return nodes
 
 
 def _mismatches(declared: RollCallReply, expected: Expectation) -> list[str]:
     client = declared.client_id
-    if not 0 <= client < len(expected.num_owned):
-        return [
-            f"roll call: a node says that it is client {client}, the partition has 0 to {len(expected.num_owned) - 1}"
-        ]
+    if not 0 <= client < len(expected.rows):
+        return [f"roll call: a node says that it is client {client}, the partition has 0 to {len(expected.rows) - 1}"]
     faults = [
         f"roll call: client {client} has {key}={getattr(declared, key)!r}, the server {getattr(expected, key)!r}"
         for key in ("version", "base_fingerprint", "partition_hash")
         if getattr(declared, key) != getattr(expected, key)
     ]
-    counts = (declared.num_forget, declared.num_retain, declared.num_owned)
-    if (
-        min(counts) < 0
-        or not declared.num_forget + declared.num_retain <= declared.num_owned <= expected.num_owned[client]
-    ):
-        owned = expected.num_owned[client]
+    if declared.rows != expected.rows[client]:
         faults.append(
-            f"roll call: client {client} declares forget, retain and owned rows {counts}, the partition gives it {owned}"
+            f"roll call: client {client} declares forget, retain and owned rows {_counts(declared.rows)}, by the partition it has {_counts(expected.rows[client])}"
+        )
+    shape = expected.shapes[client]
+    if (declared.rank, declared.lora_alpha) != (shape.rank, shape.lora_alpha):
+        faults.append(
+            f"roll call: client {client} has LoRA rank {declared.rank} and alpha {declared.lora_alpha:g}, by the config {shape.rank} and {shape.lora_alpha:g}"
         )
     return faults
+
+
+def _counts(rows: ClientRows) -> tuple[int, int, int]:
+    return rows.num_forget, rows.num_retain, rows.num_owned

@@ -1,7 +1,8 @@
-"""A Flower Grid in this process: the ClientApp is called directly, one client after another, in the order asked."""
+"""Grids that work on one client after another, in the order asked; the one of this process calls the ClientApp directly."""
 
 import logging
 import time
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable
 from uuid import uuid4
@@ -13,31 +14,29 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedunlearn.errors import UserError
+from fedunlearn.federation.faults import CLIENT_RAISED, REPLY_UNREADABLE
 
 log = logging.getLogger(__name__)
 RUN_ID = 1
 SERVER_NODE = 1
-CLIENT_RAISED = 1001
 
 
-class LocalGrid(Grid):
-    """Runs `client_app` for `num_clients` nodes; node k has partition-id k, as in Flower's simulation engine.
+class SequentialGrid(Grid):
+    """A Grid of `num_clients` nodes of which one works at a time; node k has partition-id k, as in Flower's simulation engine.
 
     A pushed message waits until it is pulled and is worked on then, one a pull: there is never more than one reply in memory.
-    A client that raises gives an error reply, as over the wire; its traceback goes to the log.
+    A client that fails in whatever way gives an error reply, as over the wire.
     """
 
-    def __init__(self, client_app: ClientApp, num_clients: int) -> None:
+    def __init__(self, num_clients: int) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, 1
-        self._app = client_app
         self._run = Run.create_empty(RUN_ID)
         self._waiting: OrderedDict[str, Message] = OrderedDict()
-        self._contexts = {
-            node: Context(
-                RUN_ID, node, {"partition-id": node - SERVER_NODE - 1, "num-partitions": num_clients}, RecordDict(), {}
-            )
-            for node in range(SERVER_NODE + 1, SERVER_NODE + 1 + num_clients)
-        }
+        self._nodes = _nodes(num_clients)
+
+    @abstractmethod
+    def _answer(self, message: Message) -> Message:
+        """Gives the reply of the node that the message is for. Never raises for what a client does."""
 
     def set_run(self, run: Run) -> None:
         """Sets the run."""
@@ -56,7 +55,7 @@ class LocalGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """The nodes, in client order."""
-        return list(self._contexts)
+        return list(self._nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Keeps the messages until their replies are pulled."""
@@ -71,7 +70,7 @@ class LocalGrid(Grid):
         """Works on the first waiting message of those named and gives its reply; an empty list when none waits."""
         wanted = set(message_ids)
         chosen = next((key for key in self._waiting if key in wanted), None)
-        return [] if chosen is None else [self._call(self._waiting.pop(chosen))]
+        return [] if chosen is None else [self._answer(self._waiting.pop(chosen))]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Works on all messages in turn; after `timeout` seconds the rest is left. A call under way is not interrupted."""
@@ -82,11 +81,42 @@ class LocalGrid(Grid):
             replies.extend(self.pull_messages(pushed))
         return replies
 
-    def _call(self, message: Message) -> Message:
-        try:
-            return self._app(message, self._contexts[message.metadata.dst_node_id])
-        except UserError as error:
-            return Message(Error(CLIENT_RAISED, str(error)), reply_to=message)
-        except Exception as error:
-            log.exception("a client raised while it worked on a %s message", message.metadata.message_type)
-            return Message(Error(CLIENT_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
+
+class LocalGrid(SequentialGrid):
+    """Calls `client_app` in this process. The traceback of a client that raises goes to the log; one that hangs or dies takes this process with it."""
+
+    def __init__(self, client_app: ClientApp, num_clients: int) -> None:
+        super().__init__(num_clients)
+        self._app = client_app
+        self._contexts = make_contexts(num_clients)
+
+    def _answer(self, message: Message) -> Message:
+        return call_client(self._app, self._contexts, message)
+
+
+def make_contexts(num_clients: int) -> dict[int, Context]:
+    """Gives every node's Context, by node id."""
+    return {
+        node: Context(RUN_ID, node, {"partition-id": client, "num-partitions": num_clients}, RecordDict(), {})
+        for client, node in enumerate(_nodes(num_clients))
+    }
+
+
+def call_client(app: ClientApp, contexts: dict[int, Context], message: Message) -> Message:
+    """Gives the reply of the node that the message is for, or an error reply where it raised or gave no reply to this message."""
+    try:
+        reply: object = app(message, contexts[message.metadata.dst_node_id])
+    except UserError as error:
+        return Message(Error(CLIENT_RAISED, str(error)), reply_to=message)
+    except Exception as error:
+        log.exception("a client raised while it worked on a %s message", message.metadata.message_type)
+        return Message(Error(CLIENT_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
+    if isinstance(reply, Message) and reply.metadata.reply_to_message_id == message.metadata.message_id:
+        return reply
+    return Message(
+        Error(REPLY_UNREADABLE, f"a {type(reply).__name__} that does not answer the message"), reply_to=message
+    )
+
+
+def _nodes(num_clients: int) -> range:
+    return range(SERVER_NODE + 1, SERVER_NODE + 1 + num_clients)

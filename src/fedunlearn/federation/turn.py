@@ -1,57 +1,73 @@
 """One turn of a round: tasks go out, replies come back, the gate judges each, and what passes lies in the spool."""
 
 import logging
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field, replace
 
 import safetensors.torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
-from safetensors import SafetensorError
 
 from fedunlearn.aggregation.gate import Expected, Verdict, check_update
+from fedunlearn.aggregation.reduce import update_norms
+from fedunlearn.federation.faults import CLIENT_RAISED, REASON_OF_CODE
 from fedunlearn.federation.link import Member, exchange
+from fedunlearn.federation.parts import Depot, Shipment
 from fedunlearn.federation.spool import Spool
 from fedunlearn.federation.wire import (
     ADAPTER,
-    REFERENCE,
+    LONGEST_TEXT,
+    MOST,
+    PART,
     REPLY,
     REQUEST,
     TrainReply,
     TrainRequest,
+    WireError,
     blob_of,
     content_bytes,
-    pack_adapter,
     pack_scalars,
     typed_record,
     unpack_scalars,
 )
-from fedunlearn.records.adapter import Adapter, Tensors, hash_tensors
+from fedunlearn.records.adapter import Tensors
 from fedunlearn.records.rounds import ClientOutcome, ClientTask, ClientUpdate, Role
+from fedunlearn.records.shape import ClientShape
 
 log = logging.getLogger(__name__)
+Holds = Mapping[int, frozenset[str]]
+HEADER_PER_TENSOR, HEADER = 512, 65_536
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Turn:
-    """What goes out. reference: the adapter that unlearning began with, where the method reads it. timeout: seconds for all."""
+    """What goes out. depot: what tasks are made of. reads_reference: whether those who unlearn are sent what unlearning began with.
+
+    shapes: ranks and scales of clients that have their own. max_reply_ratio: bytes of a reply over those awaited. timeout: seconds for all.
+    """
 
     number: int
     run_id: str
+    base_fingerprint: str
     tasks: tuple[ClientTask, ...]
-    adapter: Tensors
-    reference: Adapter | None
+    depot: Depot
+    reads_reference: bool
+    shapes: Mapping[int, ClientShape]
+    max_reply_ratio: float
     timeout: float
+
+    def shipment(self, task: ClientTask) -> Shipment:
+        """What one task is made of."""
+        return self.depot.shipment(self.shapes.get(task.client_id), self.reads_reference and task.role is Role.UNLEARN)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TurnReport:
-    """What came back: updates that count (their tensors lie in the spool), one outcome a client, who holds the reference now."""
+    """What came back: updates that count (their tensors lie in the spool), one outcome a client, the parts each client keeps now."""
 
     updates: tuple[ClientUpdate, ...] = ()
     outcomes: tuple[ClientOutcome, ...] = ()
-    holders: frozenset[int] = frozenset()
+    holds: Holds = field(default_factory=dict)
 
     def merge(self, later: "TurnReport") -> "TurnReport":
         """Gives both together; where a client stands in both, its later outcome, with the bytes of both."""
@@ -60,7 +76,21 @@ class TurnReport:
         return TurnReport(
             updates=tuple(sorted((*self.updates, *later.updates), key=lambda update: update.client_id)),
             outcomes=tuple(sorted((*outcomes, *again.values()), key=lambda outcome: outcome.client_id)),
-            holders=self.holders | later.holders,
+            holds={**self.holds, **later.holds},
+        )
+
+    def without(self, verdicts: Mapping[int, Verdict]) -> "TurnReport":
+        """Gives the report with some updates dropped after all."""
+        outcomes = (
+            replace(o, reason=verdicts[o.client_id].reason, detail=verdicts[o.client_id].detail)
+            if o.client_id in verdicts
+            else o
+            for o in self.outcomes
+        )
+        return replace(
+            self,
+            updates=tuple(update for update in self.updates if update.client_id not in verdicts),
+            outcomes=tuple(outcomes),
         )
 
 
@@ -73,67 +103,63 @@ def _with_bytes_of(outcome: ClientOutcome, earlier: ClientOutcome) -> ClientOutc
     )
 
 
-def take_turn(
-    grid: Grid, members: Mapping[int, Member], turn: Turn, holders: frozenset[int], spool: Spool
-) -> TurnReport:
-    """Sends every task, judges every reply, and asks those that lack the reference once more with it.
-
-    A client without the reference gets it beside its task, except where the global adapter is the reference still.
-    """
-    same = turn.reference is not None and hash_tensors(turn.adapter) == turn.reference.tensor_hash
-    with_reference = {t.client_id for t in turn.tasks if _wants(turn, t) and not same and t.client_id not in holders}
-    report, lacking = _ask(grid, members, turn, with_reference, spool)
+def take_turn(grid: Grid, members: Mapping[int, Member], turn: Turn, holds: Holds, spool: Spool) -> TurnReport:
+    """Sends every task with the parts its client is not known to hold, judges every reply, and asks those that lack parts once more with all of them."""
+    report, lacking = _ask(grid, members, turn, holds, spool)
     if lacking:
+        log.warning("clients %s lacked parts of their task and are sent all of it", sorted(lacking))
         again = replace(turn, tasks=tuple(task for task in turn.tasks if task.client_id in lacking))
-        second, still = _ask(grid, members, again, lacking, spool)
+        second, _ = _ask(grid, members, again, {client: frozenset() for client in lacking}, spool)
         report = report.merge(second)
-        log.warning(
-            "clients %s lacked the reference adapter and were sent it; %s lack it still", sorted(lacking), sorted(still)
-        )
-    held = {u.client_id for u in report.updates for t in turn.tasks if t.client_id == u.client_id and _wants(turn, t)}
-    return replace(report, holders=holders | held)
-
-
-def _wants(turn: Turn, task: ClientTask) -> bool:
-    return turn.reference is not None and task.role is Role.UNLEARN
+    return report
 
 
 def _ask(
-    grid: Grid, members: Mapping[int, Member], turn: Turn, with_reference: set[int], spool: Spool
-) -> tuple[TurnReport, set[int]]:
-    """Gives the report, and the clients that answered that they lack the reference."""
-    adapter = pack_adapter(turn.adapter)
-    reference = pack_adapter(turn.reference.tensors) if turn.reference and with_reference else None
+    grid: Grid, members: Mapping[int, Member], turn: Turn, holds: Holds, spool: Spool
+) -> tuple[TurnReport, Set[int]]:
+    """Gives the report, and the clients that answered that they lack parts."""
     tasks = {task.client_id: task for task in turn.tasks}
     messages, outcomes = {}, {}
     for client, task in tasks.items():
-        extra = reference if client in with_reference else None
-        content = _content(turn, task, adapter, extra)
-        extra_bytes = content_bytes(RecordDict({REFERENCE: extra})) if extra else 0
-        outcomes[client] = ClientOutcome(
-            client_id=client,
-            role=task.role,
-            weight=0.0,
-            bytes_down=content_bytes(content) - extra_bytes,
-            bytes_down_reference=extra_bytes,
-        )
+        content, outcomes[client] = _outgoing(turn, task, holds.get(client, frozenset()))
         messages[client] = Message(content, members[client].node_id, MessageType.TRAIN, group_id=str(turn.number))
-    declared = {client: member.declared.num_owned for client, member in members.items()}
-    expected = Expected(adapter=turn.adapter, round=turn.number, run_id=turn.run_id, num_examples=declared)
-    updates, lacking = [], set()
+    updates: list[ClientUpdate] = []
+    lacking: set[int] = set()
+    kept: dict[int, frozenset[str]] = {}
     for client, reply in exchange(grid, messages, turn.timeout):
-        judged = _judge(client, reply, expected, spool)
+        shipment = turn.shipment(tasks[client])
+        judged = _judge(turn, tasks[client], shipment, members[client], reply, spool)
         outcomes[client] = _outcome(outcomes[client], judged)
         if judged.update is not None:
             updates.append(judged.update)
-        if judged.lacks_reference:
+            kept[client] = shipment.keep
+        if judged.verdict.reason == "missing_part":
             lacking.add(client)
-    return TurnReport(updates=tuple(updates), outcomes=tuple(outcomes.values())), lacking
+    return TurnReport(updates=tuple(updates), outcomes=tuple(outcomes.values()), holds=kept), lacking
 
 
-def _content(turn: Turn, task: ClientTask, adapter: ArrayRecord, reference: ArrayRecord | None) -> RecordDict:
-    wanted = turn.reference.tensor_hash if turn.reference is not None and _wants(turn, task) else ""
-    request = TrainRequest(
+def _outgoing(turn: Turn, task: ClientTask, held: frozenset[str]) -> tuple[RecordDict, ClientOutcome]:
+    """Gives one task's message, and the outcome as far as it is known when it goes out."""
+    shipment = turn.shipment(task)
+    content = RecordDict({REQUEST: pack_scalars(_request(turn, task, shipment))})
+    beside = RecordDict()
+    for name, part in shipment.lacking(held).items():
+        content[PART + name] = part.packed
+        if name in shipment.apart:
+            beside[PART + name] = part.packed
+    apart = content_bytes(beside)
+    outcome = ClientOutcome(
+        client_id=task.client_id,
+        role=task.role,
+        weight=0.0,
+        bytes_down=content_bytes(content) - apart,
+        bytes_down_reference=apart,
+    )
+    return content, outcome
+
+
+def _request(turn: Turn, task: ClientTask, shipment: Shipment) -> TrainRequest:
+    return TrainRequest(
         run_id=turn.run_id,
         round=turn.number,
         client_id=task.client_id,
@@ -141,12 +167,14 @@ def _content(turn: Turn, task: ClientTask, adapter: ArrayRecord, reference: Arra
         epochs=task.epochs,
         lr_scale=task.lr_scale,
         seed=task.seed,
-        reference_hash=wanted,
+        mu=task.mu,
+        trained=task.trained.value,
+        adapter=tuple(part.hash for part in shipment.adapter),
+        sidecar=tuple(part.hash for part in shipment.sidecar),
+        reference=tuple(part.hash for part in shipment.reference),
+        reference_sidecar=tuple(part.hash for part in shipment.reference_sidecar),
+        keep=tuple(sorted(shipment.keep)),
     )
-    content = RecordDict({ADAPTER: adapter, REQUEST: pack_scalars(request)})
-    if reference is not None:
-        content[REFERENCE] = reference
-    return content
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,39 +183,75 @@ class _Judged:
     reply: TrainReply | None = None
     update: ClientUpdate | None = None
     bytes_up: int = 0
-    lacks_reference: bool = False
 
 
-def _judge(client: int, message: Message | None, expected: Expected, spool: Spool) -> _Judged:
-    """Reads one reply, passes it through the gate, and spools what counts; the tensors are let go of at once."""
+def _judge(
+    turn: Turn, task: ClientTask, shipment: Shipment, member: Member, message: Message | None, spool: Spool
+) -> _Judged:
+    """Reads one reply, passes it through the gate, measures it and spools what counts; the tensors are let go of at once."""
     if message is None:
         return _Judged(verdict=Verdict("timeout", "no reply within round_timeout"))
     if message.has_error():
-        return _Judged(verdict=Verdict("crashed", _first_line(message.error.reason or "")))
-    size = content_bytes(message.content)
+        reason = REASON_OF_CODE.get(message.error.code, REASON_OF_CODE[CLIENT_RAISED])
+        return _Judged(verdict=Verdict(reason, _first_line(message.error.reason or "")))
+    size, reply = 0, None
+    expected = _expected(turn, task, shipment, member)
     try:
-        reply = unpack_scalars(TrainReply, typed_record(ConfigRecord, message.content[REPLY]))
-        reply.check_account()
-        if reply.needs_reference:
-            return _Judged(
-                verdict=Verdict("no_reference", "the client lacked the reference adapter"),
-                bytes_up=size,
-                lacks_reference=True,
-            )
-        blob = blob_of(typed_record(ArrayRecord, message.content[ADAPTER]))
-        tensors = safetensors.torch.load(blob)
-    except (KeyError, TypeError, ValueError, SafetensorError) as error:
-        return _Judged(verdict=Verdict("unreadable", _first_line(f"{type(error).__name__}: {error}")), bytes_up=size)
-    update = _update(reply, tensors)
-    verdict = (
-        check_update(update, expected)
-        if reply.client_id == client
-        else Verdict("stale_round", f"reply of client {reply.client_id}")
+        size = content_bytes(message.content)
+        reply = _read_reply(message.content)
+        if reply.missing:
+            raise WireError("missing_part", f"the client lacks {len(reply.missing)} parts of its task")
+        blob = _read_blob(message.content, expected.tensors, turn.max_reply_ratio)
+        update = _update(reply, safetensors.torch.load(blob))
+        verdict = check_update(update, expected)
+        measured = _measured(turn, task, shipment, update) if verdict.accepted else None
+    except WireError as fault:
+        return _Judged(verdict=Verdict(fault.reason, _first_line(str(fault))), reply=reply, bytes_up=size)
+    except Exception as error:  # whatever a client can send costs it its own update, never the run
+        detail = _first_line(f"{type(error).__name__}: {error}")
+        return _Judged(verdict=Verdict("unreadable", detail), reply=reply, bytes_up=size)
+    if measured is not None:
+        spool.keep(task.client_id, blob)
+    return _Judged(verdict=verdict, reply=reply, update=measured, bytes_up=size)
+
+
+def _expected(turn: Turn, task: ClientTask, shipment: Shipment, member: Member) -> Expected:
+    return Expected(
+        client_id=task.client_id,
+        tensors={name: tensor for name, tensor in shipment.start.items() if task.trained.covers(name)},
+        round=turn.number,
+        run_id=turn.run_id,
+        base_fingerprint=turn.base_fingerprint,
+        num_examples=member.declared.num_owned,
     )
-    if not verdict.accepted:
-        return _Judged(verdict=verdict, reply=reply, bytes_up=size)
-    spool.keep(client, blob)
-    return _Judged(verdict=verdict, reply=reply, update=replace(update, tensors={}), bytes_up=size)
+
+
+def _read_reply(content: RecordDict) -> TrainReply:
+    extra = sorted(set(content) - {ADAPTER, REPLY})
+    if extra:
+        raise WireError("extra_metric", f"a record {extra[0][:LONGEST_TEXT]!r} beside the reply")
+    reply = unpack_scalars(TrainReply, typed_record(ConfigRecord, content.get(REPLY)))
+    reply.check_account()
+    return reply
+
+
+def _read_blob(content: RecordDict, wanted: Tensors, max_ratio: float) -> bytes:
+    """Gives the safetensors bytes, not yet read. Raises WireError where there are more than can be right."""
+    record = typed_record(ArrayRecord, content.get(ADAPTER))
+    size = sum(len(array.data) for array in record.values())
+    awaited = sum(tensor.numel() * tensor.element_size() for tensor in wanted.values())
+    limit = int(max_ratio * awaited) + HEADER_PER_TENSOR * len(wanted) + HEADER
+    if size > limit:
+        raise WireError("wire_size", f"{size} bytes of adapter, at most {limit} are read ({awaited} awaited)")
+    return blob_of(record)
+
+
+def _measured(turn: Turn, task: ClientTask, shipment: Shipment, update: ClientUpdate) -> ClientUpdate:
+    """Gives the update without its tensors, with its norms: against what this client was sent, at its own scale."""
+    shape = turn.shapes.get(task.client_id)
+    scales = turn.depot.scales if shape is None else dict.fromkeys(turn.depot.scales, shape.scale)
+    norms = update_norms({**shipment.start, **update.tensors}, shipment.start, scales)
+    return replace(update, tensors={}, update_norm=norms.update, product_norm=norms.product)
 
 
 def _first_line(text: str) -> str:
@@ -208,6 +272,7 @@ def _update(reply: TrainReply, tensors: Tensors) -> ClientUpdate:
         seconds=reply.seconds,
         loss=reply.loss,
         loss_trace=reply.loss_trace,
+        base_fingerprint=reply.base_fingerprint,
     )
 
 
@@ -216,23 +281,23 @@ def _outcome(sent: ClientOutcome, judged: _Judged) -> ClientOutcome:
         log.warning(
             "client %d is dropped this round: %s (%s)", sent.client_id, judged.verdict.reason, judged.verdict.detail
         )
+    told = replace(sent, reason=judged.verdict.reason, detail=judged.verdict.detail, bytes_up=judged.bytes_up)
     reply = judged.reply
     if reply is None:
-        return replace(sent, reason=judged.verdict.reason, detail=judged.verdict.detail, bytes_up=judged.bytes_up)
+        return told
     return replace(
-        sent,
-        reason=judged.verdict.reason,
-        detail=judged.verdict.detail,
+        told,
+        update_norm=None if judged.update is None else judged.update.update_norm,
         num_examples=reply.num_examples,
         num_trained=reply.num_trained,
         num_steps=reply.num_steps,
         num_tokens=reply.num_tokens,
         seconds=reply.seconds,
-        loss=_finite(reply.loss),
-        loss_trace=tuple(value for value in reply.loss_trace if math.isfinite(value)),
-        bytes_up=judged.bytes_up,
+        loss=reply.loss if _is_told(reply.loss) else None,
+        loss_trace=tuple(value for value in reply.loss_trace if _is_told(value)),
     )
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _is_told(loss: float) -> bool:
+    """Whether a loss goes into the history: a number, and one that sums stay finite with."""
+    return abs(loss) < MOST

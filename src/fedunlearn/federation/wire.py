@@ -10,16 +10,29 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_to_proto
 
 from fedunlearn.records.adapter import Tensors
-from fedunlearn.records.rounds import ClientRows, ClientTask, Role
+from fedunlearn.records.rounds import ClientRows, ClientTask, Role, Trained
 
-ADAPTER, REFERENCE, REQUEST, REPLY = "adapter", "reference", "request", "reply"
+ADAPTER, REQUEST, REPLY = "adapter", "request", "reply"
+PART = "part-"
 R = TypeVar("R")
-LONGEST_TEXT, LONGEST_RECORD, MOST = 256, 1_000_000, 1e15
+LONGEST_TEXT, LONGEST_RECORD, LONGEST_LIST, MOST = 256, 1_000_000, 100_000, 1e15
+
+
+class WireError(ValueError):
+    """What came over the wire is not what was agreed; `reason` is the gate's code for it."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
-    """Server to client: one task of one round. reference_hash names the adapter that unlearning began with ('' where none is needed)."""
+    """Server to client: one task of one round, and the hashes of the parts it is made of.
+
+    adapter, sidecar: what training starts from; reference, reference_sidecar: what unlearning began with (empty where it is not read).
+    keep: parts that later rounds will name again; the client may forget all others.
+    """
 
     run_id: str
     round: int
@@ -28,23 +41,36 @@ class TrainRequest:
     epochs: float
     lr_scale: float
     seed: int
-    reference_hash: str
+    mu: float
+    trained: str
+    adapter: tuple[str, ...]
+    sidecar: tuple[str, ...]
+    reference: tuple[str, ...]
+    reference_sidecar: tuple[str, ...]
+    keep: tuple[str, ...]
 
     @property
     def task(self) -> ClientTask:
         """The task for the training loop."""
         return ClientTask(
-            client_id=self.client_id, role=Role(self.role), epochs=self.epochs, lr_scale=self.lr_scale, seed=self.seed
+            client_id=self.client_id,
+            role=Role(self.role),
+            epochs=self.epochs,
+            lr_scale=self.lr_scale,
+            seed=self.seed,
+            mu=self.mu,
+            trained=Trained(self.trained),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReply:
-    """Client to server, beside the adapter: what ClientUpdate says in numbers. needs_reference: it had to give up, for want of the reference adapter."""
+    """Client to server, beside the adapter: what ClientUpdate says in numbers. missing: parts it lacks, for want of which it did nothing."""
 
     run_id: str
     round: int
     client_id: int
+    base_fingerprint: str
     num_examples: int
     num_trained: int
     num_steps: int
@@ -52,18 +78,18 @@ class TrainReply:
     seconds: float
     loss: float
     loss_trace: tuple[float, ...]
-    needs_reference: bool
+    missing: tuple[str, ...]
 
     def check_account(self) -> None:
-        """Raises ValueError where steps, tokens or seconds cannot be: negative, not finite or absurdly large."""
+        """Raises WireError where steps, tokens or seconds cannot be: negative, not finite or absurdly large."""
         account = (self.num_steps, self.num_tokens, self.seconds)
         if not all(math.isfinite(value) and 0 <= value < MOST for value in account):
-            raise ValueError(f"steps, tokens and seconds {account} are not between 0 and {MOST:g}")
+            raise WireError("unreadable", f"steps, tokens and seconds {account} are not between 0 and {MOST:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RollCallReply:
-    """Client to server, once a run: who it is and whether it can take part."""
+    """Client to server, once a run: who it is and whether it can take part. rank, lora_alpha: of the factors it trains and sends."""
 
     client_id: int
     version: str
@@ -72,6 +98,8 @@ class RollCallReply:
     num_owned: int
     num_forget: int
     num_retain: int
+    rank: int
+    lora_alpha: float
 
     @property
     def rows(self) -> ClientRows:
@@ -82,15 +110,21 @@ class RollCallReply:
 
 
 def pack_adapter(tensors: Tensors) -> ArrayRecord:
-    """Gives the adapter as one safetensors blob in one Array (bf16 kept; 130 B of header a tensor)."""
-    blob = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    """Gives tensors as one safetensors blob in one Array (bf16 kept; 130 B of header a tensor)."""
+    return pack_blob(safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+
+
+def pack_blob(blob: bytes) -> ArrayRecord:
+    """Gives safetensors bytes as they travel."""
     return ArrayRecord({"blob": Array(dtype="uint8", shape=(len(blob),), stype="safetensors", data=blob)})
 
 
 def blob_of(record: ArrayRecord) -> bytes:
-    """Gives the safetensors bytes of a packed adapter. Raises ValueError for anything else."""
+    """Gives the safetensors bytes of a packed adapter. Raises WireError for anything else."""
     if list(record) != ["blob"] or record["blob"].stype != "safetensors":
-        raise ValueError(f"no packed adapter: arrays {list(record)}")
+        raise WireError(
+            "unreadable", f"no packed adapter: {len(record)} arrays, first {[name[:40] for name in record][:1]}"
+        )
     return bytes(record["blob"].data)
 
 
@@ -100,33 +134,54 @@ def pack_scalars(record: object) -> ConfigRecord:
 
 
 def unpack_scalars(kind: type[R], record: ConfigRecord) -> R:
-    """Reads a record packed by pack_scalars. Raises ValueError where fields are missing, unknown or of another type."""
-    text = str(record["json"])
-    if len(text) > LONGEST_RECORD:
-        raise ValueError(f"{kind.__name__} has {len(text)} characters, at most {LONGEST_RECORD} are read")
-    data = json.loads(text)
+    """Reads a record packed by pack_scalars. Raises WireError where fields are missing, unknown, of another type or too long."""
+    extra = sorted(set(record) - {"json"})
+    if extra:
+        raise WireError("extra_metric", f"{extra[0][:LONGEST_TEXT]!r} beside the {kind.__name__}")
+    data = _json_object(kind.__name__, record.get("json"))
     known = {field.name: field.type for field in fields(kind)}  # type: ignore[arg-type]
-    if not isinstance(data, dict) or set(data) != set(known):
-        raise ValueError(f"{kind.__name__} expected {sorted(known)}, got {sorted(data)}")
+    unknown = sorted(set(data) - set(known))
+    if unknown:
+        raise WireError("extra_metric", f"{kind.__name__} has no {unknown[0][:LONGEST_TEXT]!r}")
+    absent = sorted(set(known) - set(data))
+    if absent:
+        raise WireError("unreadable", f"{kind.__name__} lacks {absent[0]!r}")
     return kind(**{name: _typed(f"{kind.__name__}.{name}", value, known[name]) for name, value in data.items()})
 
 
+def _json_object(kind: str, text: object) -> dict[str, object]:
+    if not isinstance(text, str):
+        raise WireError("unreadable", f"no {kind} in the message")
+    if len(text) > LONGEST_RECORD:
+        raise WireError("wire_size", f"{kind} has {len(text)} characters, at most {LONGEST_RECORD} are read")
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:  # a million opening brackets are short, and deep
+        raise WireError("unreadable", f"{kind} is no JSON ({type(error).__name__})") from error
+    if not isinstance(data, dict):
+        raise WireError("unreadable", f"{kind} is no JSON object")
+    return data
+
+
 def _typed(name: str, value: object, wanted: object) -> object:
-    if wanted == tuple[float, ...] and isinstance(value, list):
-        return tuple(float(_typed(name, item, float)) for item in value)  # type: ignore[arg-type]
+    if wanted in (tuple[float, ...], tuple[str, ...]) and isinstance(value, list):
+        if len(value) > LONGEST_LIST:
+            raise WireError("wire_size", f"{name} has {len(value)} entries, at most {LONGEST_LIST} are read")
+        return tuple(_typed(name, item, float if wanted == tuple[float, ...] else str) for item in value)
     if isinstance(value, str) and (len(value) > LONGEST_TEXT or not value.isprintable()):
-        raise ValueError(f"{name} is no plain text of at most {LONGEST_TEXT} characters")
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        raise WireError("unreadable", f"{name} is no plain text of at most {LONGEST_TEXT} characters")
+    if wanted is float and type(value) is int and abs(value) < MOST:
         return float(value)
     if not isinstance(wanted, type) or type(value) is not wanted:
-        raise ValueError(f"{name}={value!r} is no {wanted}")
+        reason = "num_examples" if name.endswith((".num_examples", ".num_trained")) else "unreadable"
+        raise WireError(reason, f"{name}={str(value)[:LONGEST_TEXT]!r} is no {getattr(wanted, '__name__', wanted)}")
     return value
 
 
 def typed_record(kind: type[R], record: object) -> R:
-    """Gives a message's record, checked. Raises TypeError where another kind of record stands there."""
+    """Gives a message's record, checked. Raises WireError where another kind of record stands there, or none."""
     if not isinstance(record, kind):
-        raise TypeError(f"{type(record).__name__} where {kind.__name__} is wanted")
+        raise WireError("unreadable", f"{type(record).__name__} where {kind.__name__} is wanted")
     return record
 
 

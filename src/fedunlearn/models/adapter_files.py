@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import safetensors.torch
@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 import fedunlearn
 from fedunlearn.errors import UserError
 from fedunlearn.files import whole_folder
+from fedunlearn.models.export import Stacked
 from fedunlearn.records.adapter import Adapter, hash_tensors
 
 WEIGHTS = "adapter_model.safetensors"
@@ -26,12 +27,19 @@ class Probe:
     logits: tuple[tuple[float, ...], ...]
 
 
-def save_adapter(folder: Path, adapter: Adapter, probe: Probe | None = None) -> None:
-    """Writes a PEFT folder atomically: weights, config with sorted keys and lists, and our proof (hashes, probe, version)."""
+def save_adapter(folder: Path, adapter: Adapter, probe: Probe | None = None, stacked: Stacked | None = None) -> None:
+    """Writes a PEFT folder atomically: weights, config with sorted keys and lists, and our proof (hashes, probe, version).
+
+    stacked: what the trainable factors were, where the adapter is a stack. Raises ValueError for an adapter with a side-car: PEFT
+    would load the rest without it.
+    """
+    if adapter.sidecar:
+        raise ValueError("an adapter with a side-car is no PEFT folder: export it first")
     proof = {
         "version": fedunlearn.__version__,
         "tensor_hash": adapter.tensor_hash,
         "base_fingerprint": adapter.base_fingerprint,
+        "stacked": None if stacked is None else asdict(stacked),
         "probe": None if probe is None else {"dtype": probe.dtype, "logits": [list(row) for row in probe.logits]},
     }
     with whole_folder(folder) as temporary:
@@ -72,11 +80,20 @@ def load_adapter(folder: Path) -> tuple[Adapter, Probe | None]:
     return Adapter(tensors, peft_config, proof.base_fingerprint), proof.probe
 
 
+def stacked_of(folder: Path) -> Stacked | None:
+    """Gives what the trainable factors of a stacked adapter were; None for a plain one, and for a foreign folder. Raises UserError as load_adapter does."""
+    try:
+        return _proof(_object(folder / PROOF)).stacked if (folder / PROOF).is_file() else None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"adapter {str(folder)!r} is corrupt ({error}): copy it again") from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Proof:
     tensor_hash: str
     base_fingerprint: str | None
     probe: Probe | None
+    stacked: Stacked | None
 
 
 def _object(path: Path) -> dict[str, object]:
@@ -100,7 +117,16 @@ def _proof(saved: Mapping[str, object]) -> _Proof:
         tensor_hash=str(saved["tensor_hash"]),
         base_fingerprint=None if fingerprint is None else str(fingerprint),
         probe=_read_probe(saved.get("probe")),
+        stacked=_read_stacked(saved.get("stacked")),
     )
+
+
+def _read_stacked(saved: object) -> Stacked | None:
+    if saved is None:
+        return None
+    if not isinstance(saved, dict) or set(saved) != {"r", "lora_alpha"}:
+        raise ValueError(f"what is said of the stack in {PROOF} is none of ours")
+    return Stacked(r=int(saved["r"]), lora_alpha=float(saved["lora_alpha"]))
 
 
 def _read_probe(saved: object) -> Probe | None:

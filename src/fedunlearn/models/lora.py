@@ -1,7 +1,6 @@
 """LoRA on the resident base: attached once, its tensors swapped in and out."""
 
 import copy
-import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,9 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fedunlearn.aggregation.factors import fresh_a
 from fedunlearn.config.model import LoraArgs
 from fedunlearn.errors import UserError
-from fedunlearn.records.adapter import Adapter, Tensors
+from fedunlearn.models.sidecar import put_sidecar, use_sidecar
+from fedunlearn.records.adapter import Adapter, Tensors, Weights
+from fedunlearn.records.rounds import Trained
 from fedunlearn.seeds import seed_of
 
 ACTIVE = "default"
@@ -120,9 +122,7 @@ def draw_fresh(model: PeftModel, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in live_parameters(model).items():
             if ".lora_A." in name:
-                values = torch.empty(parameter.shape)
-                nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
-                parameter.copy_(values)
+                parameter.copy_(fresh_a(parameter.shape, generator))
             elif ".lora_B." in name:
                 parameter.zero_()
             else:
@@ -210,29 +210,53 @@ def write_tensors(model: PeftModel, tensors: Tensors, name: str = ACTIVE) -> Non
             target.copy_(tensors[key])
 
 
-def hold_reference(model: PeftModel, tensors: Tensors) -> None:
+def hold_reference(model: PeftModel, weights: Weights) -> None:
     """Puts a frozen second adapter with these values on the one base (made on first use); the active adapter stays as it is."""
     if REFERENCE not in model.peft_config:
         config = PeftConfig.from_peft_type(**model.peft_config[ACTIVE].to_dict())
         with torch.random.fork_rng():
             model.add_adapter(REFERENCE, config)
         model.set_adapter(ACTIVE)
-    write_tensors(model, tensors, REFERENCE)
+    write_tensors(model, weights.factors, REFERENCE)
+    put_sidecar(model, weights.sidecar, REFERENCE)
     check_trainable(model)
 
 
 @contextmanager
 def reference_active(model: PeftModel) -> Iterator[None]:
-    """Inside the block the frozen reference adapter acts, in eval mode and without gradients; afterwards the trainable one again."""
+    """Inside the block the frozen reference adapter acts, in eval mode and without gradients; afterwards the trainable one again.
+
+    What was frozen of the trainable one (a mask) is frozen afterwards too, which PEFT's set_adapter alone would undo.
+    """
     training = model.training
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.set_adapter(REFERENCE, inference_mode=True)
+    use_sidecar(model, REFERENCE)
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
         model.set_adapter(ACTIVE)
+        use_sidecar(model, ACTIVE)
+        model.requires_grad_(False)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
         model.train(training)
+
+
+@contextmanager
+def training_only(model: PeftModel, trained: Trained) -> Iterator[None]:
+    """Inside the block only these factors of the active adapter have gradients; afterwards both again."""
+    check_trainable(model)
+    frozen = [p for name, p in live_parameters(model).items() if not trained.covers(name)]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
 
 
 def plain_config(config: LoraConfig) -> dict[str, object]:

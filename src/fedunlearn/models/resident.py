@@ -14,11 +14,21 @@ from transformers import PreTrainedModel
 from fedunlearn.config.model import ModelConfig
 from fedunlearn.data.chat import ChatFormat
 from fedunlearn.errors import UserError
-from fedunlearn.models.adapter_files import Probe, load_adapter
+from fedunlearn.models.adapter_files import Probe, load_adapter, stacked_of
 from fedunlearn.models.base import choose_device, load_base, load_tokenizer
+from fedunlearn.models.export import Stacked, unit_scaled
 from fedunlearn.models.fingerprint import fingerprint_base
 from fedunlearn.models.label_logits import label_logits
-from fedunlearn.models.lora import attach_lora, draw_fresh, lora_config_of, plain_config, read_tensors, write_tensors
+from fedunlearn.models.lora import (
+    ACTIVE,
+    attach_lora,
+    draw_fresh,
+    lora_config_of,
+    plain_config,
+    read_tensors,
+    write_tensors,
+)
+from fedunlearn.models.sidecar import put_sidecar
 from fedunlearn.models.source import ModelSource, find_base
 from fedunlearn.records.adapter import Adapter
 
@@ -47,12 +57,13 @@ class Resident:
                 f"adapter belongs to another base (fingerprint {adapter.base_fingerprint}; this one is {self.fingerprint})"
             )
         write_tensors(self.model, adapter.tensors)
+        put_sidecar(self.model, adapter.sidecar, ACTIVE)
 
     def take(self) -> Adapter:
-        """Gives a copy of the active adapter."""
+        """Gives a copy of the active adapter's factors, beside the side-car it began with."""
         if self.start is None:
             raise ValueError("a base without LoRA has no adapter")
-        return Adapter(read_tensors(self.model), self.start.peft_config, self.fingerprint)
+        return self.start.replace(read_tensors(self.model))
 
 
 _held: dict[tuple[object, ...], Resident] = {}
@@ -62,13 +73,15 @@ def resident(config: ModelConfig, source: ModelSource, *, seed: int, max_length:
     """Gives this process's model with its start adapter in place.
 
     The base is loaded where none is held or another was; an old one is let go first, so there is never a second. The start
-    adapter is that of `source`, proven, or a fresh one whose A is drawn from `seed`. Raises UserError for whatever cannot be
-    loaded or does not prove itself.
+    adapter is that of `source`, proven, or a fresh one whose A is drawn from `seed`. A stacked adapter (models.export) becomes the
+    side-car beneath fresh factors of the shape it was made with. Raises UserError for whatever cannot be loaded or does not prove itself.
     """
     args = config.model_args
     loaded, probe = load_adapter(source.adapter) if source.adapter else (None, None)
+    stacked = stacked_of(source.adapter) if source.adapter else None
     _check_base(loaded, source)
-    lora = lora_config_of(args.lora_config, loaded, source.base_name) if args.lora_config and args.use_lora else None
+    known = loaded if loaded is None or stacked is None else _as_it_was(loaded, stacked)
+    lora = lora_config_of(args.lora_config, known, source.base_name) if args.lora_config and args.use_lora else None
     plain = None if lora is None else plain_config(lora)
     bare = replace(
         args,
@@ -83,7 +96,7 @@ def resident(config: ModelConfig, source: ModelSource, *, seed: int, max_length:
         _held[key] = _load(config, source, lora, max_length, pocket_dir)
     if lora is None:
         return _held[key]
-    made = _start(_held[key], loaded, seed, plain or {})
+    made = _start(_held[key], loaded, stacked is not None, seed, plain or {})
     if loaded is not None:
         _prove(made, probe, source)
     return made
@@ -122,17 +135,25 @@ def _load(
     return Resident(model, chat, fingerprint, source.base_name, choose_device(config.model_args), None)
 
 
-def _start(held: Resident, loaded: Adapter | None, seed: int, plain: Mapping[str, object]) -> Resident:
-    if loaded is None:
+def _as_it_was(loaded: Adapter, stacked: Stacked) -> Adapter:
+    """The stack with the PEFT config of the factors it was made of: what the yaml has to agree with."""
+    config = {**loaded.peft_config, **vars(stacked), "rank_pattern": {}, "alpha_pattern": {}}
+    return Adapter(loaded.tensors, config, loaded.base_fingerprint)
+
+
+def _start(held: Resident, loaded: Adapter | None, stacked: bool, seed: int, plain: Mapping[str, object]) -> Resident:
+    sidecar = unit_scaled(loaded) if loaded is not None and stacked else {}
+    if loaded is None or stacked:
         draw_fresh(held.model, seed)
     else:
         write_tensors(held.model, loaded.tensors)
-    return replace(held, start=Adapter(read_tensors(held.model), plain, held.fingerprint))
+    put_sidecar(held.model, sidecar, ACTIVE)
+    return replace(held, start=Adapter(read_tensors(held.model), plain, held.fingerprint, sidecar))
 
 
 def _prove(made: Resident, probe: Probe | None, source: ModelSource) -> None:
     where = str(source.adapter)
-    tensors = made.start.tensors if made.start else {}
+    tensors = (made.start.sidecar or made.start.tensors) if made.start else {}
     if not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name):
         log.warning("adapter %s: every B is zero, so it changes nothing of the base", where)
     if probe is None:

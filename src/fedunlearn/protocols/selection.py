@@ -1,19 +1,18 @@
 """The seeded draw of a round's cohort."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from fedunlearn.seeds import seed_of
 
 
-def select(client_ids: Sequence[int], *, seed: int, round: int, fraction: float, at_least: int) -> tuple[int, ...]:
-    """Draws ceil(fraction * K) clients, not fewer than `at_least`, in client-id order.
+def select(
+    client_ids: Collection[int], *, seed: int, round: int, count: int, forced: Collection[int] = ()
+) -> tuple[int, ...]:
+    """Draws `count` clients, or all where there are fewer, and adds the forced ones that were not drawn; in client-id order.
 
     Each client draws its own number from (seed, round, client) and the lowest win, so that one client's absence moves no
-    other's draw. Raises ValueError where `at_least` exceeds the clients there are.
+    other's draw: whoever comes next takes its place. Forced clients take places of those drawn before any is added.
     """
-    if at_least > len(client_ids):
-        raise ValueError(f"{at_least} clients wanted, {len(client_ids)} there")
-    count = max(at_least, math.ceil(fraction * len(client_ids) - 1e-9))
-    drawn = sorted(client_ids, key=lambda client: (seed_of("select", seed, round, client), client))[:count]
-    return tuple(sorted(drawn))
+    owners = sorted(set(forced) & set(client_ids))
+    others = sorted(set(client_ids) - set(owners), key=lambda client: (seed_of("select", seed, round, client), client))
+    return tuple(sorted([*owners, *others[: max(count - len(owners), 0)]]))

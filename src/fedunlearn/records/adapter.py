@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -22,33 +22,50 @@ def hash_tensors(tensors: Tensors) -> str:
 
 
 @dataclass(frozen=True, eq=False)
+class Weights:
+    """An adapter's numbers alone. factors: the trainable ones by name. sidecar: what lies frozen beside them, same names, ranks of its own, scale 1."""
+
+    factors: Tensors
+    sidecar: Tensors = field(default_factory=dict)
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of all of it; without a side-car that of the factors."""
+        own = hash_tensors(self.factors)
+        return own if not self.sidecar else hashlib.sha256(f"{own} {hash_tensors(self.sidecar)}".encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
 class Adapter:
-    """Trainable LoRA factors on one base.
+    """Trainable LoRA factors on one base, and optionally a frozen side-car beside them.
 
     tensors: PEFT state-dict name -> float32 or bfloat16 tensor on the CPU, in name order. peft_config: adapter_config.json
     as PEFT writes it, plain JSON values. base_fingerprint: sha256 of the base's stored tensors; None in a foreign folder.
-    Equality and hash go by tensors (bit by bit), config and fingerprint.
+    sidecar: see Weights. Equality and hash go by numbers (bit by bit), config and fingerprint.
     """
 
     tensors: Tensors
     peft_config: Mapping[str, object]
     base_fingerprint: str | None
+    sidecar: Tensors = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tensors", {name: self.tensors[name] for name in sorted(self.tensors)})
+        for key in ("tensors", "sidecar"):
+            unordered = getattr(self, key)
+            object.__setattr__(self, key, {name: unordered[name] for name in sorted(unordered)})
 
     @cached_property
-    def tensor_hash(self) -> str:
-        """sha256 of the tensors alone: what names a reference adapter on the wire."""
-        return hash_tensors(self.tensors)
+    def weights(self) -> Weights:
+        """The numbers alone."""
+        return Weights(self.tensors, self.sidecar)
 
     @property
-    def num_parameters(self) -> int:
-        """Entries of all tensors together."""
-        return sum(tensor.numel() for tensor in self.tensors.values())
+    def tensor_hash(self) -> str:
+        """sha256 of the numbers alone."""
+        return self.weights.hash
 
-    def replace(self, tensors: Tensors) -> "Adapter":
-        """Gives the same adapter with other values. Raises ValueError naming the first tensor whose name or shape differs."""
+    def replace(self, tensors: Tensors, sidecar: Tensors | None = None) -> "Adapter":
+        """Gives the same adapter with other values; sidecar None: its own stays. Raises ValueError naming the first tensor whose name or shape differs."""
         if sorted(tensors) != list(self.tensors):
             odd = sorted(set(tensors) ^ set(self.tensors))
             raise ValueError(f"adapter tensors differ in name, first {odd[0]!r}")
@@ -57,7 +74,7 @@ class Adapter:
                 raise ValueError(
                     f"adapter tensor {name!r} has shape {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
                 )
-        return Adapter(tensors, self.peft_config, self.base_fingerprint)
+        return Adapter(tensors, self.peft_config, self.base_fingerprint, self.sidecar if sidecar is None else sidecar)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Adapter) and self._key() == other._key()

@@ -42,13 +42,18 @@ class ClientRows:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientTask:
-    """One client's part of a round. epochs counts passes over its forget rows (unlearn) or its retain rows (finetune)."""
+    """One client's part of a round. epochs counts passes over its forget rows (unlearn) or its retain rows (finetune).
+
+    mu: FedProx's weight (0: no term). trained: the factors that get gradients and come back.
+    """
 
     client_id: int
     role: Role
     epochs: float
     lr_scale: float
     seed: int
+    mu: float = 0.0
+    trained: Trained = Trained.BOTH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +66,10 @@ class RoundPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientUpdate:
-    """What a client sends back. num_examples: rows owned, as declared; num_trained: rows trained on this round.
+    """What a client sends back. tensors: the factors it trained, in the wire's dtype. num_examples: rows owned, as declared; num_trained: rows trained on this round.
 
     loss: mean of the training loss over the optimiser steps; loss_trace: its mean over every `logging_steps` steps.
+    base_fingerprint: of the base it trained on. update_norm, product_norm: measured by the server (aggregation.reduce.UpdateNorms).
     """
 
     client_id: int
@@ -77,17 +83,25 @@ class ClientUpdate:
     seconds: float
     loss: float
     loss_trace: tuple[float, ...] = ()
+    base_fingerprint: str = ""
+    update_norm: float = 0.0
+    product_norm: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClientOutcome:
-    """One client's line in a round's history. reason: empty where the update counted, else the gate's code."""
+    """One client's line in a round's history. reason: empty where the update counted, else the gate's code.
+
+    weight: its share of the mean; capped: gate.max_client_share held it down. update_norm: ||s_k B_k A_k - s B A|| over all modules.
+    """
 
     client_id: int
     role: Role
     weight: float
     reason: str = ""
     detail: str = ""
+    capped: bool = False
+    update_norm: float | None = None
     num_examples: int = 0
     num_trained: int = 0
     num_steps: int = 0
@@ -102,7 +116,12 @@ class ClientOutcome:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundResult:
-    """One line of history.jsonl. attempt counts from 1; adapter_hash names the global adapter after the round."""
+    """One line of history.jsonl. attempt counts from 1; adapter_hash names the global adapter after the round.
+
+    averaged: what made the mean (a reducer of ours, or a Flower strategy, which works per factor). aggregation_error: ||exact product -
+    what is sent|| / ||exact product||, before the server optimiser's step; None where nothing was averaged. notes: what the gate did not
+    do, and why.
+    """
 
     round: int
     attempt: int
@@ -110,3 +129,6 @@ class RoundResult:
     seconds: float
     clients: tuple[ClientOutcome, ...]
     metrics: Mapping[str, float] = field(default_factory=dict)
+    averaged: str = ""
+    aggregation_error: float | None = None
+    notes: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ from fedunlearn.data.chat import EncodedRow
 from fedunlearn.data.collator import Batch, collate
 from fedunlearn.methods.base import Method, Need, StepTotals, TokenLosses
 from fedunlearn.methods.retain import cross_entropy, retain_loss, retain_needs
-from fedunlearn.models.lora import check_trainable, live_parameters, read_tensors, write_tensors
+from fedunlearn.models.lora import live_parameters, read_tensors, training_only, write_tensors
 from fedunlearn.models.resident import Resident
 from fedunlearn.records.adapter import Tensors
 from fedunlearn.records.rounds import ClientTask, Role
@@ -38,13 +38,12 @@ class LocalData:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSettings:
-    """How a client trains; the same for all clients of a run. mu: FedProx's weight (0: no term)."""
+    """How a client trains; the same for all clients of a run."""
 
     args: TrainArgs
     collator: CollatorConfig
     method: Method | None
     retain_per_forget: int = 1
-    mu: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +65,7 @@ class LocalResult:
 def client_update(
     made: Resident, start: Tensors, data: LocalData, task: ClientTask, settings: LocalSettings
 ) -> LocalResult:
-    """Trains the resident model's adapter from `start` for one round and gives the new values.
+    """Trains the resident model's adapter from `start` for one round and gives the new values of both factors, trained or not.
 
     A fresh optimiser and schedule each time; random numbers only from task.seed (global random state is put back). The model
     is left in eval mode. Raises ValueError for an idle task, one without rows, or unlearning without a method.
@@ -79,7 +78,7 @@ def client_update(
     began = time.monotonic()
     num_steps = count_steps(len(rows), task.epochs, settings.args)
     write_tensors(made.model, start)
-    with _training_mode(made.model, settings.args, task.seed):
+    with _training_mode(made.model, settings.args, task):
         losses, tokens, num_trained = _run(_Loop(made, data, rows, task, settings, start), num_steps)
     trace = torch.split(losses, settings.args.logging_steps)
     return LocalResult(
@@ -94,15 +93,14 @@ def client_update(
 
 
 @contextmanager
-def _training_mode(model: PeftModel, args: TrainArgs, seed: int) -> Iterator[None]:
+def _training_mode(model: PeftModel, args: TrainArgs, task: ClientTask) -> Iterator[None]:
     if args.gradient_checkpointing:
         # it hooks the embeddings so that inputs carry a gradient; a hook of ours beside it would never be removed
         model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
-    check_trainable(model)
     model.train()
     try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with training_only(model, task.trained), torch.random.fork_rng():
+            torch.manual_seed(task.seed)
             yield
     finally:
         model.zero_grad(set_to_none=True)
@@ -144,15 +142,15 @@ def _run(loop: _Loop, num_steps: int) -> tuple[torch.Tensor, int, int]:
     optimizer = build_optimizer(parameters, args, loop.task.lr_scale)
     schedule = build_schedule(optimizer, args, num_steps, warmup_of(len(loop.rows), num_steps, args))
     accelerator = _accelerator(loop.made.device.type)
-    start = {name: tensor.to(loop.made.device) for name, tensor in loop.start.items()} if loop.settings.mu else {}
+    start = {name: tensor.to(loop.made.device) for name, tensor in loop.start.items()} if loop.task.mu else {}
     losses, tokens, trained = [], 0, set[int]()
     for step in plan_steps(len(loop.rows), len(loop.data.retain), loop.per_row, num_steps, args, loop.task.seed):
         totals = _totals(loop, step)
         losses.append(sum(_backward(loop, part, totals, accelerator) for part in step))
         tokens += sum(len(row.input_ids) for part in step for row in _rows_of(loop, part))
         trained.update(index for part in step for index in part.rows)
-        if loop.settings.mu:
-            _pull_to_start(live, start, loop.settings.mu)
+        if loop.task.mu:
+            _pull_to_start(live, start, loop.task.mu)
         if args.max_grad_norm > 0:
             accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()

@@ -14,9 +14,11 @@ from fedunlearn.config.data import CollatorConfig
 from fedunlearn.data.chat import EncodedRow
 from fedunlearn.data.collator import collate
 from fedunlearn.files import canonical_json, write_bytes
-from fedunlearn.models.lora import read_tensors, write_tensors
+from fedunlearn.models.lora import ACTIVE, REFERENCE, read_tensors, write_tensors
+from fedunlearn.models.ranks import scales_in
 from fedunlearn.models.resident import Resident
-from fedunlearn.records.adapter import Tensors
+from fedunlearn.models.sidecar import put_sidecar, use_sidecar
+from fedunlearn.records.adapter import Weights
 from fedunlearn.training.forward import batch_logits
 
 log = logging.getLogger(__name__)
@@ -24,12 +26,12 @@ BATCH_ROWS = 16
 
 
 def reference_sums(
-    made: Resident, reference: Tensors, reference_hash: str, rows: Sequence[EncodedRow], cache: Path, bf16: bool
+    made: Resident, reference: Weights, rows: Sequence[EncodedRow], cache: Path, bf16: bool
 ) -> torch.Tensor:
     """Gives NLL_i of every row under the reference adapter, [rows] float32, in eval mode.
 
     bf16: under autocast, as the training forward is. Kept under `cache` by the hash of base, how it is run (dtype, attention,
-    device, bf16), LoRA config (which holds the scale), reference and token ids (which hold the template); read again where it is there. The active adapter keeps its values.
+    device, bf16), LoRA scales, reference and token ids (which hold the template); read again where it is there. The active adapter keeps its values.
     """
     attention = str(made.model.config._attn_implementation)
     model = [
@@ -38,10 +40,10 @@ def reference_sums(
         attention,
         made.device.type,
         bf16,
-        None if made.start is None else dict(made.start.peft_config),
+        scales_in(made.model),
     ]
     labels = [[list(row.input_ids), row.num_prompt] for row in rows]
-    name = hashlib.sha256(canonical_json([model, reference_hash, labels]).encode()).hexdigest()
+    name = hashlib.sha256(canonical_json([model, reference.hash, labels]).encode()).hexdigest()
     path = cache / "reference_sums" / f"{name}.safetensors"
     kept = _read(path, len(rows))
     if kept is None:
@@ -63,14 +65,17 @@ def _read(path: Path, count: int) -> torch.Tensor | None:
         return None
 
 
-def _compute(made: Resident, reference: Tensors, rows: Sequence[EncodedRow], bf16: bool) -> torch.Tensor:
+def _compute(made: Resident, reference: Weights, rows: Sequence[EncodedRow], bf16: bool) -> torch.Tensor:
     current = read_tensors(made.model)
-    write_tensors(made.model, reference)
+    write_tensors(made.model, reference.factors)
+    put_sidecar(made.model, reference.sidecar, REFERENCE)
+    use_sidecar(made.model, REFERENCE)
     made.model.eval()
     try:
         return _sums_of(made, rows, bf16)
     finally:
         write_tensors(made.model, current)
+        use_sidecar(made.model, ACTIVE)
 
 
 def _sums_of(made: Resident, rows: Sequence[EncodedRow], bf16: bool) -> torch.Tensor:

@@ -4,7 +4,7 @@ import torch
 
 from fedunlearn.aggregation.factors import Factors
 from fedunlearn.aggregation.gauges.base import Gauge, Moment
-from fedunlearn.aggregation.product import LowRank, truncated_svd
+from fedunlearn.aggregation.product import SMALLEST, LowRank, Svd, truncated_svd
 from fedunlearn.aggregation.reducers.best_rank import completed
 
 
@@ -42,14 +42,17 @@ class Balanced(Gauge):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See Gauge.refactor."""
         svd = truncated_svd(LowRank(b, a), a.shape[0])
-        if not len(svd.s) or svd.s[0] == 0:
-            return b, a
-        rows = completed(svd.vt, a)
-        root = svd.s.sqrt()
-        alive = svd.s > 1e-13 * svd.s[0]
-        length = torch.ones(len(rows), dtype=torch.float64)
-        length[: len(root)] = torch.where(alive, root, torch.ones_like(root))
-        return _widened(svd.u * torch.where(alive, root, torch.zeros_like(root)), a.shape[0]), rows * length[:, None]
+        return (b, a) if not len(svd.s) or svd.s[0] == 0 else balanced(svd, a)
+
+
+def balanced(svd: Svd, spare: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gives B = U sqrt(S) [d_out, r] and A = sqrt(S) V^T [r, d_in], r the rows of `spare`, which fills directions without weight."""
+    rows = completed(svd.vt, spare)
+    alive = svd.s > SMALLEST * svd.s[0]
+    root = torch.where(alive, svd.s.sqrt(), torch.zeros_like(svd.s))
+    length = torch.ones(len(rows), dtype=rows.dtype)
+    length[: len(root)] = torch.where(alive, root, torch.ones_like(root))
+    return _widened(svd.u * root, len(rows)), rows * length[:, None]
 
 
 def _widened(columns: torch.Tensor, rank: int) -> torch.Tensor:

@@ -34,8 +34,10 @@ class BestRank(Reducer):
 
 
 def completed(rows: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
-    """Gives as many orthonormal rows as `spare` has: first `rows`, which are orthonormal, then directions of spare beside them."""
+    """Gives as many orthonormal rows as `spare` has: first `rows`, which are orthonormal, then the main directions of what spare has beside them."""
     if len(rows) >= len(spare):
         return rows[: len(spare)]
-    basis, _ = torch.linalg.qr(torch.cat([rows, spare]).T)
+    # a row of spare that `rows` spans would leave rounding for a direction, so the rest is sorted by its singular values first
+    _, _, beside = torch.linalg.svd(spare - (spare @ rows.T) @ rows, full_matrices=False)
+    basis, _ = torch.linalg.qr(torch.cat([rows, beside]).T)
     return torch.cat([rows, basis.T[len(rows) : len(spare)]])

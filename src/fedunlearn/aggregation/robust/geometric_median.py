@@ -12,8 +12,8 @@ from fedunlearn.errors import UserError
 class GeometricMedian(Robust):
     """The point x = sum w_k U_k with the least sum p_k ||x - U_k||. It always lies in the updates' span, so K weights say all of it.
 
-    max_iterations: of Weiszfeld; it ends earlier where no weight moves by more than `tolerance`. Distances below a millionth of the
-    largest norm count as that: the smoothing of RFA.
+    max_iterations: of Weiszfeld; it ends earlier where x moves by less than `tolerance` of the median norm (of updates that are not
+    zero). Distances below a millionth of that norm count as that: the smoothing of RFA. The median, for one attacker sets the largest.
     """
 
     max_iterations: int = 1000
@@ -28,16 +28,17 @@ class GeometricMedian(Robust):
     def reweigh(self, weights: tuple[float, ...], gram: torch.Tensor) -> Weighting:
         """See Robust.reweigh."""
         given = torch.tensor(weights, dtype=torch.float64)
-        floor = 1e-6 * float(gram.diagonal().clamp_min(0).max().sqrt())
-        if floor == 0:
+        norms = gram.diagonal().clamp_min(0).sqrt()
+        if not bool(norms.any()):
             return Weighting(weights)
+        size = float(norms[norms > 0].median())
         now = given / given.sum()
         for _ in range(self.max_iterations):
             squared = now @ gram @ now - 2 * (gram @ now) + gram.diagonal()
-            pulls = given / squared.clamp_min(floor**2).sqrt()
+            pulls = given / squared.clamp_min((1e-6 * size) ** 2).sqrt()
             after = pulls / pulls.sum()
-            moved = float((after - now).abs().max())
+            moved = float((after - now) @ gram @ (after - now))
             now = after
-            if moved < self.tolerance:
+            if moved < (self.tolerance * size) ** 2:
                 break
         return Weighting(tuple(now.tolist()))

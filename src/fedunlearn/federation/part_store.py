@@ -1,0 +1,75 @@
+"""Where a client keeps parts of its tasks: on its own disk, under the hashes the server names them by."""
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from fedunlearn.files import write_bytes
+from fedunlearn.records.adapter import Tensors, hash_tensors
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PartStore:
+    """One file a part. What a task does not say to keep is deleted, and asked for again should it be needed."""
+
+    folder: Path
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"part-{name}.safetensors"
+
+    def obtain(
+        self, wanted: Collection[str], received: Mapping[str, bytes], keep: Collection[str]
+    ) -> tuple[dict[str, Tensors], tuple[str, ...]]:
+        """Gives the wanted parts by hash, and the hashes of those that were neither received nor are kept here.
+
+        What was received and is to be kept is written; nothing is trusted that does not have the hash it is named by.
+        """
+        found: dict[str, Tensors] = {}
+        for name in sorted(set(wanted)):
+            part = self._received(name, received[name], name in keep) if name in received else self._load(name)
+            if part is not None:
+                found[name] = part
+        for old in self.folder.glob("part-*.safetensors"):
+            if old.stem.removeprefix("part-") not in keep:
+                old.unlink(missing_ok=True)
+        return found, tuple(sorted(set(wanted) - set(found)))
+
+    def _received(self, name: str, blob: bytes, keep: bool) -> Tensors | None:
+        try:
+            tensors: Tensors = safetensors.torch.load(blob)
+        except SafetensorError as error:
+            log.warning("part %s came damaged (%s): it is asked for anew", name[:12], error)
+            return None
+        if hash_tensors(tensors) != name:
+            log.warning("part %s is not what it is named by: it is asked for anew", name[:12])
+            return None
+        if keep and not self._path(name).is_file():
+            write_bytes(self._path(name), blob)
+        return tensors
+
+    def _load(self, name: str) -> Tensors | None:
+        path = self._path(name)
+        if not path.is_file():
+            return None
+        try:
+            tensors: Tensors = safetensors.torch.load_file(path)
+        except (SafetensorError, OSError) as error:
+            log.warning("%s is damaged (%s): it is asked for anew", path, error)
+            path.unlink(missing_ok=True)
+            return None
+        if hash_tensors(tensors) != name:
+            log.warning("%s is not what it is named by: it is asked for anew", path)
+            path.unlink(missing_ok=True)
+            return None
+        return tensors
+
+
+def joined(names: Sequence[str], parts: Mapping[str, Tensors]) -> Tensors:
+    """Gives the tensors of several parts together (the halves of an adapter)."""
+    return {key: tensor for name in names for key, tensor in parts[name].items()}

@@ -1,0 +1,156 @@
+"""The server's step: from the updates in the spool to the next global adapter, its side-car, and what was lost on the way."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from fedunlearn.aggregation.base import ServerOptimizer, ServerState
+from fedunlearn.aggregation.choices import gauge_of, reducer_of, trained_in
+from fedunlearn.aggregation.factors import modules_of
+from fedunlearn.aggregation.flower import FlowerStrategy
+from fedunlearn.aggregation.gate import cap_shares
+from fedunlearn.aggregation.mean import ReadTensor, client_weights
+from fedunlearn.aggregation.reduce import Choices, Cohort, Reduced, aggregation_error, reduce_round
+from fedunlearn.config.run import TrainRun
+from fedunlearn.federation.block_store import BlockStore
+from fedunlearn.federation.checkpoint import Checkpoint
+from fedunlearn.federation.flower_strategy import WrappedStrategy
+from fedunlearn.federation.turn import TurnReport
+from fedunlearn.records.adapter import Tensors
+from fedunlearn.records.shape import ClientShape
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stepper:
+    """What the step knows from start to end of a run. scales: s by module name. shapes: clients' own ranks, empty where all have the adapter's.
+
+    foreign: the user's Flower strategy, built; None where the strategy is ours.
+    """
+
+    run: TrainRun
+    store: BlockStore
+    scales: Mapping[str, float]
+    shapes: Mapping[int, ClientShape]
+    foreign: WrappedStrategy | None = None
+
+    @property
+    def strategy_name(self) -> str:
+        """The class that makes the server's state, as a checkpoint names it."""
+        strategy = self.run.strategy
+        if isinstance(strategy, FlowerStrategy):
+            return strategy.target
+        return f"{type(strategy).__module__}.{type(strategy).__qualname__}"
+
+    @property
+    def averaged(self) -> str:
+        """What makes the mean, for the history."""
+        if self.foreign is not None:
+            return f"{self.strategy_name} (per factor)"
+        return self.run.aggregation.reducer
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stepped:
+    """after: the checkpoint, still with the parts that clients held before. weights: client -> what it counted for. capped: whom gate.max_client_share held down."""
+
+    after: Checkpoint
+    weights: Mapping[int, float] = field(default_factory=dict)
+    capped: frozenset[int] = frozenset()
+    error: float | None = None
+    norm: float | None = None
+
+
+def step(
+    stepper: Stepper, before: Checkpoint, report: TurnReport, nodes: Mapping[int, int], read: ReadTensor
+) -> Stepped:
+    """Weighs, reduces and steps. nodes: client id -> node id, for strategies of Flower's. read: (client, name) -> tensor of the spool."""
+    run, number = stepper.run, before.state.round + 1
+    shares = client_weights(report.updates, run.aggregation.weights)
+    capped: frozenset[int] = frozenset()
+    if run.gate.max_client_share is not None:
+        shares, capped = cap_shares(shares, run.gate.max_client_share)
+    cohort = _cohort(stepper, before, shares, read, number)
+    if stepper.foreign is not None:
+        return _foreign_step(stepper, stepper.foreign, before, cohort, nodes, report, capped)
+    reduced = reduce_round(_choices(run), cohort)
+    after = replace(
+        before,
+        state=_optimise(run.strategy, before.state, reduced.mean),
+        blocks=_new_blocks(stepper, before, reduced),
+        carried=reduced.carried,
+    )
+    return Stepped(after=after, weights=reduced.weights, capped=capped, error=reduced.error, norm=reduced.norm)
+
+
+def _choices(run: TrainRun) -> Choices:
+    chosen = run.aggregation
+    return Choices(
+        reducer=reducer_of(chosen.reducer, chosen.trim),
+        gauge=gauge_of(chosen.gauge, chosen.softness),
+        robust=run.robust,
+        sidecar=chosen.residual == "sidecar",
+        feedback=chosen.residual == "feedback",
+        sidecar_rank=chosen.sidecar_rank,
+    )
+
+
+def _cohort(stepper: Stepper, before: Checkpoint, shares: Mapping[int, float], read: ReadTensor, number: int) -> Cohort:
+    adapter, run = before.state.adapter, stepper.run
+    return Cohort(
+        adapter=adapter,
+        scales=stepper.scales,
+        weights=shares,
+        read=read,
+        round=number,
+        seed=run.trainer.args.seed,
+        trained=trained_in(run.aggregation.mask, number),
+        shapes=stepper.shapes,
+        carried=before.carried,
+        blocks=lambda module: stepper.store.of_module(before.blocks, module),
+        block_rank=stepper.store.rank_of(before.blocks, modules_of(adapter)),
+    )
+
+
+def _optimise(strategy: ServerOptimizer | FlowerStrategy, state: ServerState, mean: Tensors) -> ServerState:
+    """Steps over the tensors that have a mean: the others, and their moments, rest."""
+    if not isinstance(strategy, ServerOptimizer):
+        raise TypeError("a strategy of Flower's steps by itself")
+    part = replace(
+        state,
+        adapter={name: state.adapter[name] for name in mean},
+        moments={key: {n: t for n, t in kept.items() if n in mean} for key, kept in state.moments.items()},
+    )
+    stepped = strategy.step(part, mean)
+    return replace(
+        stepped,
+        adapter={**state.adapter, **stepped.adapter},
+        moments={key: {**state.moments.get(key, {}), **kept} for key, kept in stepped.moments.items()},
+    )
+
+
+def _new_blocks(stepper: Stepper, before: Checkpoint, reduced: Reduced) -> tuple[str, ...]:
+    if not reduced.block:
+        return before.blocks
+    name = stepper.store.keep(reduced.block)
+    return (name,) if reduced.replaces else (*before.blocks, name)
+
+
+def _foreign_step(
+    stepper: Stepper,
+    strategy: WrappedStrategy,
+    before: Checkpoint,
+    cohort: Cohort,
+    nodes: Mapping[int, int],
+    report: TurnReport,
+    capped: frozenset[int],
+) -> Stepped:
+    active = {name: t for name, t in cohort.adapter.items() if cohort.trained.covers(name)}
+    losses = {update.client_id: update.loss for update in report.updates}
+    result = strategy.aggregate(cohort.round, cohort.weights, nodes, cohort.read, active, losses)
+    adapter = {name: result[name].to(t.dtype) if name in result else t for name, t in cohort.adapter.items()}
+    error, norm = aggregation_error(cohort, adapter)
+    state = replace(before.state, adapter=adapter, round=cohort.round)
+    after = replace(before, state=state, foreign=strategy.state())
+    return Stepped(after=after, weights=cohort.weights, capped=capped, error=error, norm=norm)

@@ -1,0 +1,62 @@
+"""What a run began with, on disk: the adapter as <run>/start/, its side-car as the first blocks of <run>/sidecar/, who owns how many rows."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedunlearn.errors import UserError
+from fedunlearn.federation.block_store import FOLDER, BlockStore
+from fedunlearn.files import write_json
+from fedunlearn.models.adapter_files import load_adapter, save_adapter
+from fedunlearn.records.adapter import Adapter
+from fedunlearn.records.partition import OwnedRows
+from fedunlearn.records.rounds import ClientRows
+
+START, BEGAN = "start", "began.json"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Start:
+    """adapter: with its side-car; blocks: that side-car's hashes. rows: what each client owns by the partition, entry k is client k."""
+
+    adapter: Adapter
+    blocks: tuple[str, ...]
+    rows: tuple[ClientRows, ...]
+
+
+def save_start(folder: Path, adapter: Adapter, owned: Sequence[OwnedRows]) -> None:
+    """Writes start/, began.json and where there is one the side-car into a run's folder."""
+    save_adapter(folder / START, adapter.replace(adapter.tensors, {}))
+    blocks = [BlockStore(folder / FOLDER).keep(adapter.sidecar)] if adapter.sidecar else []
+    rows = [asdict(_counted(one)) for one in owned]
+    write_json(folder / BEGAN, {"sidecar": blocks, "rows": rows})
+
+
+def _counted(owned: OwnedRows) -> ClientRows:
+    return ClientRows(
+        client_id=owned.client_id,
+        num_owned=owned.num_owned,
+        num_forget=len(owned.forget),
+        num_retain=len(owned.retain),
+    )
+
+
+def load_start(folder: Path) -> Start:
+    """Reads them again. Raises UserError where something is missing or damaged."""
+    factors, _ = load_adapter(folder / START)
+    try:
+        saved = json.loads((folder / BEGAN).read_text(encoding="utf-8"))
+        blocks = tuple(str(name) for name in saved["sidecar"])
+        rows = tuple(ClientRows(**row) for row in saved["rows"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{str(folder / BEGAN)!r} is missing or damaged ({error}): overwrite=true starts anew"
+        ) from error
+    sidecar = BlockStore(folder / FOLDER).read(blocks)
+    return Start(adapter=factors.replace(factors.tensors, sidecar), blocks=blocks, rows=rows)
+
+
+def began_with(folder: Path) -> tuple[str, ...]:
+    """Gives the hashes of the side-car blocks that a run began with."""
+    return tuple(json.loads((folder / BEGAN).read_text(encoding="utf-8"))["sidecar"])

@@ -1,0 +1,89 @@
+"""One plain PEFT adapter out of trainable factors and a side-car: all of it stacked, or its best rank r."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fedunlearn.aggregation.factors import Factors, modules_of, read_factors, scales_of
+from fedunlearn.aggregation.gauges.svd import balanced
+from fedunlearn.aggregation.product import LowRank, product_of, truncated_svd, weighted_sum
+from fedunlearn.records.adapter import Adapter, Tensors
+
+ExportRank = Literal["exact", "r"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stacked:
+    """What the trainable factors of a stacked adapter were: the next stage begins with fresh ones of that shape, the stack as side-car."""
+
+    r: int
+    lora_alpha: float
+
+
+def export(adapter: Adapter, rank: ExportRank) -> tuple[Adapter, Stacked | None]:
+    """Gives an adapter without side-car, and what it was where it is now a stack; one without a side-car comes back as it is.
+
+    `exact`: [s B, side-car's B] and [A; side-car's A], saved with lora_alpha = R (sqrt(R) under rsLoRA), so that PEFT's own factor is 1 and
+    the scales sit in B. `r`: the best rank-r approximation of that sum, balanced, with the adapter's own scale.
+    """
+    if not adapter.sidecar:
+        return adapter, None
+    scales = scales_of(adapter.peft_config, adapter.tensors)
+    wholes = {
+        m: _whole(adapter, read_factors(adapter.tensors, m, scales[m.name]), m.a, m.b)
+        for m in modules_of(adapter.tensors)
+    }
+    if rank == "r":
+        return adapter.replace(_cut(adapter, {m.a: w for m, w in wholes.items()}, scales), {}), None
+    tensors = {name: t for m, w in wholes.items() for name, t in ((m.b, w.left.float()), (m.a, w.right.float()))}
+    ranks = {m.name: w.rank for m, w in wholes.items()}
+    known = adapter.peft_config
+    stacked = Stacked(r=int(str(known["r"])), lora_alpha=float(str(known["lora_alpha"])))
+    return Adapter(tensors, _config_of(known, ranks), adapter.base_fingerprint), stacked
+
+
+def unit_scaled(adapter: Adapter) -> Tensors:
+    """Gives an adapter's tensors with its scales folded into B: what a side-car holds."""
+    scales = scales_of(adapter.peft_config, adapter.tensors)
+    folded = dict(adapter.tensors)
+    for module in modules_of(adapter.tensors):
+        if scales[module.name] != 1.0:
+            folded[module.b] = (folded[module.b].double() * scales[module.name]).to(folded[module.b].dtype)
+    return folded
+
+
+def _whole(adapter: Adapter, own: Factors, a: str, b: str) -> LowRank:
+    if a not in adapter.sidecar:
+        return product_of(own)
+    return weighted_sum(
+        [1.0, 1.0], [product_of(own), LowRank(adapter.sidecar[b].double(), adapter.sidecar[a].double())]
+    )
+
+
+def _cut(adapter: Adapter, wholes: Mapping[str, LowRank], scales: Mapping[str, float]) -> Tensors:
+    cut: dict[str, torch.Tensor] = {}
+    for module in modules_of(adapter.tensors):
+        own = read_factors(adapter.tensors, module, scales[module.name])
+        svd = truncated_svd(wholes[module.a], own.rank)
+        b, a = balanced(svd, own.double.a)
+        dtype = own.a.dtype
+        share = 1 / math.sqrt(own.scale)
+        cut |= {module.b: (b * share).to(dtype), module.a: (a * share).to(dtype)}
+    return cut
+
+
+def _config_of(known: Mapping[str, object], ranks: Mapping[str, int]) -> dict[str, object]:
+    """PEFT's config of a stack: the most common case is one rank everywhere; where modules differ a pattern names each."""
+    largest = max(ranks.values())
+    alphas = {name: math.sqrt(rank) if known.get("use_rslora") else float(rank) for name, rank in ranks.items()}
+    other = {name: rank for name, rank in ranks.items() if rank != largest}
+    return {
+        **known,
+        "r": largest,
+        "lora_alpha": math.sqrt(largest) if known.get("use_rslora") else float(largest),
+        "rank_pattern": other,
+        "alpha_pattern": {name: alphas[name] for name in other},
+    }

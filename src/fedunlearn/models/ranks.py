@@ -1,0 +1,67 @@
+"""A client's own rank inside the one adapter of the model: rows beyond it are zero and stay zero, and its scale is set."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+
+from fedunlearn.models.lora import ACTIVE, REFERENCE, live_tensors
+from fedunlearn.records.adapter import Tensors
+from fedunlearn.records.shape import ClientShape
+
+
+def padded(model: PeftModel, tensors: Tensors) -> Tensors:
+    """Gives factors of a smaller rank at the model's: zero rows below A, zero columns right of B; those that fit come back as they are.
+
+    A zero row of A beside a zero column of B has no gradient, and weight decay leaves it zero.
+    """
+    return {
+        name: _padded(tensors[name], live.shape) if name in tensors else live
+        for name, live in live_tensors(model).items()
+    }
+
+
+def _padded(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    if tensor.shape == shape or tensor.dim() != len(shape):
+        return tensor
+    return F.pad(tensor, (0, max(shape[1] - tensor.shape[1], 0), 0, max(shape[0] - tensor.shape[0], 0)))
+
+
+def cut(tensors: Tensors, rank: int) -> Tensors:
+    """Gives the first `rank` rows of every A and columns of every B."""
+    return {
+        name: (tensor[:rank] if ".lora_A." in name else tensor[:, :rank]).contiguous()
+        for name, tensor in tensors.items()
+    }
+
+
+@contextmanager
+def scaled_for(model: PeftModel, shape: ClientShape | None) -> Iterator[None]:
+    """Inside the block the adapter (and the reference's) acts with the client's scale; None: with its own."""
+    before = {layer: dict(layer.scaling) for layer in _layers(model)}
+    try:
+        for layer in before if shape is not None else ():
+            _set(layer.scaling, shape)
+        yield
+    finally:
+        for layer, scaling in before.items():
+            layer.scaling.update(scaling)
+
+
+def _set(scaling: dict[str, float], shape: ClientShape | None) -> None:
+    for name in (ACTIVE, REFERENCE):
+        if shape is not None and name in scaling:
+            scaling[name] = shape.scale
+
+
+def _layers(model: PeftModel) -> list[Any]:
+    return [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+
+
+def scales_in(model: PeftModel) -> Mapping[str, float]:
+    """Gives the scale of every LoRA layer by its path, as it acts now."""
+    return {path: float(layer.scaling[ACTIVE]) for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
