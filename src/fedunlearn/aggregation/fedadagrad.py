@@ -4,7 +4,14 @@ from dataclasses import dataclass
 
 import torch
 
-from fedunlearn.aggregation.base import NOT_NEGATIVE, POSITIVE, ServerOptimizer, ServerState, check_hyperparameters
+from fedunlearn.aggregation.base import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    ServerOptimizer,
+    ServerState,
+    check_hyperparameters,
+    check_moments,
+)
 from fedunlearn.aggregation.moments import step_with_moments, v_start
 from fedunlearn.records.adapter import Tensors
 
@@ -32,6 +39,7 @@ class FedAdagrad(ServerOptimizer):
 
     def step(self, state: ServerState, mean: Tensors) -> ServerState:
         """See ServerOptimizer.step."""
+        check_moments(self, state)
         _refuse_velocity(state)
         return step_with_moments(self, state, mean, {"v": v_start(self.v_init, self.tau)}, self._tensor_step)
 

@@ -94,6 +94,7 @@ def truncated_svd(part: LowRank, rank: int) -> Svd:
         q_right, r_right = torch.linalg.qr(part.right.T)
         u, s, vt = torch.linalg.svd(r_left @ r_right.T)
         u, vt = q_left @ u, vt @ q_right.T
+    rank = min(rank, part.rank)
     u, s, vt = u[:, :rank], s[:rank], vt[:rank]
     sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
     sign = torch.where(sign == 0, torch.ones_like(sign), sign)

@@ -170,13 +170,14 @@ def _replaces(choices: Choices, cohort: Cohort) -> bool:
     """Whether this round's block takes the whole side-car's place: a rank was set, or some module's stack would pass its smaller side."""
     if choices.sidecar_rank is not None:
         return True
-    return any(_passes(cohort, module) for module in modules_of(cohort.adapter))
+    return any(_passes(choices.reducer, cohort, module) for module in modules_of(cohort.adapter))
 
 
-def _passes(cohort: Cohort, module: Module) -> bool:
+def _passes(reducer: Reducer, cohort: Cohort, module: Module) -> bool:
     a, b = cohort.adapter[module.a], cohort.adapter[module.b]
-    new = sum(cohort.shapes[k].rank if cohort.shapes else a.shape[0] for k in cohort.weights) + a.shape[0]
-    return cohort.block_rank.get(module.name, 0) + int(new) > min(a.shape[1], b.shape[0])
+    ranks = [cohort.shapes[k].rank if cohort.shapes else int(a.shape[0]) for k in cohort.weights]
+    new = reducer.residual_rank(ranks, int(a.shape[0]))
+    return cohort.block_rank.get(module.name, 0) + new > min(a.shape[1], b.shape[0])
 
 
 def _weighting(robust: Robust, cohort: Cohort) -> Weighting:

@@ -25,11 +25,6 @@ class Launcher:
         """
         return "round"
 
-    @property
-    def keeps_time(self) -> bool:
-        """Whether the round loop keeps the time."""
-        return self.clock == "round"
-
 
 @dataclass(frozen=True, kw_only=True)
 class LocalLauncher(Launcher):

@@ -1,10 +1,12 @@
 """The end of a run: the adapter with its proof, the account of what it cost, the evaluation."""
 
+import json
 import resource
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.data.tofu import Tofu
@@ -12,6 +14,7 @@ from fedunlearn.doors.prepare import Prepared, load_model
 from fedunlearn.evals.files import write_log
 from fedunlearn.evals.tofu import evaluate_tofu
 from fedunlearn.federation.checkpoint import read_history
+from fedunlearn.federation.rounds import ROLL_CALL
 from fedunlearn.files import write_json
 from fedunlearn.models.adapter_files import save_adapter
 from fedunlearn.models.export import export
@@ -25,7 +28,10 @@ RESULT = "adapter"
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """What a run cost: optimiser steps and input tokens of all clients, bytes by direction, peak resident memory of this process."""
+    """What a run cost: optimiser steps and input tokens of all clients, bytes by direction, peak resident memory of this process.
+
+    dropped: a sentence for each client whose updates did not all count, and for each that the roll call refused.
+    """
 
     num_steps: int
     num_tokens: int
@@ -33,6 +39,7 @@ class Account:
     bytes_down_reference: int
     bytes_up: int
     peak_memory_mib: float
+    dropped: tuple[str, ...] = ()
 
 
 def finish(prepared: Prepared, result: Adapter, config_sha: str) -> EvalLog | None:
@@ -48,7 +55,9 @@ def finish(prepared: Prepared, result: Adapter, config_sha: str) -> EvalLog | No
     if prepared.run.eval.at_end:
         log = evaluate(prepared.run, made, adapter, prepared.tofu, prepared.retain_log, config_sha)
         write_log(log, prepared.folder)
-    write_json(prepared.folder / DONE, {"adapter_hash": adapter.tensor_hash, "account": vars(account(prepared.folder))})
+    write_json(
+        prepared.folder / DONE, {"adapter_hash": adapter.tensor_hash, "account": asdict(account(prepared.folder))}
+    )
     return log
 
 
@@ -75,12 +84,31 @@ def evaluate(
 
 def account(folder: Path) -> Account:
     """Adds up history.jsonl; peak memory is that of this process so far."""
-    clients = [client for line in read_history(folder) for client in line["clients"]]  # type: ignore[attr-defined]
+    history = read_history(folder)
+    clients = [client for line in history for client in line["clients"]]  # type: ignore[attr-defined]
     totals = {
         key: sum(int(client[key]) for client in clients)
         for key in ("num_steps", "num_tokens", "bytes_down", "bytes_down_reference", "bytes_up")
     }
-    return Account(**totals, peak_memory_mib=peak_memory_mib())
+    dropped = (*_refused(folder), *_dropped(history))
+    return Account(**totals, peak_memory_mib=peak_memory_mib(), dropped=dropped)
+
+
+def _refused(folder: Path) -> tuple[str, ...]:
+    path = folder / ROLL_CALL  # central training has none
+    return tuple(json.loads(path.read_text(encoding="utf-8"))["refused"]) if path.is_file() else ()
+
+
+def _dropped(history: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    rounds: dict[tuple[int, str], list[int]] = {}
+    for line in history:
+        for client in line["clients"]:
+            if client["reason"]:
+                rounds.setdefault((client["client_id"], client["reason"]), []).append(line["round"])
+    return tuple(
+        f"client {client}: {reason} in round{'s' if len(when) > 1 else ''} {', '.join(map(str, when))}"
+        for (client, reason), when in sorted(rounds.items())
+    )
 
 
 def peak_memory_mib() -> float:

@@ -64,8 +64,10 @@ def exchange(grid: Grid, messages: Mapping[int, Message], timeout: float) -> Ite
         yield key, None
 
 
-def roll_call(grid: Grid, expected: Expectation, timeout: float) -> RollCall:
+def roll_call(grid: Grid, expected: Expectation, timeout: float, answer_timeout: float) -> RollCall:
     """Asks every node who it is: once a run. Nodes that are not there yet are waited for until `timeout` seconds have passed.
+
+    answer_timeout: seconds for all answers together; infinite where the Grid keeps each client's time itself.
 
     A node that does not answer, or cannot take part (another version, base or partition, row counts that are not the partition's, two
     that say the same id), is refused by name and left out. Raises UserError, telling all at once, where fewer than
@@ -75,7 +77,7 @@ def roll_call(grid: Grid, expected: Expectation, timeout: float) -> RollCall:
     messages = {node: Message(RecordDict(), node, MessageType.QUERY, group_id="roll-call") for node in nodes}
     found: dict[int, list[Member]] = {}
     refused: list[str] = []
-    for node, reply in exchange(grid, messages, timeout):
+    for node, reply in exchange(grid, messages, answer_timeout):
         member = _read_member(node, reply)
         faults = [member] if isinstance(member, str) else _mismatches(member.declared, expected)
         refused += faults

@@ -72,7 +72,9 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, run_id: str, reads_refer
     stepper = _stepper(run, folder, start)
     checkpoint = _first_checkpoint(run, folder, start, stepper)
     cut_history(folder, checkpoint.state.round)
-    called = roll_call(grid, _expectation(run, folder, start), run.trainer.federated.roll_call_timeout)
+    timeout = run.trainer.federated.roll_call_timeout
+    answers = timeout if run.launcher.clock == "round" else math.inf
+    called = roll_call(grid, _expectation(run, folder, start), timeout, answers)
     _write_roll_call(folder, called)
     check_plans(run, called.members)
     server = Server(

@@ -38,7 +38,11 @@ def export(adapter: Adapter, rank: ExportRank) -> tuple[Adapter, Stacked | None]
     }
     if rank == "r":
         return adapter.replace(_cut(adapter, {m.a: w for m, w in wholes.items()}, scales), {}), None
-    tensors = {name: t for m, w in wholes.items() for name, t in ((m.b, w.left.float()), (m.a, w.right.float()))}
+    tensors = {
+        name: t
+        for m, w in wholes.items()
+        for name, t in ((m.b, w.left.float().contiguous()), (m.a, w.right.float().contiguous()))
+    }
     ranks = {m.name: w.rank for m, w in wholes.items()}
     known = adapter.peft_config
     stacked = Stacked(r=int(str(known["r"])), lora_alpha=float(str(known["lora_alpha"])))
@@ -71,7 +75,7 @@ def _cut(adapter: Adapter, wholes: Mapping[str, LowRank], scales: Mapping[str, f
         b, a = balanced(svd, own.double.a)
         dtype = own.a.dtype
         share = 1 / math.sqrt(own.scale)
-        cut |= {module.b: (b * share).to(dtype), module.a: (a * share).to(dtype)}
+        cut |= {module.b: (b * share).to(dtype).contiguous(), module.a: (a * share).to(dtype).contiguous()}
     return cut
 
 

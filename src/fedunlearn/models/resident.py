@@ -103,9 +103,10 @@ def resident(config: ModelConfig, source: ModelSource, *, seed: int, max_length:
 
 
 def release() -> None:
-    """Lets the process's model go."""
+    """Lets the process's model go, and on CUDA its memory too."""
     _held.clear()
     gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _check_base(loaded: Adapter | None, source: ModelSource) -> None:

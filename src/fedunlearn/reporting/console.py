@@ -1,5 +1,6 @@
 """What a run says on the terminal: its config in short, and its result as a table."""
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +10,11 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from fedunlearn.records.evaluation import EvalLog
+from fedunlearn.reporting.run_folder import DONE
 
 SHORT = (
     "mode", "task_name", "tofu_path", "forget_split", "retain_split", "retain_logs_path", "model.model_args", "method", "strategy",
-    "protocol", "partition.scheme", "launcher", "trainer.federated", "trainer.args",
+    "aggregation", "robust", "gate", "protocol", "partition.scheme", "launcher", "trainer.federated", "trainer.args",
 )  # fmt: skip
 SHOWN = (
     "forget_Q_A_Prob",
@@ -67,9 +69,11 @@ def _one_line(value: object) -> str:
 
 
 def show_result(folder: Path, log: EvalLog | None) -> None:
-    """Prints where the run lies and the evaluation's main figures."""
+    """Prints where the run lies, which clients did not count, and the evaluation's main figures."""
     console = Console(highlight=False)
     console.print(f"result: {folder}", soft_wrap=True)
+    for fault in json.loads((folder / DONE).read_text(encoding="utf-8")).get("account", {}).get("dropped", ()):
+        console.print(f"did not count: {fault}", soft_wrap=True)
     if log is not None:
         console.print(metric_table({folder.name: figures(log)}))
         if log.provenance.get("trial"):

@@ -21,6 +21,8 @@ class Curves:
             return
         for name, value in result.metrics.items():
             self._writer.add_scalar(name, value, result.round)
+        if result.aggregation_error is not None:
+            self._writer.add_scalar("aggregation_error", result.aggregation_error, result.round)
         total = sum(c.bytes_down + c.bytes_down_reference + c.bytes_up for c in result.clients)
         self._writer.add_scalar("bytes", total, result.round)
 

@@ -1,6 +1,7 @@
 """The interface of a reducer: one module of all clients in, the global factors of that module out."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,10 @@ class Reducer(ABC):
     def mixes_ranks(self) -> bool:
         """Whether clients may differ in r and lora_alpha."""
         return False
+
+    def residual_rank(self, ranks: Sequence[int], own: int) -> int:
+        """The rank that what it misses can have at most: ranks are the clients', own the global adapter's."""
+        return sum(ranks) + own
 
     @abstractmethod
     def reduce(self, cohort: ModuleCohort) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,6 @@
 """The weighted mean of the factors themselves: FedIT (Zhang et al. 2023, arXiv:2305.05644) and, padded, HetLoRA (Cho et al. 2024, arXiv:2401.06432)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,10 @@ from fedunlearn.aggregation.reducers.base import ModuleCohort, Reducer, mean_of
 @dataclass(frozen=True)
 class FactorMean(Reducer):
     """B = sum p_k B_k, A = sum p_k A_k: not the mean of the products; what it misses is the covariance of B_k and A_k."""
+
+    def residual_rank(self, ranks: Sequence[int], own: int) -> int:
+        """That of a covariance of K terms: (K - 1) r, or K r where weight is left to the old global adapter, which then is one more term."""
+        return sum(ranks)
 
     def reduce(self, cohort: ModuleCohort) -> tuple[torch.Tensor, torch.Tensor]:
         """See Reducer.reduce."""

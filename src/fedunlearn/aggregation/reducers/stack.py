@@ -1,5 +1,6 @@
 """The stack: FLoRA (Wang et al. 2024, arXiv:2409.05976). Exact at any mix of ranks; nothing stays in the trainable factors."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,10 @@ class Stack(Reducer):
     def mixes_ranks(self) -> bool:
         """Yes: stacks have any height."""
         return True
+
+    def residual_rank(self, ranks: Sequence[int], own: int) -> int:
+        """All of it."""
+        return sum(ranks)
 
     def reduce(self, cohort: ModuleCohort) -> tuple[torch.Tensor, torch.Tensor]:
         """See Reducer.reduce."""

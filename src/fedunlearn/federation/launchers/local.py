@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
 from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
 
@@ -21,8 +20,13 @@ from fedunlearn.federation.isolated_grid import Deadlines, IsolatedGrid
 from fedunlearn.federation.launchers.base import launch
 from fedunlearn.federation.local_grid import RUN_ID, SERVER_NODE, LocalGrid
 from fedunlearn.federation.server_app import make_server_app
+from fedunlearn.federation.start import START
+from fedunlearn.federation.turn import HEADER
+from fedunlearn.federation.wire import LONGEST_RECORD
 from fedunlearn.federation.worker import Charge
+from fedunlearn.models.adapter_files import WEIGHTS
 from fedunlearn.models.resident import release
+from fedunlearn.reporting.run_folder import run_path
 
 log = logging.getLogger(__name__)
 CLIENT_APP = f"{make_client_app.__module__}:{make_client_app.__qualname__}"
@@ -37,7 +41,7 @@ def launch_local(launcher: LocalLauncher, plain: Mapping[str, object]) -> None:
     config_json = json.dumps(plain, sort_keys=True)
     run = parse_config(plain)
     assert isinstance(run, TrainRun)
-    grids = _isolated(launcher, run.trainer.federated, config_json) if launcher.isolate else _here(run, config_json)
+    grids = _isolated(launcher, run, config_json) if launcher.isolate else _here(run, config_json)
     with grids as grid:
         make_server_app(config_json)(grid, Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {}))
 
@@ -57,9 +61,9 @@ def _here(run: TrainRun, config_json: str) -> Iterator[Grid]:
 
 
 @contextmanager
-def _isolated(launcher: LocalLauncher, federated: FederatedArgs, config_json: str) -> Iterator[Grid]:
+def _isolated(launcher: LocalLauncher, run: TrainRun, config_json: str) -> Iterator[Grid]:
     release()  # the worker holds the base; this process needs none until the rounds are done
-    torch.cuda.empty_cache()  # or its memory would stay with this process
+    federated = run.trainer.federated
     deadlines = Deadlines(
         start=launcher.start_timeout, query=federated.roll_call_timeout, train=federated.round_timeout
     )
@@ -69,9 +73,15 @@ def _isolated(launcher: LocalLauncher, federated: FederatedArgs, config_json: st
         num_clients=federated.num_clients,
         log_level=logging.getLogger().getEffectiveLevel(),
     )
-    grid = IsolatedGrid(charge, deadlines)
+    grid = IsolatedGrid(charge, deadlines, largest_reply(run))
     try:
         grid.start()  # before the roll call, whose deadline it would eat
         yield grid
     finally:
         grid.close()
+
+
+def largest_reply(run: TrainRun) -> int:
+    """Bytes above which a reply is not even read: what the gate allows for a whole adapter, and the scalars beside it."""
+    adapter = run_path(run) / START / WEIGHTS
+    return int(run.gate.max_reply_ratio * adapter.stat().st_size) + LONGEST_RECORD + HEADER
