@@ -176,7 +176,8 @@ ONE_ROUND = [FedAvgM(server_lr=0.5), FedAdagrad(server_lr=1.0, tau=1.0)] + [
 
 
 @pytest.mark.parametrize(
-    ("strategy", "want"), zip(ONE_ROUND, [(1.5, 4), (1.4142136, 4.3819660), (1.05, 4.9138998), (1.05, 4.9171573)], strict=True)
+    ("strategy", "want"),
+    zip(ONE_ROUND, [(1.5, 4), (1.4142136, 4.3819660), (1.05, 4.9138998), (1.05, 4.9171573)], strict=True),
 )
 def test_unequal_weights(strategy, want):
     """x = (1, 5); clients (1, 5) at 3/4 and (5, -3) at 1/4: mean (2, 3), D = (1, -2). Squared is this mean, (1, 4); the mean of

@@ -84,7 +84,7 @@ def runs(draw, kind):
     start = {name: draw(arrays(np.float32, shape, elements=ENTRIES)) for name, shape in shapes.items()}
     active = st.lists(st.sampled_from(NAMES), min_size=1, max_size=2, unique=True)
     means = [
-        {name: draw(arrays(np.float64, shapes[name], elements=ENTRIES)) for name in draw(active)}
+        {name: draw(arrays(np.float64, shapes[name], elements=st.floats(-2, 2))) for name in draw(active)}
         for _ in range(draw(st.integers(1, 6)))
     ]
     return draw(SETTINGS[kind]), start, means

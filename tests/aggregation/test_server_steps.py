@@ -40,6 +40,15 @@ def test_a_mean_equal_to_the_global_adapter_changes_nothing(strategy):
 
 
 @pytest.mark.parametrize("strategy", MEMBERS)
+def test_the_mean_itself_is_given_cast_once(strategy):
+    """x + (w - x) in float32 is another number than w in some entries of this very draw."""
+    x, w = torch.randn(2, 1000, generator=torch.Generator().manual_seed(1))
+    result = strategy.step(ServerState(adapter={"w": x}), {"w": w.double()}).adapter["w"]
+    assert torch.equal(result, w)
+    assert not torch.equal(x + (w - x), w)
+
+
+@pytest.mark.parametrize("strategy", MEMBERS)
 def test_inputs_are_not_modified_and_not_shared(strategy):
     start, mean = state(), {"A": torch.tensor([[6.0, 7.0]]).double(), "B": torch.ones(2).double()}
     result = strategy.step(start, mean)
@@ -94,5 +103,7 @@ def test_only_fedprox_sends_clients_a_proximal_weight():
 
 
 def test_a_negative_mu_is_refused():
-    with pytest.raises(UserError, match=r"strategy\.mu=-0\.1 of FedProx must not be negative"):
+    with pytest.raises(
+        UserError, match=r"^strategy\.mu=-0\.1 is refused: FedProx wants a finite number, 0 or above; correct it"
+    ):
         FedProx(mu=-0.1)
