@@ -9,6 +9,8 @@ from types import NoneType, UnionType
 import pytest
 from omegaconf import OmegaConf
 
+from fedunlearn.aggregation.robust.off import Off
+from fedunlearn.config.server import AggregationConfig
 from fedunlearn.doors.compose import compose
 from fedunlearn.errors import UserError
 
@@ -31,7 +33,18 @@ TAGS = {
 CHAT = {TEMPLATE + "apply_chat_template": True, **dict.fromkeys(TAG_KEYS), **{key: f"[{key}]" for key in CHAT_KEYS}}
 
 # Keys that cannot change together with all the others, and what has to change with each.
-APART = {"resume": {}, "trainer.args.warmup_epochs": {"trainer.args.warmup_steps": 0}}
+APART = {
+    "resume": {},
+    "trainer.args.warmup_epochs": {"trainer.args.warmup_steps": 0},
+    "trainer.federated.num_train_clients": {"trainer.federated.fraction_train": 1.0},
+}
+# Keys of which a small step is no other valid value.
+STEPS = {"gate.max_reply_ratio": 2.5}
+# What a group's changed values ask of other groups.
+PARTNERS = {
+    "partition": ["aggregation=hetlora"],
+    "robust": ["trainer.federated.num_clients=9"],
+}
 # Keys with one value that has a meaning: any other is refused by name.
 FIXED = {
     "trainer.name",
@@ -41,6 +54,34 @@ FIXED = {
     "model.model_args.lora_config.task_type",
     "eval.name",
 }
+# And those that the mode of a run fixes.
+FIXED_IN = {
+    "data/unlearn.yaml": {"data.rows"},
+    "trainer/FederatedTrainer.yaml": {"trainer.federated.force_owners"},
+}
+# The choices of the aggregation hang together: whole settings. In the first two every key has a value that no preset has there.
+AGGREGATION_KEYS = (
+    "weights",
+    "mask",
+    "reducer",
+    "residual",
+    "gauge",
+    "softness",
+    "trim",
+    "sidecar_rank",
+    "export_rank",
+)
+AGGREGATIONS = [
+    {f"aggregation.{key}": value for key, value in zip(AGGREGATION_KEYS, row, strict=True)}
+    for row in (
+        ("product_norm", "both", "factors", "sidecar", "procrustes", 0.25, None, 3, "r"),
+        ("uniform", "b", "trimmed_mean", "dropped", "orthonormal", None, 0.125, None, "r"),
+        ("trained", "alternate", "factors", "dropped", "balanced", None, None, None, "exact"),
+        ("owned", "both", "product", "feedback", "balanced", None, None, None, "r"),
+        ("trained", "both", "stack", "sidecar", "reset", None, None, 5, "exact"),
+        ("uniform", "both", "padded_factors", "dropped", "as_is", None, None, None, "r"),
+    )
+]
 
 
 def leaves(tree, key=""):
@@ -93,13 +134,24 @@ def another(hint, value):
             return 3 if value in (None, -1) else value + 1
         if option is float:
             return value * 0.5 if value else 0.25
-        return ("q_proj", "v_proj") if typing.get_origin(option) is tuple else f"another_{len(str(value))}"
+        if typing.get_origin(option) is tuple:
+            of_each = {str: ("q_proj", "v_proj"), int: (3, 1, 2, 5, 4), float: (1.5, 8.0, 4.0, 0.5, 2.0)}
+            return of_each[typing.get_args(option)[0]]
+        return f"another_{len(str(value))}"
     raise AssertionError(f"no rule for {hint}")
+
+
+def changed_value(run, key):
+    return STEPS[key] if key in STEPS else another(hint_of(run, key), at(run, key))
+
+
+def fixed_in(name):
+    return FIXED | FIXED_IN.get(name, set())
 
 
 def as_override(key, value):
     if isinstance(value, tuple):
-        return f"{key}=[{','.join(value)}]"
+        return f"{key}=[{','.join(map(str, value))}]"
     return f"{key}={'null' if value is None else repr(value) if isinstance(value, str) else str(value)}"
 
 
@@ -110,7 +162,10 @@ def unchanged(name):
 
 def composed(name, changes):
     primary, chosen = host(name)
-    return compose(CONFIGS, primary, [*chosen, *(as_override(key, value) for key, value in changes.items())]).run
+    partners = PARTNERS.get(name.split("/")[0], []) if changes else []
+    return compose(
+        CONFIGS, primary, [*chosen, *partners, *(as_override(key, value) for key, value in changes.items())]
+    ).run
 
 
 @pytest.mark.parametrize("name", MEMBERS)
@@ -129,16 +184,17 @@ def test_each_changed_value_arrives(name):
     """All at once where they may stand together; the others one by one, each with its partners."""
     run = unchanged(name)
     chosen_by_group = {"partition.scheme"} & set(member(name))  # an object: the group's other members change it
-    changes = {key: another(hint_of(run, key), at(run, key)) for key in member(name) if key not in chosen_by_group}
-    if name == "data/unlearn.yaml":
-        changes.pop("data.rows")  # fixed by the mode: see below
+    changes = {key: changed_value(run, key) for key in member(name) if key not in chosen_by_group}
+    fixed = fixed_in(name)
     together = {
-        key: value for key, value in changes.items() if key not in APART and key not in FIXED and key not in TAGS
+        key: value for key, value in changes.items() if key not in APART and key not in fixed and key not in TAGS
     }
     changed = [together, *(APART[key] | {key: value} for key, value in changes.items() if key in APART)]
     if name.startswith("model/"):
         changed = [together | CHAT, TAGS]
-    assert set(changes) <= set().union(*changed) | FIXED
+    if name.startswith("aggregation/"):
+        changed = AGGREGATIONS if name == "aggregation/fedit.yaml" else AGGREGATIONS[:2]
+    assert all(any(choice.get(key, at(run, key)) != at(run, key) for choice in changed) for key in set(changes) - fixed)
     for choice in changed:
         seen = composed(name, choice)
         assert {key: at(seen, key) for key in choice} == choice
@@ -150,9 +206,9 @@ def test_each_changed_value_arrives(name):
         (name, key)
         for name in MEMBERS
         for key in member(name)
-        if key in FIXED and name.startswith(("trainer/FederatedT", "model/pocket", "eval"))
-    ]
-    + [("data/unlearn.yaml", "data.rows")],
+        if (key in FIXED and name.startswith(("trainer/FederatedT", "model/pocket", "eval")))
+        or key in FIXED_IN.get(name, ())
+    ],
 )
 def test_a_value_without_meaning_is_refused_by_name(name, key):
     run = unchanged(name)
@@ -197,6 +253,26 @@ def test_the_oracle_differs_from_fine_tuning_by_its_rows_only(recipe):
     retrain = compose(CONFIGS, "train-lora.yaml", [f"experiment=retrain/tofu/{recipe}", "task_name=t"]).plain
     assert {key for key in finetune if finetune[key] != retrain[key]} == {"data"}
     assert retrain["data"] == {**finetune["data"], "rows": "retain"}
+
+
+def test_the_settings_of_the_aggregation_hold_every_word_of_every_choice():
+    """So that each word arrives from the command line, as the test above shows over fedit."""
+    hints = typing.get_type_hints(AggregationConfig)
+    words = {f"aggregation.{key}": set(typing.get_args(hint)) for key, hint in hints.items()}
+    choices = {key: allowed for key, allowed in words.items() if typing.get_origin(hints[key[12:]]) is typing.Literal}
+    assert set(choices) == {
+        f"aggregation.{key}" for key in ("weights", "mask", "reducer", "residual", "gauge", "export_rank")
+    }
+    assert {key: {setting[key] for setting in AGGREGATIONS} for key in choices} == choices
+
+
+@pytest.mark.parametrize(
+    "said", [[], ["robust=off"], ["robust='off'"], ['robust="off"'], ["robust=krum", "robust=off"]]
+)
+@pytest.mark.parametrize("primary", PRIMARY[:2])
+def test_off_is_a_word_and_no_truth_value(primary, said):
+    """YAML reads a bare off as false: the primary files quote it, and Hydra's command line knows no such word."""
+    assert compose(CONFIGS, primary, ["task_name=t", *said]).run.robust == Off()
 
 
 def test_hydra_makes_no_folder():

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import pytest
 
+from fedunlearn.aggregation.robust.off import Off
 from fedunlearn.config.launcher import RayLauncher
 from fedunlearn.config.parse import parse_config
 from fedunlearn.config.run import EvalRun, TrainRun
+from fedunlearn.config.server import AggregationConfig, GateConfig
 from fedunlearn.errors import UserError
 from fedunlearn.methods.grad_ascent import GradAscent
 from fedunlearn.methods.npo import NPO
@@ -89,6 +91,8 @@ def test_values_arrive_and_defaults_stand():
     assert run.partition.scheme == Iid(seed=3)
     assert run.model.model_args.lora_config.lora_alpha == 8.0
     assert run.trainer.args.max_steps == -1
+    assert (run.aggregation, run.robust, run.gate) == (AggregationConfig(), Off(), GateConfig())
+    assert (run.partition.ranks, run.partition.lora_alphas, run.ranks_differ) == (None, None, False)
 
 
 def test_the_mode_chooses_the_record():

@@ -14,6 +14,7 @@ from fedunlearn.methods.npo import NPO
 from fedunlearn.methods.retain import retain_loss
 from fedunlearn.methods.simnpo import SimNPO
 from fedunlearn.models.lora import attach_lora, draw_fresh, hold_reference, live_parameters, read_tensors
+from fedunlearn.records.adapter import Weights
 from fedunlearn.training.forward import token_losses
 
 CPU = torch.device("cpu")
@@ -45,7 +46,7 @@ def model():
     with torch.no_grad():
         for parameter in live_parameters(made).values():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
-    hold_reference(made, reference)
+    hold_reference(made, Weights(reference))
     return made.eval()
 
 

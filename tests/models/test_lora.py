@@ -25,7 +25,7 @@ from fedunlearn.models.lora import (
     reference_active,
     write_tensors,
 )
-from fedunlearn.records.adapter import Adapter
+from fedunlearn.records.adapter import Adapter, Weights
 
 LOADED = Adapter({"a": torch.zeros(1)}, plain_config(lora_config_of(lora_args(), None, "some/base")), None)
 
@@ -248,7 +248,7 @@ class TestReference:
         wanted = some_logits(model)
         write_tensors(model, mine)
         before = some_logits(model)
-        hold_reference(model, kept)
+        hold_reference(model, Weights(kept))
         assert torch.equal(some_logits(model), before)
         with reference_active(model):
             assert torch.equal(some_logits(model), wanted)
@@ -258,7 +258,7 @@ class TestReference:
         model = attached()
         mine = random_tensors(model, 1)
         write_tensors(model, mine)
-        hold_reference(model, random_tensors(model, 2))
+        hold_reference(model, Weights(random_tensors(model, 2)))
         with reference_active(model):
             pass
         check_trainable(model)
@@ -271,7 +271,7 @@ class TestReference:
     def test_a_gradient_still_reaches_the_trainable_adapter_and_no_other(self):
         model = attached()
         write_tensors(model, random_tensors(model, 1))
-        hold_reference(model, random_tensors(model, 2))
+        hold_reference(model, Weights(random_tensors(model, 2)))
         ids = torch.arange(6).unsqueeze(0)
         with reference_active(model):
             reference = model(input_ids=ids).logits
@@ -283,7 +283,7 @@ class TestReference:
     def test_held_twice_there_is_still_one_with_the_new_values(self):
         model = attached()
         for seed in (2, 3):
-            hold_reference(model, random_tensors(model, seed))
+            hold_reference(model, Weights(random_tensors(model, seed)))
         assert set(model.peft_config) == {ACTIVE, REFERENCE}
         assert same({k: t.clone() for k, t in live_tensors(model, REFERENCE).items()}, random_tensors(model, 3))
 
@@ -291,7 +291,7 @@ class TestReference:
     def test_dropout_is_off_inside_and_the_mode_comes_back(self, training):
         model = attached(lora_dropout=0.5)
         write_tensors(model, random_tensors(model, 1))
-        hold_reference(model, random_tensors(model, 2))
+        hold_reference(model, Weights(random_tensors(model, 2)))
         model.train(training)
         with reference_active(model):
             assert torch.equal(some_logits(model), some_logits(model))
@@ -300,7 +300,7 @@ class TestReference:
 
     def test_an_error_inside_brings_the_trainable_one_back(self):
         model = attached().train()
-        hold_reference(model, random_tensors(model, 2))
+        hold_reference(model, Weights(random_tensors(model, 2)))
         with pytest.raises(RuntimeError, match="inside"), reference_active(model):
             raise RuntimeError("inside")
         assert model.active_adapter == ACTIVE
@@ -310,7 +310,7 @@ class TestReference:
     def test_no_copy_of_the_base_is_made(self):
         model = attached()
         before = {id(p) for p in model.parameters()}
-        hold_reference(model, random_tensors(model, 2))
+        hold_reference(model, Weights(random_tensors(model, 2)))
         new = [p for p in model.parameters() if id(p) not in before]
         assert sum(p.numel() for p in new) == sum(t.numel() for t in read_tensors(model).values())
         embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
@@ -319,11 +319,11 @@ class TestReference:
     def test_a_reference_that_does_not_fit_is_refused(self):
         model = attached()
         with pytest.raises(UserError, match="stands on one side only"):
-            hold_reference(model, {"other": torch.zeros(1)})
+            hold_reference(model, Weights({"other": torch.zeros(1)}))
 
     def test_the_global_random_state_stays(self):
         model = attached()
         values = random_tensors(model, 2)
         state = torch.get_rng_state()
-        hold_reference(model, values)
+        hold_reference(model, Weights(values))
         assert torch.equal(torch.get_rng_state(), state)

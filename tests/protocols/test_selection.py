@@ -14,8 +14,8 @@ from fedunlearn.seeds import seed_of
 CLIENTS = tuple(range(10))
 
 
-def draw(clients=CLIENTS, seed=0, round=1, fraction=0.3, at_least=1):
-    return select(clients, seed=seed, round=round, fraction=fraction, at_least=at_least)
+def draw(clients=CLIENTS, seed=0, round=1, count=3, forced=()):
+    return select(clients, seed=seed, round=round, count=count, forced=forced)
 
 
 def test_seed_of_is_the_top_of_a_sha256():
@@ -39,33 +39,25 @@ def test_seeds_differ_by_every_part():
 
 def test_another_process_draws_the_same_clients():
     """Python's own hash() differs from process to process; the draw must not."""
-    code = "from fedunlearn.protocols.selection import select; print(select(range(10), seed=0, round=1, fraction=0.3, at_least=1))"
+    code = "from fedunlearn.protocols.selection import select; print(select(range(10), seed=0, round=1, count=3, forced=(4,)))"
     for hash_seed in ("1", "2"):
         said = subprocess.run(
             [sys.executable, "-c", code], env={"PYTHONHASHSEED": hash_seed}, capture_output=True, check=True
         )
-        assert said.stdout.decode().strip() == str(draw())
+        assert said.stdout.decode().strip() == str(draw(forced=(4,)))
 
 
-@pytest.mark.parametrize(
-    ("fraction", "at_least", "count"),
-    [(1.0, 1, 10), (0.3, 1, 3), (0.31, 1, 4), (0.1, 1, 1), (0.01, 1, 1), (0.1, 4, 4), (0.5, 4, 5), (0.5, 10, 10)],
-)
-def test_how_many_are_drawn(fraction, at_least, count):
-    """ceil(fraction x 10), not fewer than at_least."""
-    drawn = draw(fraction=fraction, at_least=at_least)
-    assert len(drawn) == count
-    assert list(drawn) == sorted(set(drawn))
-    assert set(drawn) <= set(CLIENTS)
+@pytest.mark.parametrize(("count", "drawn"), [(0, 0), (1, 1), (3, 3), (9, 9), (10, 10), (11, 10), (100, 10)])
+def test_how_many_are_drawn(count, drawn):
+    """As many as asked for, all where there are fewer."""
+    found = draw(count=count)
+    assert len(found) == drawn
+    assert list(found) == sorted(set(found))
+    assert set(found) <= set(CLIENTS)
 
 
-def test_a_tenth_of_many_clients_is_not_rounded_up_by_float_noise():
-    """0.07 x 100 = 7.000000000000001 in floating point: 7 clients, not 8."""
-    assert len(draw(tuple(range(100)), fraction=0.07)) == 7
-
-
-def test_the_whole_fraction_takes_everyone_in_every_round():
-    assert all(draw(seed=seed, round=round, fraction=1.0) == CLIENTS for seed in range(3) for round in range(1, 4))
+def test_as_many_as_there_are_takes_everyone_in_every_round():
+    assert all(draw(seed=seed, round=round, count=10) == CLIENTS for seed in range(3) for round in range(1, 4))
 
 
 def test_the_draw_is_deterministic_and_moves_with_seed_and_round():
@@ -84,8 +76,8 @@ def test_one_client_s_absence_moves_no_other_s_draw(missing):
     rest = tuple(client for client in CLIENTS if client != missing)
     for round in range(1, 20):
         before, after = (
-            set(draw(round=round, fraction=0.1, at_least=3)),
-            set(draw(rest, round=round, fraction=0.1, at_least=3)),
+            set(draw(round=round)),
+            set(draw(rest, round=round)),
         )
         assert before - {missing} <= after
         assert len(after - before) == (missing in before)
@@ -93,7 +85,7 @@ def test_one_client_s_absence_moves_no_other_s_draw(missing):
 
 def test_more_clients_drawn_contain_the_fewer():
     for round in range(1, 10):
-        cohorts = [set(draw(round=round, fraction=n / 10)) for n in range(1, 11)]
+        cohorts = [set(draw(round=round, count=n)) for n in range(1, 11)]
         assert all(small < large for small, large in itertools.pairwise(cohorts))
 
 
@@ -104,8 +96,44 @@ def test_every_client_has_its_turn():
     assert all(50 < count < 130 for count in turns.values())
 
 
-def test_too_few_clients_are_refused():
-    with pytest.raises(ValueError, match="3 clients wanted, 2 there"):
-        draw((0, 1), at_least=3)
-    with pytest.raises(ValueError, match="1 clients wanted, 0 there"):
-        draw(())
+def test_where_fewer_are_there_all_are_drawn():
+    """How many must count is min_clients' affair: the round is repeated, not the draw refused."""
+    assert draw((0, 1)) == (0, 1)
+    assert draw(()) == ()
+
+
+class TestForced:
+    def test_they_are_in_every_cohort_and_take_places_of_the_others(self):
+        """Two forced of three places: one other is drawn, and it is the first in line of those who are not forced."""
+        for round in range(1, 20):
+            cohort = draw(round=round, forced=(2, 7))
+            rest = tuple(client for client in CLIENTS if client not in (2, 7))
+            assert cohort == tuple(sorted((2, 7, *draw(rest, round=round, count=1))))
+
+    def test_more_forced_than_places_are_all_there_and_nobody_beside_them(self):
+        for round in range(1, 20):
+            assert draw(round=round, count=2, forced=(1, 3, 5, 8)) == (1, 3, 5, 8)
+            assert draw(round=round, count=0, forced=(9,)) == (9,)
+
+    def test_those_who_were_drawn_anyway_count_once(self):
+        assert draw(count=10, forced=CLIENTS) == CLIENTS
+        assert draw(forced=draw()) == draw()
+        assert draw(forced=(draw()[0],)) == draw()
+
+    def test_one_who_is_not_there_takes_no_place(self):
+        assert draw(forced=(77,)) == draw()
+        assert draw((0, 1, 2), count=2, forced=(2, 77)) in ((0, 2), (1, 2))
+
+    def test_order_and_repetition_do_not_matter(self):
+        assert draw(forced=(7, 2, 7)) == draw(forced=(2, 7))
+
+    @pytest.mark.parametrize("missing", CLIENTS)
+    def test_one_client_s_absence_moves_no_other_s_draw(self, missing):
+        rest = tuple(client for client in CLIENTS if client != missing)
+        for round in range(1, 20):
+            before, after = (set(draw(there, round=round, forced=(2,))) for there in (CLIENTS, rest))
+            assert before - {missing} <= after
+            assert len(after - before) == (missing in before)
+
+    def test_nobody_forced_is_the_plain_draw(self):
+        assert all(draw(round=round, forced=()) == draw(round=round) for round in range(1, 20))

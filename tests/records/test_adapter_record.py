@@ -6,7 +6,7 @@ import struct
 import pytest
 import torch
 
-from fedunlearn.records.adapter import Adapter, hash_tensors
+from fedunlearn.records.adapter import Adapter, Weights, hash_tensors
 
 CONFIG = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj", "v_proj"]}
 
@@ -49,7 +49,6 @@ def test_plus_and_minus_zero_are_different_bytes():
 def test_tensors_stand_in_name_order_whatever_came():
     adapter = Adapter(tensors(), CONFIG, "base")
     assert list(adapter.tensors) == ["a", "b"]
-    assert adapter.num_parameters == 4
     assert adapter.tensor_hash == hash_tensors(tensors())
 
 
@@ -84,3 +83,44 @@ def test_replace_keeps_config_and_base_and_leaves_the_old_one_alone():
 def test_replace_refuses_other_names_and_shapes(values, said):
     with pytest.raises(ValueError, match=said):
         Adapter(tensors(), CONFIG, "base").replace(values)
+
+
+class TestSideCar:
+    BESIDE = {"d": torch.tensor([3.0]), "c": torch.tensor([[1.5]])}
+
+    def test_without_one_the_hash_is_that_of_the_factors(self):
+        assert Weights(tensors()).hash == Adapter(tensors(), CONFIG, "base").tensor_hash == hash_tensors(tensors())
+
+    def test_the_hash_by_hand(self):
+        """sha256 of the two hashes with a blank between them."""
+        text = f"{hash_tensors(tensors())} {hash_tensors(self.BESIDE)}"
+        wanted = hashlib.sha256(text.encode()).hexdigest()
+        assert Weights(tensors(), self.BESIDE).hash == wanted
+        assert Adapter(tensors(), CONFIG, "base", self.BESIDE).tensor_hash == wanted
+
+    def test_the_hash_sees_it_and_which_side_a_tensor_stands_on(self):
+        hashes = {
+            Weights(*sides).hash
+            for sides in (
+                (tensors(), {}),
+                (tensors(), self.BESIDE),
+                (tensors(), {**self.BESIDE, "c": torch.tensor([[1.25]])}),
+                (self.BESIDE, tensors()),
+                ({**tensors(), **self.BESIDE}, {}),
+            )
+        }
+        assert len(hashes) == 5
+
+    def test_it_stands_in_name_order_and_is_part_of_equality(self):
+        adapter = Adapter(tensors(), CONFIG, "base", self.BESIDE)
+        assert list(adapter.sidecar) == ["c", "d"]
+        assert adapter == Adapter(tensors(), CONFIG, "base", dict(reversed(self.BESIDE.items())))
+        assert adapter != Adapter(tensors(), CONFIG, "base")
+        assert (adapter.weights.factors, adapter.weights.sidecar) == (adapter.tensors, adapter.sidecar)
+
+    def test_replace_keeps_it_unless_another_is_given(self):
+        adapter = Adapter(tensors(), CONFIG, "base", self.BESIDE)
+        assert adapter.replace(tensors()) == adapter
+        assert adapter.replace(tensors(), {}) == Adapter(tensors(), CONFIG, "base")
+        assert adapter.replace(tensors(), {"e": torch.ones(1)}).sidecar["e"].item() == 1.0
+        assert list(adapter.sidecar) == ["c", "d"]

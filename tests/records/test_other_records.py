@@ -7,7 +7,8 @@ import pytest
 
 from fedunlearn.records.evaluation import AnswerScore, Generations, MetricResult, ScoreTable, definition_of
 from fedunlearn.records.partition import Partition
-from fedunlearn.records.rounds import Role
+from fedunlearn.records.rounds import ClientTask, Role, Trained
+from fedunlearn.records.shape import ClientShape, lora_scale
 
 PARTITION = Partition(
     clients=((0, 1), (2, 3)), rows_per_author=2, data_hash="data", scheme={"name": "ByAuthor", "seed": None}
@@ -81,3 +82,25 @@ def test_a_metric_without_aggregate_is_allowed_and_columns_are_read_by_name():
 def test_a_column_of_lists_is_no_number():
     with pytest.raises(ValueError, match="losses"):
         MetricResult(None, "log-space", ({"losses": (1.0, 2.0)},)).column("losses")
+
+
+def test_trained_factors_travel_as_their_words_and_cover_their_tensors():
+    names = ["base_model.model.a.lora_A.weight", "base_model.model.a.lora_B.weight"]
+    assert {Trained(word): [Trained(word).covers(name) for name in names] for word in ("both", "a", "b")} == {
+        Trained.BOTH: [True, True],
+        Trained.A: [True, False],
+        Trained.B: [False, True],
+    }
+    with pytest.raises(ValueError, match="'alternate' is not a valid Trained"):
+        Trained("alternate")
+
+
+def test_a_task_without_more_trains_both_factors_and_has_no_proximal_term():
+    task = ClientTask(client_id=0, role=Role.FINETUNE, epochs=1.0, lr_scale=1.0, seed=0)
+    assert (task.mu, task.trained) == (0.0, Trained.BOTH)
+
+
+def test_scales_by_hand():
+    """alpha / r = 16 / 4 = 4; with rsLoRA alpha / sqrt(r) = 16 / 2 = 8."""
+    assert ClientShape(rank=4, lora_alpha=16.0).scale == lora_scale(16.0, 4, False) == 4.0
+    assert ClientShape(rank=4, lora_alpha=16.0, use_rslora=True).scale == lora_scale(16.0, 4, True) == 8.0

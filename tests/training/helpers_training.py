@@ -13,7 +13,7 @@ from fedunlearn.methods.base import Method
 from fedunlearn.models.lora import attach_lora, draw_fresh, plain_config, read_tensors, write_tensors
 from fedunlearn.models.resident import Resident
 from fedunlearn.records.adapter import Adapter
-from fedunlearn.records.rounds import ClientTask, Role
+from fedunlearn.records.rounds import ClientTask, Role, Trained
 from fedunlearn.training.client_update import LocalData, LocalResult, LocalSettings, client_update
 
 RATE = (
@@ -28,10 +28,16 @@ GRADIENT = {
 }
 
 
-def made_model(dropout: float = 0.0, dtype: torch.dtype = torch.float32, targets: object = "all-linear") -> Resident:
+def made_model(
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    targets: object = "all-linear",
+    rank: int = 2,
+    alpha: float = 4,
+) -> Resident:
     """A tiny Llama with an adapter whose B is not zero, so that A has a gradient."""
     base = tiny_llama().to(dtype).requires_grad_(False)
-    config = LoraConfig(r=2, lora_alpha=4, target_modules=targets, lora_dropout=dropout, task_type="CAUSAL_LM")
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout, task_type="CAUSAL_LM")
     base.name_or_path = "base"
     model = attach_lora(base, config)
     draw_fresh(model, 0)
@@ -74,11 +80,13 @@ def train(
     epochs: float = 1.0,
     settings: dict | None = None,
     lr_scale: float = 1.0,
+    mu: float = 0.0,
+    trained: Trained = Trained.BOTH,
     **args: object,
 ) -> LocalResult:
     """One round of one client from made.start: unlearning where there is a method, else fine-tuning."""
     chosen = role or (Role.UNLEARN if method else Role.FINETUNE)
-    task = ClientTask(client_id=1, role=chosen, epochs=epochs, lr_scale=lr_scale, seed=seed)
+    task = ClientTask(client_id=1, role=chosen, epochs=epochs, lr_scale=lr_scale, seed=seed, mu=mu, trained=trained)
     local = LocalSettings(args=train_args(**args), collator=CollatorConfig(), method=method)
     return client_update(made, made.start.tensors, data, task, replace(local, **(settings or {})))
 

@@ -26,7 +26,7 @@ METHODS = [
 def made():
     """A model with dropout, and the start as its reference."""
     model = made_model(dropout=0.1)
-    hold_reference(model.model, model.start.tensors)
+    hold_reference(model.model, model.start.weights)
     return model
 
 
@@ -90,7 +90,7 @@ class TestLaws:
 
     def test_dropout_acts_in_training(self, made, method):
         still = made_model(dropout=0.0)
-        hold_reference(still.model, still.start.tensors)
+        hold_reference(still.model, still.start.weights)
         assert not equal(train(made, method), train(still, method))
 
 

@@ -35,6 +35,7 @@ from fedunlearn.models.lora import (
     read_tensors,
     write_tensors,
 )
+from fedunlearn.records.adapter import Weights
 from fedunlearn.training.client_update import LocalData
 from fedunlearn.training.forward import batch_logits, token_losses
 from fedunlearn.training.steps import plan_steps
@@ -57,7 +58,7 @@ def made():
     model = made_model()
     generator = torch.Generator().manual_seed(8)
     values = {n: t + 0.05 * torch.randn(t.shape, generator=generator) for n, t in read_tensors(model.model).items()}
-    hold_reference(model.model, values)
+    hold_reference(model.model, Weights(values))
     return model
 
 
@@ -102,7 +103,7 @@ def test_the_step_is_the_gradient_of_gamma_f_plus_alpha_r(made, method):
 def exact(made):
     """The same model in float64, where rounding does not hide what accumulation might change."""
     model = made_model(dtype=torch.float64)
-    hold_reference(model.model, {name: t.double() for name, t in live_tensors(made.model, REFERENCE).items()})
+    hold_reference(model.model, Weights({name: t.double() for name, t in live_tensors(made.model, REFERENCE).items()}))
     return model
 
 
@@ -143,7 +144,7 @@ def test_npo_at_the_reference_by_hand(made):
 
 def test_kl_to_the_reference_itself_is_zero_where_dropout_is_off():
     made = made_model()
-    hold_reference(made.model, made.start.tensors)
+    hold_reference(made.model, made.start.weights)
     result = train(made, RetainOnly(retain="kl"), **GRADIENT)
     assert abs(result.loss) < 1e-6
     assert (flat(made.start.tensors) - flat(result.tensors)).abs().max() / RATE < 1e-6
@@ -155,7 +156,7 @@ def test_the_reference_of_kl_knows_no_dropout():
     Dropout's draws are made again by hand: first the forward of the forget rows, then that of the retain rows.
     """
     made, still = made_model(dropout=0.4), made_model()
-    hold_reference(made.model, made.start.tensors)
+    hold_reference(made.model, made.start.weights)
     data = LocalData(forget=FORGET, retain=RETAIN[:1])
     told = train(made, RetainOnly(retain="kl"), data, **GRADIENT, **WHOLE).loss
     write_tensors(made.model, made.start.tensors)
@@ -217,7 +218,7 @@ def test_gradient_checkpointing_keeps_dropout_s_draws():
 def test_bf16_runs_near_float32_and_the_adapter_stays_float32(made, method, dtype):
     """bf16=true computes in bfloat16, on a base of either dtype; the direction is the same, the digits are not."""
     coarse = made_model(dtype=dtype)
-    hold_reference(coarse.model, {n: t.clone() for n, t in live_tensors(made.model, REFERENCE).items()})
+    hold_reference(coarse.model, Weights({n: t.clone() for n, t in live_tensors(made.model, REFERENCE).items()}))
     result = train(coarse, method, bf16=True, **{**GRADIENT, "learning_rate": 1.0})
     found, wanted = flat(made.start.tensors) - flat(result.tensors), gradient(made, method)
     assert {t.dtype for t in result.tensors.values()} == {torch.float32}
@@ -231,8 +232,8 @@ def test_fedprox_adds_the_gradient_of_half_mu_the_squared_distance_to_the_start(
     mu, rate = 3.0, 0.25
     usual = {**GRADIENT, "learning_rate": rate}
     one = train(made, GradDiff(), **usual)
-    pulled_one = train(made, GradDiff(), settings={"mu": mu}, **usual)
-    free, pulled = (train(made, GradDiff(), settings={"mu": m}, **{**usual, "max_steps": 2}) for m in (0.0, mu))
+    pulled_one = train(made, GradDiff(), mu=mu, **usual)
+    free, pulled = (train(made, GradDiff(), mu=m, **{**usual, "max_steps": 2}) for m in (0.0, mu))
     w, x = flat(one.tensors).requires_grad_(), flat(made.start.tensors)
     (pull,) = torch.autograd.grad(mu / 2 * (w - x).square().sum(), w)
     assert torch.equal(flat(pulled_one.tensors), flat(one.tensors))

@@ -9,7 +9,9 @@ from helpers_training import FORGET, made_model, rows
 from safetensors.torch import load_file, save_file
 
 from fedunlearn.models.lora import check_trainable, read_tensors
-from fedunlearn.records.adapter import hash_tensors
+from fedunlearn.models.ranks import scaled_for
+from fedunlearn.records.adapter import Weights
+from fedunlearn.records.shape import ClientShape
 from fedunlearn.training.reference import BATCH_ROWS, reference_sums
 
 
@@ -23,11 +25,20 @@ def made():
 def reference(made):
     """Another adapter than the one the model holds."""
     generator = torch.Generator().manual_seed(20)
-    return {n: 0.1 * torch.randn(t.shape, generator=generator) for n, t in made.start.tensors.items()}
+    return Weights({n: 0.1 * torch.randn(t.shape, generator=generator) for n, t in made.start.tensors.items()})
 
 
 def sums_of(made, reference, chosen, cache, bf16=False):
-    return reference_sums(made, reference, hash_tensors(reference), chosen, cache, bf16)
+    return reference_sums(made, reference, chosen, cache, bf16)
+
+
+def sidecar_of(made, seed=5):
+    """Frozen factors of rank 3 beside each module."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        n: 0.1 * torch.randn((3, t.shape[1]) if ".lora_A." in n else (t.shape[0], 3), generator=generator)
+        for n, t in made.start.tensors.items()
+    }
 
 
 def kept(cache):
@@ -37,7 +48,7 @@ def kept(cache):
 def slow_sums(reference, chosen):
     """Row by row without padding, in float64, with an adapter of the same values and no dropout."""
     plain = made_model()
-    plain.put(replace(plain.start, tensors=reference))
+    plain.put(plain.start.replace(reference.factors, reference.sidecar))
     found = []
     for row in chosen:
         with torch.no_grad():
@@ -74,21 +85,49 @@ def test_they_are_read_again_from_the_cache(made, reference, tmp_path):
 
 
 def test_what_they_depend_on_makes_another_file(made, reference, tmp_path):
-    """Base, its dtype, LoRA's scale, reference, token ids, prompt length: each with the same reference tensors otherwise."""
-    scaled = replace(made.start, peft_config={**made.start.peft_config, "lora_alpha": 400})
+    """Base, its dtype, reference, its side-car, token ids, prompt length: each with the same reference tensors otherwise."""
     shorter = (replace(FORGET[0], num_prompt=FORGET[0].num_prompt - 1), *FORGET[1:])
     cases = [
         (made, reference, FORGET),
         (replace(made, fingerprint="another"), reference, FORGET),
         (made_model(dropout=0.5, dtype=torch.bfloat16), reference, FORGET),
-        (replace(made, start=scaled), reference, FORGET),
-        (made, {n: 2 * t for n, t in reference.items()}, FORGET),
+        (made, Weights({n: 2 * t for n, t in reference.factors.items()}), FORGET),
+        (made, Weights(reference.factors, sidecar_of(made)), FORGET),
         (made, reference, FORGET[:-1]),
         (made, reference, shorter),
     ]
     for number, case in enumerate(cases, start=1):
         sums_of(*case, tmp_path)
         assert len(kept(tmp_path)) == number
+
+
+def test_a_client_s_own_scale_acts_and_makes_another_file(made, reference, tmp_path):
+    """The model's is 4 / 2; at rank 2 and alpha 8 every B A counts twice, as B times 2 does under the model's own."""
+    plain = sums_of(made, reference, FORGET, tmp_path)
+    with scaled_for(made.model, ClientShape(rank=2, lora_alpha=8.0)):
+        scaled = sums_of(made, reference, FORGET, tmp_path)
+        assert len(kept(tmp_path)) == 2
+        assert torch.equal(sums_of(made, reference, FORGET, tmp_path), scaled)
+    doubled = {n: 2 * t if ".lora_B." in n else t for n, t in reference.factors.items()}
+    assert (scaled - plain).abs().max() > 0.1
+    assert torch.equal(scaled, sums_of(made, Weights(doubled), FORGET, tmp_path))
+
+
+def test_the_reference_s_side_car_acts_in_place_of_the_active_one_and_only_meanwhile(made, reference, tmp_path):
+    """With and without side-cars on either side: the slow sums of the reference with its own, and the model as it was."""
+    beside = Weights(reference.factors, sidecar_of(made))
+    ids = torch.arange(8).unsqueeze(0)
+    made.model.eval()
+    for mine in ({}, sidecar_of(made, seed=6)):
+        made.put(made.start.replace(made.start.tensors, mine))
+        with torch.no_grad():
+            before = made.model(input_ids=ids).logits
+        for number, wanted in enumerate((beside, reference)):
+            found = sums_of(made, wanted, FORGET, tmp_path / f"{bool(mine)}{number}")
+            assert found.tolist() == pytest.approx(slow_sums(wanted, FORGET), rel=1e-5)
+            with torch.no_grad():
+                assert torch.equal(made.model(input_ids=ids).logits, before)
+    made.put(made.start)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -113,14 +113,18 @@ def _server(c: Combination) -> list[tuple[bool, str]]:
 
 
 def _ranks(c: Combination) -> list[tuple[bool, str]]:
+    at = "partition.ranks or lora_alphas give clients a rank or scale of their own"
     return [
         (
-            not c.ranks_differ or (c.reducer in ("padded_factors", "product", "stack") and not c.foreign),
-            f"partition.ranks or lora_alphas differ between clients, but aggregation.reducer={c.reducer} (strategy {c.strategy}) needs factors of one rank and scale: "
-            "choose aggregation=flora, flexlora or hetlora, or leave them null",
+            not c.ranks_differ or c.reducer in ("padded_factors", "product", "stack"),
+            f"{at}, but aggregation.reducer={c.reducer} needs factors of one: choose aggregation=flora, flexlora or hetlora, or leave them null",
+        ),
+        (
+            not (c.ranks_differ and c.foreign),
+            f"{at}, but strategy {c.strategy} is Flower's and needs arrays of one shape: leave them null, or choose a strategy of ours",
         ),
         (
             not c.ranks_differ or c.mask == "both",
-            f"partition.ranks or lora_alphas differ between clients beside aggregation.mask={c.mask}: the frozen factor could not be the same for all; choose mask=both",
+            f"{at} beside aggregation.mask={c.mask}: the frozen factor could not be the same for all; choose mask=both",
         ),
     ]

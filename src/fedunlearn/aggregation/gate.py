@@ -1,16 +1,17 @@
 """The gate every client update passes before it counts: what it is, then how far it goes beside the others of its role."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
-
-import torch
 
 from fedunlearn.records.adapter import Tensors
 from fedunlearn.records.rounds import ClientUpdate
 
 MIN_FOR_NORMS = 3
 MIN_FOR_SHARES = 3
+LARGEST_ENTRY = 1e15
+"""No factor of use comes near; what is below can be multiplied, squared and summed, and still be a number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,9 @@ def _check_values(tensors: Tensors, adapter: Tensors) -> Verdict | None:
             return Verdict("shape", f"{name}: {tuple(got.shape)} instead of {tuple(want.shape)}")
         if got.dtype != want.dtype:
             return Verdict("dtype", f"{name}: {got.dtype} instead of {want.dtype}")
-        if not torch.isfinite(got).all():
+        largest = float(got.abs().max())
+        if not math.isfinite(largest):
             return Verdict("nan", name)
+        if largest >= LARGEST_ENTRY:
+            return Verdict("norm", f"{name}: an entry of {largest:.3g}")
     return None

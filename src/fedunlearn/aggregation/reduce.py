@@ -148,17 +148,17 @@ def _into_sidecar(
     choices: Choices, cohort: Cohort, module: Module, exact: LowRank, sent: LowRank, tally: _Tally
 ) -> LowRank:
     """Puts what the factors miss into this round's block; gives what is sent altogether, less what the side-car held before."""
-    b_is_zero = not bool(sent.left.any())
-    # an untouched stack keeps its factors as they came: nothing is gained by an SVD of what is exact already
-    left_over = exact if b_is_zero and bool(exact.left.any()) else _difference(exact, sent)
-    before = cohort.blocks(module) if tally.replaces else None
-    whole = left_over if before is None else weighted_sum([1.0, 1.0], [before, left_over])
+    # a stack stays as it came: an SVD gains nothing where the factors hold nothing of it
+    untouched = not bool(sent.left.any()) and bool(exact.left.any())
+    left_over = exact if untouched else _difference(exact, sent)
+    held = cohort.blocks(module) if tally.replaces else None
+    whole = left_over if held is None else weighted_sum([1.0, 1.0], [held, left_over])
     if tally.replaces:
         whole = compressed(whole, choices.sidecar_rank)
-    stored = {module.b: whole.left.float(), module.a: whole.right.float()}
-    tally.block |= stored
-    parts = [sent, LowRank(stored[module.b].double(), stored[module.a].double())]
-    return weighted_sum([1.0, 1.0, -1.0][: 2 + (before is not None)], parts if before is None else [*parts, before])
+    tally.block |= {module.b: whole.left.float(), module.a: whole.right.float()}
+    stored = LowRank(tally.block[module.b].double(), tally.block[module.a].double())
+    now = weighted_sum([1.0, 1.0], [sent, stored])
+    return now if held is None else weighted_sum([1.0, -1.0], [now, held])
 
 
 def _difference(exact: LowRank, sent: LowRank) -> LowRank:

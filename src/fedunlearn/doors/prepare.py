@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+from fedunlearn.aggregation.flower import FlowerStrategy
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.data.ownership import (
     FILE,
@@ -22,6 +23,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.evals.files import read_log
 from fedunlearn.evals.retain_log import check_retain_log
 from fedunlearn.evals.tofu import read_sets
+from fedunlearn.federation.flower_strategy import WrappedStrategy
 from fedunlearn.federation.start import START, load_start, save_start
 from fedunlearn.files import write_json
 from fedunlearn.models.resident import Resident, resident
@@ -66,6 +68,8 @@ def prepare(composed: ComposedConfig) -> Prepared:
         raise UserError(
             f"mode={run.mode!r} is for src/eval.py: give --config-name=train-lora.yaml or unlearn-lora.yaml"
         )
+    if isinstance(run.strategy, FlowerStrategy):
+        WrappedStrategy.build(run.strategy, run.trainer.args.seed)  # a class of the user's may refuse itself
     folder = run_path(run)
     inputs = find_inputs(run, composed.plain)
     tofu, source = inputs.tofu, inputs.source

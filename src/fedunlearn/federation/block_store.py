@@ -1,8 +1,10 @@
 """The side-car of a run on the server's disk: one safetensors file a block, named by hash, in <run>/sidecar/."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -34,7 +36,12 @@ class BlockStore:
         return name
 
     def blob(self, name: str) -> bytes:
-        """Gives a block's bytes. Raises UserError where it is gone."""
+        """Gives a block's bytes. Raises UserError where it is gone, damaged or another than it is named by."""
+        blob = self._bytes(name)
+        self._checked(name, blob)
+        return blob
+
+    def _bytes(self, name: str) -> bytes:
         try:
             return self._path(name).read_bytes()
         except OSError as error:
@@ -44,11 +51,11 @@ class BlockStore:
 
     def read(self, names: Sequence[str]) -> Tensors:
         """Gives the whole side-car, blocks side by side; empty for none. Raises UserError for a block that is gone, damaged or another."""
-        return side_by_side([self._load(name) for name in names])
+        return side_by_side([self._checked(name, self._bytes(name)) for name in names])
 
-    def _load(self, name: str) -> Tensors:
+    def _checked(self, name: str, blob: bytes) -> Tensors:
         try:
-            tensors: Tensors = safetensors.torch.load(self.blob(name))
+            tensors: Tensors = safetensors.torch.load(blob)
         except SafetensorError as error:
             raise UserError(
                 f"side-car block {str(self._path(name))!r} is damaged ({error}): start anew with overwrite=true"
@@ -60,21 +67,34 @@ class BlockStore:
         return tensors
 
     def of_module(self, names: Sequence[str], module: Module) -> LowRank | None:
-        """Gives what the side-car adds to one module, float64; None where there is no block."""
-        pairs = [(_tensor(self._path(name), module.b), _tensor(self._path(name), module.a)) for name in names]
+        """Gives what the side-car adds to one module, float64; None where there is no block. Raises UserError for a block that cannot be read."""
+        pairs = []
+        for name in names:
+            with self._opened(name) as file:
+                pairs.append((file.get_tensor(module.b), file.get_tensor(module.a)))
         if not pairs:
             return None
         return LowRank(torch.cat([b.double() for b, _ in pairs], 1), torch.cat([a.double() for _, a in pairs], 0))
 
     def rank_of(self, names: Sequence[str], modules: Iterable[Module]) -> dict[str, int]:
-        """Gives the side-car's rank by module name, from the files' headers."""
+        """Gives the side-car's rank by module name, from the files' headers. Raises UserError for a block that cannot be read."""
         ranks = {module.name: 0 for module in modules}
         keys = {module.name: module.a for module in modules}
         for name in names:
-            with safe_open(self._path(name), framework="pt") as file:
+            with self._opened(name) as file:
                 for path in ranks:
                     ranks[path] += file.get_slice(keys[path]).get_shape()[0]
         return ranks
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[Any]:
+        try:
+            with safe_open(self._path(name), framework="pt") as file:
+                yield file
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"side-car block {str(self._path(name))!r} is gone or damaged ({error}): start anew with overwrite=true"
+            ) from error
 
     def drop_all_but(self, names: Iterable[str]) -> None:
         """Deletes blocks that no checkpoint names any more."""
@@ -82,9 +102,3 @@ class BlockStore:
         for path in self.folder.glob("*.safetensors"):
             if path not in kept:
                 path.unlink()
-
-
-def _tensor(path: Path, key: str) -> torch.Tensor:
-    with safe_open(path, framework="pt") as file:
-        tensor: torch.Tensor = file.get_tensor(key)
-        return tensor

@@ -27,7 +27,7 @@ TIMES_ASKED = 2
 class Call:
     """Whom to ask, and how. shapes: clients' own ranks, empty where all have the adapter's. reads_reference: see Turn.
 
-    mu: client -> proximal weight, where a Flower strategy configured the round: no others are asked then.
+    mu: client -> proximal weight, where a Flower strategy configured the round: no others are asked then. reads_losses: see Turn.
     """
 
     grid: Grid
@@ -39,6 +39,7 @@ class Call:
     depot: Depot
     reads_reference: bool
     mu: Mapping[int, float] | None = None
+    reads_losses: bool = False
 
     def plan(self, number: int, left_out: Collection[int] = ()) -> RoundPlan:
         """The round's plan, without clients that failed it for good."""
@@ -65,10 +66,14 @@ def collect(call: Call, number: int, holds: Holds, spool: Spool) -> Collected:
     wanted = min(max(federated.min_clients, robust.min_updates), len(_working(plan)))
     report = TurnReport(holds=holds, outcomes=_idle(plan))
     asked: Counter[int] = Counter()
+    if not wanted:  # all who were drawn stand idle
+        return Collected(report=report, attempts=1, notes=())
+    retries = 0
     for attempt in range(1, federated.max_retries + 2):
         tasks = _open_tasks(plan, report, asked)
         if not tasks:
             break
+        retries = attempt - 1
         asked.update(task.client_id for task in tasks)
         report = report.merge(take_turn(call.grid, call.members, _turn(call, plan, tasks), report.holds, spool))
         report = _without_the_odd(call, report)
@@ -80,7 +85,7 @@ def collect(call: Call, number: int, holds: Holds, spool: Spool) -> Collected:
         )
         gone = {client for client, times in asked.items() if times >= TIMES_ASKED} - _counted(report)
         plan = call.plan(number, left_out=gone)
-    raise UserError(_what_is_missing(plan.round, report, wanted, federated.max_retries))
+    raise UserError(_what_is_missing(plan.round, report, wanted, retries))
 
 
 def _open_tasks(plan: RoundPlan, report: TurnReport, asked: Counter[int]) -> tuple[ClientTask, ...]:
@@ -113,6 +118,7 @@ def _turn(call: Call, plan: RoundPlan, tasks: tuple[ClientTask, ...]) -> Turn:
         reads_reference=call.reads_reference,
         shapes=call.shapes,
         max_reply_ratio=run.gate.max_reply_ratio,
+        reads_losses=call.reads_losses,
         timeout=run.trainer.federated.round_timeout if run.launcher.clock == "round" else math.inf,
     )
 

@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedunlearn.errors import UserError
-from fedunlearn.federation.wire import REPLY, RollCallReply, content_bytes, typed_record, unpack_scalars
+from fedunlearn.federation.wire import REPLY, RollCallReply, content_bytes, one_line, typed_record, unpack_scalars
 from fedunlearn.records.rounds import ClientRows
 from fedunlearn.records.shape import ClientShape
 
@@ -116,16 +116,12 @@ def _read_member(node: int, reply: Message | None) -> "Member | str":
     if reply is None:
         return f"roll call: node {node} did not answer in time"
     if reply.has_error():
-        return f"roll call: node {node} failed: {_first_line(reply.error.reason or '')}"
+        return f"roll call: node {node} failed: {one_line(reply.error.reason or '')}"
     try:
         declared = unpack_scalars(RollCallReply, typed_record(ConfigRecord, reply.content.get(REPLY)))
         return Member(node_id=node, declared=declared, bytes_up=content_bytes(reply.content))
     except Exception as error:  # whatever a node can send costs it its own place, never the run
-        return f"roll call: the reply of node {node} cannot be read: {_first_line(str(error))}"
-
-
-def _first_line(text: str) -> str:
-    return text.strip().split("\n")[0][:300]
+        return f"roll call: the reply of node {node} cannot be read: {one_line(str(error))}"
 
 
 def _wait_for_nodes(grid: Grid, num_clients: int, timeout: float) -> list[int]:

@@ -183,6 +183,7 @@ def _call(server: Server, before: Checkpoint, number: int) -> Call:
         depot=depot,
         reads_reference=server.reads_reference,
         mu=_configured(server, before, number),
+        reads_losses=stepper.foreign is not None and stepper.foreign.reads_losses,
     )
 
 

@@ -85,8 +85,11 @@ class Site:
         inside = Weights(self._inside(start.factors), start.sidecar)
         before = None if reference is None else Weights(self._inside(reference.factors), reference.sidecar)
         put_sidecar(model, inside.sidecar, ACTIVE)
+        needs = reference_needs(run) if task.role is Role.UNLEARN else frozenset()
+        if before is not None and Need.REFERENCE_LOGITS in needs:
+            hold_reference(model, before)  # outside the block: the second adapter is made with the model's own scale
         with scaled_for(model, shape):
-            data = self._data(task, owned, before)
+            data = self._data(owned, before if Need.REFERENCE_SUMS in needs else None)
             done = client_update(self.made, inside.factors, data, task, self._settings())
         sent = done.tensors if shape is None else cut(done.tensors, shape.rank)
         dtype = WIRE_DTYPES[run.trainer.federated.wire_dtype]
@@ -106,14 +109,12 @@ class Site:
             retain_per_forget=run.data.retain_per_forget,
         )
 
-    def _data(self, task: ClientTask, owned: OwnedRows, reference: Weights | None) -> LocalData:
+    def _data(self, owned: OwnedRows, reference: Weights | None) -> LocalData:
+        """The client's rows; with the reference's sums of its forget rows where one is given."""
         run = self.run
-        needs = reference_needs(run) if task.role is Role.UNLEARN else frozenset()
         forget, sums = self.encode(owned.forget), None
-        if reference is not None and Need.REFERENCE_SUMS in needs:
+        if reference is not None:
             sums = reference_sums(self.made, reference, forget, Path(run.paths.cache_dir), run.trainer.args.bf16)
-        if reference is not None and Need.REFERENCE_LOGITS in needs:
-            hold_reference(self.made.model, reference)
         return LocalData(forget=forget, retain=self.encode(owned.retain), reference_sums=sums)
 
 

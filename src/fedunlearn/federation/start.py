@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fedunlearn.errors import UserError
 from fedunlearn.federation.block_store import FOLDER, BlockStore
@@ -45,18 +46,33 @@ def _counted(owned: OwnedRows) -> ClientRows:
 def load_start(folder: Path) -> Start:
     """Reads them again. Raises UserError where something is missing or damaged."""
     factors, _ = load_adapter(folder / START)
+    saved = _began(folder)
     try:
-        saved = json.loads((folder / BEGAN).read_text(encoding="utf-8"))
-        blocks = tuple(str(name) for name in saved["sidecar"])
         rows = tuple(ClientRows(**row) for row in saved["rows"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{str(folder / BEGAN)!r} is missing or damaged ({error}): overwrite=true starts anew"
-        ) from error
+    except (KeyError, TypeError) as error:
+        raise _damaged(folder, error) from error
+    blocks = began_with(folder)
     sidecar = BlockStore(folder / FOLDER).read(blocks)
     return Start(adapter=factors.replace(factors.tensors, sidecar), blocks=blocks, rows=rows)
 
 
 def began_with(folder: Path) -> tuple[str, ...]:
-    """Gives the hashes of the side-car blocks that a run began with."""
-    return tuple(json.loads((folder / BEGAN).read_text(encoding="utf-8"))["sidecar"])
+    """Gives the hashes of the side-car blocks that a run began with. Raises UserError where that is not to be read."""
+    try:
+        return tuple(str(name) for name in _began(folder)["sidecar"])
+    except (KeyError, TypeError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _began(folder: Path) -> dict[str, Any]:
+    try:
+        saved = json.loads((folder / BEGAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, error) from error
+    if not isinstance(saved, dict):
+        raise _damaged(folder, "no JSON object")
+    return saved
+
+
+def _damaged(folder: Path, why: object) -> UserError:
+    return UserError(f"{str(folder / BEGAN)!r} is missing or damaged ({why}): overwrite=true starts anew")

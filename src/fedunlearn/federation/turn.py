@@ -26,6 +26,7 @@ from fedunlearn.federation.wire import (
     WireError,
     blob_of,
     content_bytes,
+    one_line,
     pack_scalars,
     typed_record,
     unpack_scalars,
@@ -44,6 +45,7 @@ class Turn:
     """What goes out. depot: what tasks are made of. reads_reference: whether those who unlearn are sent what unlearning began with.
 
     shapes: ranks and scales of clients that have their own. max_reply_ratio: bytes of a reply over those awaited. timeout: seconds for all.
+    reads_losses: whether the server averages by training losses, so that one that is no number spoils the update.
     """
 
     number: int
@@ -55,6 +57,7 @@ class Turn:
     shapes: Mapping[int, ClientShape]
     max_reply_ratio: float
     timeout: float
+    reads_losses: bool = False
 
     def shipment(self, task: ClientTask) -> Shipment:
         """What one task is made of."""
@@ -193,7 +196,7 @@ def _judge(
         return _Judged(verdict=Verdict("timeout", "no reply within round_timeout"))
     if message.has_error():
         reason = REASON_OF_CODE.get(message.error.code, REASON_OF_CODE[CLIENT_RAISED])
-        return _Judged(verdict=Verdict(reason, _first_line(message.error.reason or "")))
+        return _Judged(verdict=Verdict(reason, message.error.reason or ""))
     size, reply = 0, None
     expected = _expected(turn, task, shipment, member)
     try:
@@ -203,16 +206,20 @@ def _judge(
             raise WireError("missing_part", f"the client lacks {len(reply.missing)} parts of its task")
         blob = _read_blob(message.content, expected.tensors, turn.max_reply_ratio)
         update = _update(reply, safetensors.torch.load(blob))
-        verdict = check_update(update, expected)
+        verdict = _check_loss(turn, reply.loss) or check_update(update, expected)
         measured = _measured(turn, task, shipment, update) if verdict.accepted else None
     except WireError as fault:
-        return _Judged(verdict=Verdict(fault.reason, _first_line(str(fault))), reply=reply, bytes_up=size)
+        return _Judged(verdict=Verdict(fault.reason, str(fault)), reply=reply, bytes_up=size)
     except Exception as error:  # whatever a client can send costs it its own update, never the run
-        detail = _first_line(f"{type(error).__name__}: {error}")
-        return _Judged(verdict=Verdict("unreadable", detail), reply=reply, bytes_up=size)
+        verdict = Verdict("unreadable", f"{type(error).__name__}: {error}")
+        return _Judged(verdict=verdict, reply=reply, bytes_up=size)
     if measured is not None:
         spool.keep(task.client_id, blob)
     return _Judged(verdict=verdict, reply=reply, update=measured, bytes_up=size)
+
+
+def _check_loss(turn: Turn, loss: float) -> Verdict | None:
+    return Verdict("nan", f"a training loss of {loss}") if turn.reads_losses and not _is_told(loss) else None
 
 
 def _expected(turn: Turn, task: ClientTask, shipment: Shipment, member: Member) -> Expected:
@@ -254,11 +261,6 @@ def _measured(turn: Turn, task: ClientTask, shipment: Shipment, update: ClientUp
     return replace(update, tensors={}, update_norm=norms.update, product_norm=norms.product)
 
 
-def _first_line(text: str) -> str:
-    """A traceback belongs into the log; a line of history takes its first line."""
-    return text.strip().split("\n")[0][:300]
-
-
 def _update(reply: TrainReply, tensors: Tensors) -> ClientUpdate:
     return ClientUpdate(
         client_id=reply.client_id,
@@ -277,11 +279,10 @@ def _update(reply: TrainReply, tensors: Tensors) -> ClientUpdate:
 
 
 def _outcome(sent: ClientOutcome, judged: _Judged) -> ClientOutcome:
-    if not judged.verdict.accepted:
-        log.warning(
-            "client %d is dropped this round: %s (%s)", sent.client_id, judged.verdict.reason, judged.verdict.detail
-        )
-    told = replace(sent, reason=judged.verdict.reason, detail=judged.verdict.detail, bytes_up=judged.bytes_up)
+    reason, detail = judged.verdict.reason, one_line(judged.verdict.detail)
+    if reason:
+        log.warning("client %d is dropped this round: %s (%s)", sent.client_id, reason, detail)
+    told = replace(sent, reason=reason, detail=detail, bytes_up=judged.bytes_up)
     reply = judged.reply
     if reply is None:
         return told

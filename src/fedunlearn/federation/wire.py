@@ -16,6 +16,7 @@ ADAPTER, REQUEST, REPLY = "adapter", "request", "reply"
 PART = "part-"
 R = TypeVar("R")
 LONGEST_TEXT, LONGEST_RECORD, LONGEST_LIST, MOST = 256, 1_000_000, 100_000, 1e15
+LONGEST_LINE, INT64 = 300, range(-(2**63), 2**63)
 
 
 class WireError(ValueError):
@@ -172,10 +173,16 @@ def _typed(name: str, value: object, wanted: object) -> object:
         raise WireError("unreadable", f"{name} is no plain text of at most {LONGEST_TEXT} characters")
     if wanted is float and type(value) is int and abs(value) < MOST:
         return float(value)
-    if not isinstance(wanted, type) or type(value) is not wanted:
+    if not isinstance(wanted, type) or type(value) is not wanted or (type(value) is int and value not in INT64):
         reason = "num_examples" if name.endswith((".num_examples", ".num_trained")) else "unreadable"
         raise WireError(reason, f"{name}={str(value)[:LONGEST_TEXT]!r} is no {getattr(wanted, '__name__', wanted)}")
     return value
+
+
+def one_line(text: str) -> str:
+    """Gives what a client wrote as a line of log and history can hold it: the first line, no longer than 300 characters, nothing a terminal obeys."""
+    line = text.strip().split("\n")[0][:LONGEST_LINE]
+    return line if line.isprintable() else repr(line)[1:-1][:LONGEST_LINE]
 
 
 def typed_record(kind: type[R], record: object) -> R:

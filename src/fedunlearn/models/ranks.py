@@ -15,20 +15,22 @@ from fedunlearn.records.shape import ClientShape
 
 
 def padded(model: PeftModel, tensors: Tensors) -> Tensors:
-    """Gives factors of a smaller rank at the model's: zero rows below A, zero columns right of B; those that fit come back as they are.
+    """Gives factors of a smaller rank at the model's: zero rows below A, zero columns right of B; all others come back as they are.
 
     A zero row of A beside a zero column of B has no gradient, and weight decay leaves it zero.
     """
+    live = live_tensors(model)
     return {
-        name: _padded(tensors[name], live.shape) if name in tensors else live
-        for name, live in live_tensors(model).items()
+        name: _padded(name, tensor, live[name].shape) if name in live else tensor for name, tensor in tensors.items()
     }
 
 
-def _padded(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    if tensor.shape == shape or tensor.dim() != len(shape):
+def _padded(name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    along = 0 if ".lora_A." in name else 1
+    missing = shape[along] - tensor.shape[along] if tensor.dim() == len(shape) else 0
+    if missing <= 0:
         return tensor
-    return F.pad(tensor, (0, max(shape[1] - tensor.shape[1], 0), 0, max(shape[0] - tensor.shape[0], 0)))
+    return F.pad(tensor, (0, 0, 0, missing) if along == 0 else (0, missing))
 
 
 def cut(tensors: Tensors, rank: int) -> Tensors:

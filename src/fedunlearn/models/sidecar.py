@@ -10,15 +10,17 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
+from fedunlearn.aggregation.factors import modules_of
 from fedunlearn.errors import UserError
 from fedunlearn.records.adapter import Tensors
 
 
 @dataclass(eq=False)
 class _SideCar:
-    """The hook of one LoRA layer. held: adapter name -> (A [R, d_in], B [d_out, R]); active: whose is added."""
+    """The hook of one LoRA layer. held: adapter name -> (A [R, d_in], B [d_out, R]); active: whose is added. size: (d_in, d_out)."""
 
     active: str
+    size: tuple[int, int]
     held: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def __call__(self, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
@@ -35,22 +37,30 @@ def put_sidecar(model: PeftModel, tensors: Tensors, name: str) -> None:
     """Gives the adapter `name` this side-car from now on; empty: none. Values are copied to the model's device, float32.
 
     tensors: `<module>.lora_A.weight` [R, d_in] and `<module>.lora_B.weight` [d_out, R], R free in each module, scale 1.
-    Raises UserError where they belong to modules that have no LoRA layer.
+    Raises UserError where they belong to modules that have no LoRA layer or another size, ValueError for half a pair.
     """
     if not tensors and model not in _HOOKS:
         return
-    hooks = _hooks(model, name)
-    pairs = {key.removesuffix(".lora_A.weight"): key for key in tensors if key.endswith(".lora_A.weight")}
-    odd = sorted(set(pairs) - set(hooks))
-    if odd:
-        raise UserError(
-            f"the side-car does not fit this model: {odd[0]!r} has no LoRA layer (other target modules, or another base)"
-        )
+    hooks = _hooks(model)
+    pairs = {module.a.removesuffix(".lora_A.weight"): module for module in modules_of(tensors)}
+    for path, module in pairs.items():
+        _check_fit(hooks.get(path), path, tensors[module.a], tensors[module.b])
     for path, hook in hooks.items():
         hook.held.pop(name, None)
         if path in pairs:
-            a, b = tensors[pairs[path]], tensors[pairs[path].replace(".lora_A.", ".lora_B.")]
+            a, b = tensors[pairs[path].a], tensors[pairs[path].b]
             hook.held[name] = (a.float().to(model.device), b.float().to(model.device))
+
+
+def _check_fit(hook: _SideCar | None, path: str, a: torch.Tensor, b: torch.Tensor) -> None:
+    fault = "the side-car does not fit this model"
+    if hook is None:
+        raise UserError(f"{fault}: {path!r} has no LoRA layer (other target modules, or another base)")
+    d_in, d_out = hook.size
+    if (a.shape, b.shape) != ((len(a), d_in), (d_out, len(a))):
+        raise UserError(
+            f"{fault}: {path!r} has factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, this model wants (R, {d_in}) and ({d_out}, R)"
+        )
 
 
 def use_sidecar(model: PeftModel, name: str) -> None:
@@ -59,14 +69,14 @@ def use_sidecar(model: PeftModel, name: str) -> None:
         hook.active = name
 
 
-def _hooks(model: PeftModel, name: str) -> dict[str, _SideCar]:
+def _hooks(model: PeftModel) -> dict[str, _SideCar]:
     if model not in _HOOKS:
-        _HOOKS[model] = {path: _hooked(layer, name) for path, layer in _lora_layers(model)}
+        _HOOKS[model] = {path: _hooked(layer) for path, layer in _lora_layers(model)}
     return _HOOKS[model]
 
 
-def _hooked(layer: Any, name: str) -> _SideCar:
-    hook = _SideCar(active=name)
+def _hooked(layer: Any) -> _SideCar:
+    hook = _SideCar(active=layer.active_adapters[0], size=(layer.in_features, layer.out_features))
     layer.register_forward_hook(hook)
     return hook
 
