@@ -121,7 +121,7 @@ def _ranks(c: Combination) -> list[tuple[bool, str]]:
         ),
         (
             not (c.ranks_differ and c.foreign),
-            f"{at}, but strategy {c.strategy} is Flower's and needs arrays of one shape: leave them null, or choose a strategy of ours",
+            f"{at}, but strategy {c.strategy} is Flower's and needs arrays of one shape: leave them null",
         ),
         (
             not c.ranks_differ or c.mask == "both",

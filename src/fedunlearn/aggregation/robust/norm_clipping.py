@@ -18,7 +18,7 @@ class NormClipping(Robust):
     max_norm: float | None = None
 
     def __post_init__(self) -> None:
-        if self.max_norm is not None and self.max_norm <= 0:
+        if self.max_norm is not None and not self.max_norm > 0:
             raise UserError(f"robust.max_norm={self.max_norm} must be above 0, or null for the round's median norm")
 
     def reweigh(self, weights: tuple[float, ...], gram: torch.Tensor) -> Weighting:
