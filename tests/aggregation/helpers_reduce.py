@@ -109,7 +109,7 @@ def made(
         adapter[a_name(module)] = draw(rank, d_in).to(dtype)
         adapter[b_name(module)] = (draw(d_out, rank) * (0.0 if zero_b else 1.0)).to(dtype)
     ids = [3 * k + 2 for k in range(num_clients)]
-    own = {k: shape for k, shape in zip(ids, shapes, strict=True)} if shapes else {}
+    own = dict(zip(ids, shapes, strict=True)) if shapes else {}
     clients = {}
     for k in ids:
         clients[k] = {}
@@ -236,3 +236,20 @@ PRESETS = {
     "trimmed": Preset(TrimmedMean(0.34), trained=Trained.B),
 }
 MIXING = ("flora", "flexlora", "flexlora_theirs", "flexlora_feedback", "hetlora")
+NAMES = list(PRESETS)
+BLOCKED = ("flora", "fedex")
+BEST = ("flexlora", "flexlora_theirs", "flexlora_feedback")
+EXACT = ("ffa", "rolora_even", "flora", "fedex", "fedsvd")
+AVERAGED = [name for name in NAMES if name != "trimmed"]  # the trimmed mean counts every client once
+
+# The best rank-r is unique, and as well conditioned as the tests' tolerance, where S_r stands a thousandth of S_1 above S_{r+1}.
+GAP = 1e-3
+
+
+def case_of(name, num_clients=3, **changes):
+    return made(num_clients, trained=PRESETS[name].trained, **changes)
+
+
+def has_gaps(exact, rank):
+    """Whether best approximations of that rank are unique, or exact."""
+    return all(torch.linalg.matrix_rank(p) <= rank or gap(p, rank) > GAP for p in exact.values())

@@ -97,7 +97,12 @@ def _times(tensor: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def padded_to(rank: int, scale: float, factors: Factors) -> Factors:
-    """Gives the same product at a larger rank and another scale: zero columns and rows, both factors times sqrt(s_k / s)."""
+    """Gives the same product at a larger rank and another scale: zero columns and rows, both factors times sqrt(s_k / s).
+
+    Raises ValueError for a rank above `rank`.
+    """
+    if factors.rank > rank:
+        raise ValueError(f"factors of rank {factors.rank} cannot be padded to {rank}")
     share = math.sqrt(factors.scale / scale)
     extra = rank - factors.rank
     b, a = (factors.b, factors.a) if share == 1.0 else (factors.b * share, factors.a * share)

@@ -84,10 +84,10 @@ def squared_norm(part: LowRank) -> float:
 def truncated_svd(part: LowRank, rank: int) -> Svd:
     """Gives the first `rank` singular triplets, or as many as left and right can have.
 
-    The QR-core: left = Q_L R_L, right^T = Q_R R_R, then the SVD of R_L R_R^T [q, q]. Where q comes near half the smaller side the
+    The QR-core: left = Q_L R_L, right^T = Q_R R_R, then the SVD of R_L R_R^T [q, q]. Where q reaches the smaller side the
     dense matrix is as cheap, and is taken.
     """
-    if 2 * part.rank >= min(part.left.shape[0], part.right.shape[1]):
+    if part.rank >= min(part.left.shape[0], part.right.shape[1]):
         u, s, vt = torch.linalg.svd(part.dense(), full_matrices=False)
     else:
         q_left, r_left = torch.linalg.qr(part.left)

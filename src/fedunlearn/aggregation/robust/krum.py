@@ -52,6 +52,8 @@ class MultiKrum(Robust):
         count = self.num_selected if self.num_selected is not None else len(weights) - self.num_malicious - 2
         chosen = set(ranked(gram, self.num_malicious)[:count])
         total = sum(weight for k, weight in enumerate(weights) if k in chosen)
+        if total == 0:  # weights by product norm, and the chosen ones hold nothing: they count equally
+            return Weighting(tuple(1 / len(chosen) if k in chosen else 0.0 for k in range(len(weights))))
         return Weighting(tuple(weight / total if k in chosen else 0.0 for k, weight in enumerate(weights)))
 
 
