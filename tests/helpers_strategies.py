@@ -45,6 +45,7 @@ class Counting(FedAvg):
         self.schedule = lambda server_round: 1 / server_round
         self.idle_generator = np.random.default_rng(3)
         self.fine = {"a": (1, 2.5, "text"), "b": float("nan")}
+        self.table = (np.zeros(2), np.ones(2))
 
     def aggregate_train(self, server_round, replies):
         self.calls += 1
@@ -136,7 +137,11 @@ class Demanding(FedAvg):
 
 
 class Drawing(FedAvg):
-    """Draws two clients itself, and adds noise."""
+    """Draws a number when it is built and two clients each round, and adds noise."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.drawn = random.random()
 
     def configure_train(self, server_round, arrays, config, grid):
         chosen = random.sample(list(grid.get_node_ids()), 2)

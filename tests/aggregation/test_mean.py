@@ -9,7 +9,7 @@ from fedunlearn.aggregation.mean import client_weights, weighted_mean
 from fedunlearn.records.rounds import ClientUpdate
 
 
-def update(client, owned=4, trained=4, tensors=None):
+def update(client, owned=4, trained=4, tensors=None, norm=0.0):
     return ClientUpdate(
         client_id=client,
         round=1,
@@ -21,6 +21,8 @@ def update(client, owned=4, trained=4, tensors=None):
         num_tokens=1,
         seconds=0.0,
         loss=0.0,
+        update_norm=99.0,
+        product_norm=norm,
     )
 
 
@@ -44,6 +46,17 @@ def test_weights_by_hand():
     assert client_weights(updates, "uniform") == {0: 0.5, 1: 0.5}
 
 
+def test_weights_by_product_norm_by_hand():
+    """||s B A|| of 1, 3, 4: 1/8, 3/8, 1/2, whatever the row counts and the norms of the updates; a client that holds nothing counts nothing."""
+    updates = [update(2, owned=1, norm=4.0), update(0, owned=9, norm=1.0), update(1, norm=3.0), update(3, norm=0.0)]
+    assert client_weights(updates, "product_norm") == {0: 0.125, 1: 0.375, 2: 0.5, 3: 0.0}
+
+
+def test_where_no_client_holds_anything_norms_count_equally():
+    weights = client_weights([update(k, owned=k + 1) for k in range(4)], "product_norm")
+    assert weights == dict.fromkeys(range(4), 0.25)
+
+
 @pytest.mark.parametrize("scale", [2, 7, 1000])
 def test_weights_are_scale_free_bit_by_bit(scale):
     """k a / k b and a / b are one rational number, and division rounds it once."""
@@ -59,7 +72,15 @@ def test_weights_stand_in_client_order_whoever_answers_first():
     assert weights == {1: 0.3, 4: 0.5, 9: 0.2}
 
 
-@pytest.mark.parametrize(("updates", "kind"), [([], "uniform"), ([update(0, owned=0), update(1, owned=0)], "owned")])
+@pytest.mark.parametrize(
+    ("updates", "kind"),
+    [
+        ([], "uniform"),
+        ([], "product_norm"),
+        ([update(0, owned=0), update(1, owned=0)], "owned"),
+        ([update(0, trained=0)], "trained"),
+    ],
+)
 def test_no_weight_at_all_is_refused(updates, kind):
     with pytest.raises(ValueError, match=rf"client weights \({kind}\) sum to 0"):
         client_weights(updates, kind)
@@ -91,10 +112,10 @@ def test_equal_adapters_give_that_adapter(count):
         assert (mean[name] - tensor.double()).abs().max() <= 4e-16 * tensor.abs().max()
 
 
-@pytest.mark.parametrize("kind", ["owned", "trained", "uniform"])
+@pytest.mark.parametrize("kind", ["owned", "trained", "uniform", "product_norm"])
 def test_one_client_gives_its_own_adapter_exactly(kind):
     clients = adapters(1)
-    mean = weighted_mean(["A", "B"], client_weights([update(0, 7, 5)], kind), reader(clients))
+    mean = weighted_mean(["A", "B"], client_weights([update(0, 7, 5, norm=0.3)], kind), reader(clients))
     assert all(torch.equal(mean[name], clients[0][name].double()) for name in mean)
 
 

@@ -573,7 +573,9 @@ class TestPresets:
         if name in ("flora", "flexlora", "hetlora"):
             assert run_of(f"aggregation={name}", given).ranks_differ
             return
-        assert all("partition.ranks or lora_alphas give clients" in fault for fault in faults(f"aggregation={name}", given))
+        assert all(
+            "partition.ranks or lora_alphas give clients" in fault for fault in faults(f"aggregation={name}", given)
+        )
 
 
 @pytest.mark.parametrize("name", ROBUSTS)

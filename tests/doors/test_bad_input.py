@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from fedunlearn.config.parse import parse_config
 from fedunlearn.doors.compose import ComposedConfig, compose
-from fedunlearn.doors.main import guarded
+from fedunlearn.doors.main import guarded, hydra_door
 from fedunlearn.doors.stages import run_evaluation, run_federated
 from fedunlearn.errors import UserError
 from fedunlearn.files import append_line
@@ -29,6 +29,7 @@ BASE = "model.model_args.pretrained_model_name_or_path"
 LORA = "model.model_args.lora_model_path"
 TARGETS = "model.model_args.lora_config.target_modules"
 WEIGHTS = "adapter_model.safetensors"
+ONE = "trainer.federated.num_rounds=1"
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
@@ -116,7 +117,20 @@ def evaluation(pocket, saves, *overrides) -> ComposedConfig:
         ("finetune", "task_name=..", "task_name='..' must be a plain folder name"),
         ("finetune", f"task_name={'a' * 300}", "(File name too long): choose another paths.saves_dir or task_name"),
         ("finetune", "trainer.federated.num_clients=-1", "num_clients=-1 must be above 0"),
-        ("finetune", "trainer.federated.min_clients=5", "min_clients=5 must lie between 1 and num_clients=4"),
+        ("finetune", "trainer.federated.min_clients=5", "min_clients=5 must lie between 1 and the clients drawn each round, 4 of num_clients=4: lower it, or raise fraction_train or num_train_clients"),
+        ("finetune", "trainer.federated.num_train_clients=2 trainer.federated.min_clients=3", "min_clients=3 must lie between 1 and the clients drawn each round, 2 of num_clients=4"),
+        ("finetune", "trainer.federated.num_train_clients=5", "num_train_clients=5 must lie between 1 and num_clients=4, or be null (by fraction_train)"),
+        ("finetune", "trainer.federated.num_train_clients=2 trainer.federated.fraction_train=0.5", "num_train_clients=2 beside fraction_train=0.5: give one of the two"),
+        ("finetune", "trainer.federated.force_owners=true", "force_owners=true: nobody owns forget rows where nothing is unlearned; leave it false"),
+        ("finetune", "trainer.federated.wire_dtype=float16", "wire_dtype='float16' does not fit; did you mean 'bfloat16'? allowed: float32, bfloat16"),
+        ("finetune", "gate.max_norm_ratio=1", "gate.max_norm_ratio=1.0 must be above 1 (the median itself), or null for no bound"),
+        ("finetune", "gate.max_client_share=0", "gate.max_client_share=0.0 must lie in (0, 1], or null for no cap"),
+        ("finetune", "gate.max_reply_ratio=0.5", "gate.max_reply_ratio=0.5 must be at least 1"),
+        ("finetune", "gate.max_ratio=3", "gate.max_ratio=3 is an unknown key; did you mean 'max_norm_ratio'? Known: max_client_share, max_norm_ratio, max_reply_ratio. Correct it or leave it out"),
+        ("finetune", "aggregation.mask=a", "aggregation.mask='a' does not fit; allowed: both, b, alternate"),
+        ("finetune", "aggregation.reducer=mean", "aggregation.reducer='mean' does not fit; allowed: factors, padded_factors, trimmed_mean, product, stack"),
+        ("finetune", "aggregation.softness=0.5", "aggregation.softness=0.5 beside aggregation.gauge=as_is: it is the softness of procrustes, wanted there (0.5 in FedRot) and null elsewhere"),
+        ("finetune", "aggregation.sidecar_rank=4", "aggregation.sidecar_rank=4 beside aggregation.residual=dropped: there is no side-car; set residual=sidecar or leave it null"),
         ("finetune", "trainer.args.learning_rate=-1", "learning_rate=-1.0 must not be negative"),
         ("finetune", "trainer.federated.num_clients=21", "num_clients=21 exceeds the 20 authors"),
         ("finetune", "forget_split=forget01 retain_split=retain99", "has no split 'forget01': 1 % of its 20 authors is no whole number"),
@@ -138,10 +152,19 @@ def test_a_value_that_cannot_be_is_refused_by_key_and_way_out(refused, kind, ove
 
 
 def test_misspelt_members_of_groups_are_told_with_the_nearest(told):
-    words = ["task_name=x", "strategy=fedavgg", "method=npoo", "partition=by_auther"]
+    words = [
+        "task_name=x",
+        "strategy=fedavgg",
+        "aggregation=flra",
+        "robust=krumm",
+        "method=npoo",
+        "partition=by_auther",
+    ]
     lines = told(lambda: compose(CONFIGS, "unlearn-lora.yaml", words))
     assert [line.split(" Known:")[0] for line in lines] == [
         "strategy='fedavgg' is unknown; did you mean 'fedavg'?",
+        "aggregation='flra' is unknown; did you mean 'flora'?",
+        "robust='krumm' is unknown; did you mean 'krum'?",
         "method='npoo' is unknown; did you mean 'npo'?",
         "partition='by_auther' is unknown; did you mean 'by_author'?",
     ]
@@ -153,6 +176,106 @@ def test_faults_of_folder_data_and_model_are_told_at_once(told, pocket, saves, t
     lines = told(lambda: run_federated(tiny(pocket, saves, "finetune", "x", *faults)))
     wanted = ("was made with another config", "retain_logs_path='/nowhere/log'", "'/nowhere/model' does not exist")
     assert [word in line for word, line in zip(wanted, lines, strict=True)] == [True] * 3
+
+
+# --- the server: strategies, aggregation, robust weights, ranks
+
+
+@pytest.fixture
+def door(saves, pocket, capsys):
+    """Gives a call of the door as the command line has it, which must be refused: code 2, one line, nothing changed under saves."""
+    saves.mkdir(exist_ok=True)
+
+    def call(*overrides: str) -> str:
+        before = tree(saves)
+        assert hydra_door(CONFIGS, "train-lora.yaml", run_federated, words(pocket, saves, "x", ONE, *overrides)) == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        assert tree(saves) == before
+        (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        return line.removeprefix("error: ")
+
+    return call
+
+
+OURS = "a frozen dataclass that subclasses fedunlearn.aggregation.base.ServerOptimizer"
+FLOWERS = "a Flower strategy (flwr.serverapp.strategy.*)"
+RANKS_DIFFER = "partition.ranks or lora_alphas give clients a rank or scale of their own, but aggregation.reducer=factors needs factors of one: choose aggregation=flora, flexlora or hetlora, or leave them null"
+MOMENTS = "its moments belong to entries of the factors, and this gauge changes what an entry means in each round; choose fedavg or fedprox"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("strategy=fedadamm", "strategy='fedadamm' is unknown; did you mean 'fedadam'? Known: fedadagrad, fedadam, fedavg, fedavgm, fedprox, fedyogi (configs/strategy/)"),
+        ("strategy=fedavg strategy.tau=1", "strategy.tau=1 is an unknown key. FedAvg has no parameters. Correct it or leave it out"),
+        ("strategy=fedprox strategy.tau=1", "strategy.tau=1 is an unknown key. Known: mu. Correct it or leave it out"),
+        ("strategy=fedadam strategy.epsilon=1", "strategy.epsilon=1 is an unknown key. Known: beta_1, beta_2, bias_correction, server_lr, tau, v_init. Correct it"),
+        ("strategy=fedadam strategy.tau=0", "strategy.tau=0.0 is refused: FedAdam wants a finite number above 0; correct it, or leave it out for 0.001"),
+        ("strategy=fedadam strategy.beta_1=1", "strategy.beta_1=1.0 is refused: FedAdam wants a number in [0, 1); correct it, or leave it out for 0.9"),
+        ("strategy=fedyogi strategy.beta_2=-0.1", "strategy.beta_2=-0.1 is refused: FedYogi wants a number in [0, 1); correct it, or leave it out for 0.99"),
+        ("strategy=fedadam strategy.beta_2=nan", "strategy.beta_2=nan does not fit; allowed: a finite number"),
+        ("strategy=fedavgm strategy.momentum=1", "strategy.momentum=1.0 is refused: FedAvgM wants a number in [0, 1)"),
+        ("strategy=fedprox strategy.mu=-1", "strategy.mu=-1.0 is refused: FedProx wants a finite number, 0 or above; correct it, or leave it out for 0.01"),
+        ("strategy=fedadagrad strategy.server_lr=-1", "strategy.server_lr=-1.0 is refused: FedAdagrad wants a finite number above 0; correct it, or leave it out for 0.001"),
+        ("strategy=fedavgm strategy.server_lr=0", "strategy.server_lr=0.0 is refused: FedAvgM wants a finite number above 0"),
+        ("aggregation=fedit partition.ranks=[4,2,2,1]", RANKS_DIFFER),
+        ("aggregation=fedit partition.lora_alphas=[8,8,8,4]", RANKS_DIFFER),
+        ("aggregation=flora partition.ranks=[8,4,4,4]", "partition.ranks=[8, 4, 4, 4]: 8 is above the adapter's r=4, which is the largest there can be: lower it, or raise model.model_args.lora_config.r"),
+        ("aggregation=flora partition.ranks=[4,4,4]", "partition.ranks has 3 entries, trainer.federated.num_clients=4: give one a client, or null"),
+        ("aggregation=flora partition.ranks=[4,4,4,0]", "partition.ranks=[4, 4, 4, 0] must be whole numbers from 1, one a client"),
+        ("aggregation=flora partition.lora_alphas=[4,4,4,-1]", "partition.lora_alphas=[4.0, 4.0, 4.0, -1.0] must be above 0, one a client"),
+        ("strategy=fedadam aggregation=flexlora", f"strategy FedAdam beside aggregation.gauge=balanced: {MOMENTS}"),
+        ("strategy=fedyogi aggregation=fedex", "strategy FedYogi beside aggregation.residual=sidecar: what is left over belongs to the mean itself, which this strategy does not send; choose fedavg or fedprox"),
+        ("aggregation=flora aggregation.residual=dropped", "aggregation.reducer=stack beside aggregation.residual=dropped: all that was learnt would be thrown away; choose residual=sidecar"),
+        ("robust=krum", "robust Krum needs 5 updates a round, trainer.federated draws 4 clients: draw more, lower robust.num_malicious, or choose robust=off"),
+        ("robust=krum robust.num_malicious=-1", "robust.num_malicious=-1 must not be negative"),
+        ("robust=norm_clipping robust.max_norm=0", "robust.max_norm=0.0 must be above 0, or null for the round's median norm"),
+        ("strategy._target_=nowhere.Strategy", f"strategy._target_='nowhere.Strategy' cannot be imported (No module named 'nowhere'): give the import path of {OURS} or of {FLOWERS}"),
+        ("strategy._target_=flwr.serverapp.strategy.FedAdm", "strategy._target_='flwr.serverapp.strategy.FedAdm': flwr.serverapp.strategy has no 'FedAdm'; did you mean 'FedAdam'? give"),
+        ("strategy._target_=flwr.serverapp.Grid", f"strategy._target_='flwr.serverapp.Grid' is not a ServerOptimizer or {FLOWERS}: give the import path of {OURS}"),
+        ("strategy._target_=helpers_strategies.NoStrategy", "strategy._target_='helpers_strategies.NoStrategy' is no Flower strategy: make it a subclass of flwr.serverapp.strategy.Strategy"),
+        ("strategy._target_=helpers_strategies.Refusing +strategy.share=2", "strategy._target_='helpers_strategies.Refusing' cannot be built (ValueError: share is at most 1): correct strategy.* or choose another strategy"),
+        ("strategy._target_=flwr.server.strategy.FedAvg", "strategy._target_='flwr.server.strategy.FedAvg' is a strategy of Flower's legacy interface (configure_fit): name its like in flwr.serverapp.strategy"),
+        ("strategy._target_=flwr.serverapp.strategy.FedAvg +strategy.fraction_train=0.5", "strategy.fraction_train=0.5 is refused: trainer.federated.fraction_train draws the clients; leave it out"),
+        ("strategy._target_=flwr.serverapp.strategy.FedAvg aggregation=flora", "strategy flwr.serverapp.strategy.FedAvg is Flower's and does its own averaging, per factor: it goes with aggregation.reducer=factors"),
+    ],
+)  # fmt: skip
+def test_what_the_server_cannot_do_is_refused_by_key_and_way_out(door, overrides, said):
+    assert door(*overrides.split()).startswith(said)
+
+
+def test_the_real_door_ends_with_code_2_one_line_and_no_traceback(pocket, saves):
+    door = [sys.executable, str(CONFIGS.parent / "src" / "fed_train.py")]
+    done = subprocess.run([*door, *words(pocket, saves, "x", "strategy=fedadam", "strategy.tau=0")], capture_output=True, text=True, check=False)  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: strategy.tau=0.0 is refused: FedAdam wants a finite number above 0; correct it, or leave it out for 0.001\n"  # fmt: skip
+    assert not saves.exists()
+
+
+def test_a_run_is_not_resumed_with_another_strategy_or_aggregation(door, pocket, saves):
+    run_federated(compose(CONFIGS, "train-lora.yaml", words(pocket, saves, "x", ONE)))
+    for change, keys in (
+        ("strategy=fedprox", "strategy._target_, strategy.mu"),
+        ("aggregation=fedex", "aggregation.residual, aggregation.weights"),
+        ("robust=norm_clipping", "robust._target_"),
+        ("gate.max_norm_ratio=5", "gate.max_norm_ratio"),
+    ):
+        line = door(change, "resume=true")
+        assert f"was made with another config (differs in {keys}): choose another task_name, or overwrite=true" in line
+
+
+def test_a_checkpoint_of_another_strategy_is_not_gone_on_with(door, pocket, saves):
+    """Where the config is the same, the class behind it may have changed: the state says whose it is."""
+    run_federated(compose(CONFIGS, "train-lora.yaml", words(pocket, saves, "x", ONE)))
+    (path,) = (saves / "finetune" / "x" / "rounds").glob("*1/checkpoint.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "strategy": "mine.Other"}))
+    line = door("resume=true")
+    assert (
+        "round 1 on disk holds the state of strategy mine.Other, this run has fedunlearn.aggregation.fedavg.FedAvg"
+        in line
+    )
+    assert line.endswith("go on with the strategy it was begun with, or start anew with overwrite=true")
 
 
 # --- adapters and bases

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from fedunlearn.aggregation.fedadam import FedAdam
 from fedunlearn.aggregation.fedprox import FedProx
-from fedunlearn.config.launcher import RayLauncher
+from fedunlearn.aggregation.robust.krum import Krum
+from fedunlearn.config.launcher import LocalLauncher, RayLauncher
 from fedunlearn.config.run import EvalRun, TrainRun
+from fedunlearn.config.server import GateConfig
 from fedunlearn.doors.command_line import read_command_line
 from fedunlearn.doors.compose import ComposedConfig, checked_overrides, compose
 from fedunlearn.errors import UserError
@@ -65,6 +68,10 @@ def test_unlearning_as_documented():
         ("strategy=fedprox", "strategy", FedProx(mu=0.01)),
         ("method=simnpo method.beta=2", "method", SimNPO(beta=2.0)),
         ("launcher=ray", "launcher", RayLauncher()),
+        ("launcher.isolate=true", "launcher", LocalLauncher(isolate=True)),
+        ("strategy=fedadam strategy.server_lr=1e-2", "strategy", FedAdam(server_lr=1e-2)),
+        ("robust=krum aggregation=flora", "robust", Krum()),
+        ("gate.max_client_share=null", "gate", GateConfig(max_client_share=None)),
         ("protocol=target_then_repair protocol.repair_epochs=null", "protocol", TargetThenRepair()),
         ("experiment=unlearn/tofu/pocket protocol=target_then_repair", "protocol", TargetThenRepair(repair_epochs=1.0)),
         ("trainer.args.learning_rate=1e-5", "trainer.args.learning_rate", 1e-5),
@@ -118,7 +125,9 @@ def test_a_parameter_that_no_yaml_names_needs_no_plus():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("strategy=fedprx", "strategy='fedprx' is unknown; did you mean 'fedprox'? Known: fedavg, fedprox (configs/strategy/)"),
+        ("strategy=fedprx", "strategy='fedprx' is unknown; did you mean 'fedprox'? Known: fedadagrad, fedadam, fedavg, fedavgm, fedprox, fedyogi (configs/strategy/)"),
+        ("aggregation=flra", "aggregation='flra' is unknown; did you mean 'flora'? Known: fedex, fedit, fedrot, fedsvd, ffa, flexlora, flora, hetlora, rolora (configs/aggregation/)"),
+        ("robust=kram", "robust='kram' is unknown; did you mean 'krum'? Known: geometric_median, krum, multi_krum, norm_clipping, off (configs/robust/)"),
         ("partition=by_autor", "partition='by_autor' is unknown; did you mean 'by_author'? Known: by_author, iid, inherit, round_robin (configs/partition/)"),
         ("--config-name=unlearn-lora.yaml method=nppo", "method='nppo' is unknown; did you mean 'npo'?"),
         ("experiment=finetune/tofu/pockt", "did you mean 'finetune/tofu/pocket'? Known: eval/tofu/default, "),

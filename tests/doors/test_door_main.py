@@ -130,6 +130,9 @@ def test_help_lists_the_groups(door, capsys):
     said = capsys.readouterr().out
     assert said.startswith("fed_train is powered by Hydra")
     assert "method: grad_ascent, grad_diff, npo, simnpo" in said
+    assert "strategy: fedadagrad, fedadam, fedavg, fedavgm, fedprox, fedyogi" in said
+    assert "aggregation: fedex, fedit, fedrot, fedsvd, ffa, flexlora, flora, hetlora, rolora" in said
+    assert "robust: geometric_median, krum, multi_krum, norm_clipping, off" in said
 
 
 def test_the_environment_is_set_but_never_overruled(monkeypatch):

@@ -1,20 +1,22 @@
 """Clients that go wrong in a whole run: dropped with a reason, asked again, or an error that leaves every good round on disk."""
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from helpers_runs import adapter_bytes, finetune, history, unlearn
+from helpers_runs import adapter_bytes, adapter_tensors, finetune, history, unlearn
 
 from fedunlearn.errors import UserError
 from fedunlearn.federation import client_app, rounds, site
 from fedunlearn.federation.checkpoint import latest_checkpoint
-from fedunlearn.federation.reference_store import ReferenceStore
+from fedunlearn.federation.part_store import PartStore
 from fedunlearn.protocols.selection import select
 from fedunlearn.records.adapter import hash_tensors
+from fedunlearn.reporting.console import show_result
 
 ALL = "trainer.federated.min_clients=4"
 
@@ -27,17 +29,17 @@ def tuned(pocket, tmp_path_factory):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Gives a call that lets `spoil` change what client 0's training gives, from round `start` on."""
+    """Gives a call that lets `spoil` change what client 0 is about to send, from its n-th task on."""
 
     def arm(spoil, start: int = 1) -> None:
-        real, calls = site.client_update, []
+        real, calls = site.Site.work, []
 
-        def update(made, adapter, data, task, settings):
-            done = real(made, adapter, data, task, settings)
+        def work(self, task, owned, weights, reference):
+            done = real(self, task, owned, weights, reference)
             calls.extend([task] if task.client_id == 0 else [])
             return spoil(done) if task.client_id == 0 and len(calls) >= start else done
 
-        monkeypatch.setattr(site, "client_update", update)
+        monkeypatch.setattr(site.Site, "work", work)
 
     return arm
 
@@ -49,8 +51,8 @@ def answered(monkeypatch):
     def arm(changes) -> None:
         real, left = client_app._reply, list(changes)
 
-        def reply(request, num_owned, result):
-            made = real(request, num_owned, result)
+        def reply(*arguments):
+            made = real(*arguments)
             return replace(made, **left.pop(0)) if made.client_id == 0 else made
 
         monkeypatch.setattr(client_app, "_reply", reply)
@@ -85,6 +87,10 @@ def without_key(done):
     return replace(done, tensors={name: t for name, t in done.tensors.items() if name != first(done.tensors)})
 
 
+def a_million_times(done):
+    return replace(done, tensors={name: 1e6 * tensor for name, tensor in done.tensors.items()})
+
+
 def raises(done):
     raise RuntimeError("no memory left")
 
@@ -94,6 +100,11 @@ def reasons(run: Path) -> list[list[tuple[int, str]]]:
     return [[(c["client_id"], c["reason"]) for c in line["clients"] if c["reason"]] for line in history(run)]
 
 
+def norms(run: Path, number: int) -> list[float]:
+    """Every client's update norm of one line of the history."""
+    return [client["update_norm"] for client in history(run)[number]["clients"]]
+
+
 SPOILT = (
     (with_nan, "nan"),
     (with_shape, "shape"),
@@ -101,6 +112,7 @@ SPOILT = (
     (with_extra, "extra_key"),
     (without_key, "missing_key"),
     (raises, "crashed"),
+    (a_million_times, "norm"),
     (lambda done: replace(done, num_trained=0), "num_examples"),
     (lambda done: replace(done, num_trained=10**9), "num_examples"),
     (lambda done: replace(done, loss="low"), "unreadable"),
@@ -111,7 +123,9 @@ UNANSWERED = (
     ({"client_id": 1}, "stale_round"),
     ({"num_examples": 10**9}, "num_examples"),
     ({"num_examples": -1}, "num_examples"),
-    ({"num_examples": True}, "unreadable"),
+    ({"num_examples": True}, "num_examples"),
+    ({"num_steps": -1}, "unreadable"),
+    ({"base_fingerprint": "another"}, "base_mismatch"),
 )
 
 
@@ -133,9 +147,40 @@ def test_a_reply_that_does_not_answer_the_task_is_dropped(pocket, saves, answere
     assert reasons(run) == [[(0, reason)] for _, reason in UNANSWERED]
 
 
-def test_a_client_that_asks_for_a_reference_for_ever_is_dropped(pocket, saves, answered):
-    answered([{"needs_reference": True}] * 4)  # asked twice a round
-    assert reasons(finetune(pocket, saves)) == [[(0, "no_reference")]] * 2
+def test_a_client_that_asks_for_parts_for_ever_is_dropped(pocket, saves, answered):
+    answered([{"missing": ("0" * 64,)}] * 4)  # asked twice a round
+    assert reasons(finetune(pocket, saves)) == [[(0, "missing_part")]] * 2
+
+
+def test_an_update_a_million_times_too_large_is_dropped_and_named_everywhere(pocket, saves, trained, caplog, capsys):
+    """In the history, in the log while it runs, in done.json and in what the door prints at the end; the others' mean is the result."""
+    trained(a_million_times)
+    with caplog.at_level(logging.WARNING, "fedunlearn"):
+        run = finetune(pocket, saves)
+    assert reasons(run) == [[(0, "norm")]] * 2
+    line = history(run)[0]["clients"][0]
+    assert line["detail"].endswith(f"is above 10 x the others' median {sorted(norms(run, 0)[1:])[1]:.3g}")
+    assert (line["weight"], line["update_norm"] > 1e5) == (0.0, True)
+    assert "client 0 is dropped this round: norm" in caplog.text
+    dropped = json.loads((run / "done.json").read_text())["account"]["dropped"]
+    assert dropped == ["client 0: norm in rounds 1, 2"]
+    show_result(run, None)
+    assert "did not count: client 0: norm in rounds 1, 2\n" in capsys.readouterr().out
+    trained(raises)
+    assert adapter_bytes(run) == adapter_bytes(finetune(pocket, saves, "without"))
+
+
+def test_where_nothing_was_dropped_nothing_is_said(pocket, tuned, capsys):
+    assert json.loads((tuned / "done.json").read_text())["account"]["dropped"] == []
+    show_result(tuned, None)
+    assert "did not count" not in capsys.readouterr().out
+
+
+def test_without_a_bound_the_same_update_counts(pocket, saves, trained):
+    trained(a_million_times)
+    run = finetune(pocket, saves, "ft", "gate.max_norm_ratio=null", "trainer.federated.num_rounds=1")
+    assert reasons(run) == [[]]
+    assert history(run)[0]["metrics"]["product_norm"] > 1e5
 
 
 def test_what_was_dropped_counts_for_nothing(pocket, saves, trained):
@@ -152,7 +197,7 @@ def test_too_few_updates_are_asked_for_again_and_then_end_the_run_with_all_good_
 ):
     whole = finetune(pocket, saves, "whole", ALL)
     trained(with_nan, start=2)
-    said = r"round 2: 3 usable updates after 1 retries, .*min_clients wants 4 \(client 0: nan .*resume=true"
+    said = r"round 2: 3 usable updates after 1 retries, .*min_clients .* wants 4 \(client 0: nan .*resume=true"
     with pytest.raises(UserError, match=said):
         finetune(pocket, saves, "stopped", ALL)
     monkeypatch.undo()
@@ -190,7 +235,9 @@ def test_a_client_that_lost_its_reference_asks_for_it_and_the_result_is_bit_equa
 
     def save_and_lose(folder, checkpoint, *rest):
         real(folder, checkpoint, *rest)
-        for kept in (saves / "cache" / "clients").rglob("reference-*"):
+        lost = list((saves / "cache" / "clients").rglob("part-*"))
+        assert lost
+        for kept in lost:
             kept.unlink()
 
     monkeypatch.setattr(rounds, "save_checkpoint", save_and_lose)
@@ -201,25 +248,64 @@ def test_a_client_that_lost_its_reference_asks_for_it_and_the_result_is_bit_equa
     assert sent == [set(), {2, 3}, {2, 3}]  # in round 1 the global adapter is the reference
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"client_id": 1}, "two nodes say that they are client 1"),
-        ({"partition_hash": "x"}, "client 0 has partition_hash='x', the server "),
-        ({"base_fingerprint": "x"}, "client 0 has base_fingerprint='x', the server "),
-        ({"version": "0"}, "client 0 has version='0', the server "),
-    ],
-)
-def test_a_client_that_does_not_fit_the_run_ends_it_at_the_roll_call(pocket, saves, monkeypatch, changes, said):
-    real = client_app._roll_call
+UNFIT = [
+    ({"client_id": 1}, "2 nodes say that they are client 1", [2, 3]),
+    ({"partition_hash": "x"}, "client 0 has partition_hash='x', the server ", [1, 2, 3]),
+    ({"base_fingerprint": "x"}, "client 0 has base_fingerprint='x', the server ", [1, 2, 3]),
+    ({"version": "0"}, "client 0 has version='0', the server ", [1, 2, 3]),
+    ({"rank": 2}, "client 0 has LoRA rank 2 and alpha", [1, 2, 3]),
+]
 
-    def declares(at, client):
-        return replace(real(at, client), **changes) if client == 0 else real(at, client)
 
-    monkeypatch.setattr(client_app, "_roll_call", declares)
-    with pytest.raises(UserError, match=f"roll call: {said}"):
-        finetune(pocket, saves)
+@pytest.fixture
+def declared(monkeypatch):
+    """Gives a call that changes what client 0 says of itself at the roll call."""
+
+    def arm(changes) -> None:
+        real = client_app._roll_call
+
+        def declares(at, client):
+            return replace(real(at, client), **changes) if client == 0 else real(at, client)
+
+        monkeypatch.setattr(client_app, "_roll_call", declares)
+
+    return arm
+
+
+@pytest.mark.parametrize(("changes", "said", "members"), UNFIT)
+def test_a_client_that_does_not_fit_the_run_is_left_out_of_it_and_named(
+    pocket, saves, declared, capsys, changes, said, members
+):
+    """It is asked in no round and counts for nothing; roll_call.json, done.json and the end of the run name it."""
+    declared(changes)
+    run = finetune(pocket, saves, "ft", "trainer.federated.num_rounds=1")
+    assert [client["client_id"] for client in history(run)[0]["clients"]] == members
+    weights = [client["weight"] for client in history(run)[0]["clients"]]
+    assert weights == pytest.approx([1 / len(members)] * len(members))
+    saved = json.loads((run / "roll_call.json").read_text())
+    assert list(saved["members"]) == [str(client) for client in members]
+    assert any(said in fault for fault in saved["refused"])
+    assert json.loads((run / "done.json").read_text())["account"]["dropped"] == saved["refused"]
+    show_result(run, None)
+    assert f"did not count: roll call: {said}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("changes", "said"), [UNFIT[0][:2], UNFIT[2][:2]])
+def test_it_ends_the_run_at_the_roll_call_where_all_are_wanted(pocket, saves, declared, changes, said):
+    declared(changes)
+    with pytest.raises(UserError, match=f"roll call: {said}") as caught:
+        finetune(pocket, saves, "ft", ALL)
+    assert "trainer.federated.min_clients=4 are wanted" in caught.value.faults[-1]
     assert history(saves / "finetune" / "ft") == []
+
+
+def test_an_owner_of_forget_rows_that_does_not_fit_ends_the_run_at_the_roll_call(pocket, saves, tuned, monkeypatch):
+    real = client_app._roll_call
+    monkeypatch.setattr(client_app, "_roll_call", lambda at, k: replace(real(at, k), version="0" if k == 3 else "1"))
+    monkeypatch.setattr("fedunlearn.__version__", "1")
+    with pytest.raises(UserError, match=r"clients \[3\] own forget rows and cannot take part"):
+        unlearn(pocket, saves, tuned)
+    assert history(saves / "unlearn" / "un") == []
 
 
 def test_a_loss_that_is_not_finite_never_reaches_the_history(pocket, saves, trained):
@@ -242,20 +328,34 @@ def test_a_round_in_which_no_owner_unlearns_ends_the_run(pocket, saves):
 def test_a_run_that_never_drew_an_owner_is_no_unlearning(pocket, saves):
     """One client a round of four, and the owner of the last authors is not among those drawn with this seed."""
     few = ("partition=by_author", "trainer.federated.fraction_train=0.25", "trainer.federated.num_rounds=1")
-    seed = next(s for s in range(50) if select(range(4), seed=s, round=1, fraction=0.25, at_least=1) != (3,))
+    seed = next(s for s in range(50) if select(range(4), seed=s, round=1, count=1) != (3,))
     with pytest.raises(UserError, match=r"nobody unlearned: no owner of forget rows is drawn in any round"):
         unlearn(pocket, saves, None, "un", *few, f"trainer.args.seed={seed}")
 
 
+def test_a_round_in_which_all_who_were_drawn_stand_idle_leaves_the_adapter_as_it_is(pocket, saves, tuned):
+    """One client a round, owners first: with this seed round 1 draws one that owns nothing to forget, round 2 an owner."""
+    drawn = [[select(range(4), seed=s, round=n, count=1)[0] for n in (1, 2)] for s in range(50)]
+    seed = next(s for s, (first_round, second_round) in enumerate(drawn) if first_round < 2 <= second_round)
+    lone = ("trainer.federated.num_train_clients=1", "protocol=target_then_repair", "protocol.unlearn_rounds=2")
+    run = unlearn(pocket, saves, tuned, "un", *lone, f"trainer.args.seed={seed}")
+    lines = history(run)
+    assert [(c["role"], c["weight"]) for line in lines for c in line["clients"]] == [("idle", 0.0), ("unlearn", 1.0)]
+    assert lines[0]["adapter_hash"] == hash_tensors(adapter_tensors(tuned)) != lines[1]["adapter_hash"]
+    assert (lines[0]["averaged"], lines[0]["aggregation_error"]) == ("", None)
+
+
 @pytest.mark.parametrize("damage", [b"", b"no tensors here", None])
-def test_a_damaged_reference_is_asked_for_anew(tmp_path, damage):
+def test_a_damaged_part_is_asked_for_anew(tmp_path, damage):
     tensors = {"a.lora_A.weight": torch.ones(2, 3)}
     blob, name = safetensors.torch.save(tensors), hash_tensors(tensors)
-    store = ReferenceStore(tmp_path)
-    assert store.obtain(name, []) is None
-    assert store.obtain(name, [blob]).keys() == tensors.keys()
-    file = tmp_path / f"reference-{name}.safetensors"
+    store = PartStore(tmp_path)
+    assert store.obtain([name], {}, [name]) == ({}, (name,))
+    assert store.obtain([name], {name: blob}, [name])[0][name].keys() == tensors.keys()
+    file = tmp_path / f"part-{name}.safetensors"
     file.write_bytes(safetensors.torch.save({"a.lora_A.weight": torch.zeros(2, 3)}) if damage is None else damage)
-    assert store.obtain(name, []) is None
-    assert torch.equal(store.obtain(name, [blob])["a.lora_A.weight"], torch.ones(2, 3))
-    assert torch.equal(store.obtain(name, [])["a.lora_A.weight"], torch.ones(2, 3))
+    assert store.obtain([name], {}, [name]) == ({}, (name,))
+    for received in ({name: blob}, {}):
+        found, missing = store.obtain([name], received, [name])
+        assert torch.equal(found[name]["a.lora_A.weight"], torch.ones(2, 3))
+        assert missing == ()

@@ -175,6 +175,8 @@ def test_its_draws_are_a_function_of_the_seed_and_no_other_draw_moves():
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
     assert equal(first, again)
     assert not equal(first, other)
+    drawn = [wrapped(OURS + "Drawing", seed)._strategy.drawn for seed in (4, 4, 5)]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_flower_s_own_log_lines_stay_out(caplog):
@@ -379,6 +381,13 @@ def test_an_idle_generator_that_was_drawn_from_is_named():
     strategy = wrapped(OURS + "Counting")
     strategy._strategy.idle_generator.normal()
     assert strategy.state().unsaved == ("idle_generator",)
+
+
+def test_an_array_that_checkpoints_do_not_find_is_named_once_it_changes():
+    """Tuples are not among what is kept."""
+    strategy = wrapped(OURS + "Counting")
+    strategy._strategy.table[1][0] = 2.0
+    assert strategy.state().unsaved == ("table",)
 
 
 def test_what_cannot_be_compared_is_named():

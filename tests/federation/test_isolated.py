@@ -369,11 +369,11 @@ def test_a_run_goes_on_without_the_owner_that_died_and_the_one_that_hung(pocket,
     before, plan = children(), tmp_path / "plan"
     plan.write_text("die ok ok hang")
     scripted = ("method=grad_ascent", "method._target_=helpers_methods.Scripted", f"+method.plan={plan}")
-    faulty = (ISOLATE, *scripted, "partition=round_robin", "trainer.federated.round_timeout=6")
+    faulty = (ISOLATE, *scripted, "partition=round_robin", "trainer.federated.round_timeout=4")
     run = unlearn(pocket, saves, None, "un", *faulty)
     died, hung = reasons(run)
     assert died == [(2, "crashed", "the clients' process died (exit code 9)")]
-    assert hung == [(3, "timeout", "no reply within 6 s, its process was ended")]
+    assert hung == [(3, "timeout", "no reply within 4 s, its process was ended")]
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
     assert plan.read_text() == ""
     assert children() == before

@@ -1,8 +1,16 @@
 """Laws that hold for whole runs, bit by bit."""
 
+import gc
+
 import pytest
 import torch
 from helpers_runs import adapter_bytes, adapter_tensors, central, finetune, history, unlearn
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from fedunlearn.doors import finish
+from fedunlearn.federation import rounds, site
+from fedunlearn.models.resident import release
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +64,6 @@ def test_with_learning_rate_0_the_unlearned_adapter_is_the_fine_tuned_one(pocket
 
 @pytest.mark.parametrize("retain", ["nll", "kl"])
 def test_resume_ends_bit_equal(pocket, saves, tuned, retain, monkeypatch):
-    from fedunlearn.federation import rounds
-
     method = (f"method.retain={retain}", "trainer.federated.num_rounds=3")
     whole = unlearn(pocket, saves, tuned, "whole", *method)
     real = rounds.save_checkpoint
@@ -84,36 +90,42 @@ def test_bytes_on_the_wire_stay_within_the_bound(pocket, saves, tuned):
     assert all(0 < client["bytes_up"] <= bound and 0 < client["bytes_down"] <= bound for client in lines)
 
 
-def test_one_base_model_a_process_from_fine_tuning_to_evaluation(pocket, saves, monkeypatch):
-    """Counts the entries of all live parameters while clients train with a KL reference and while the result is evaluated."""
-    import gc
+@pytest.mark.parametrize("aggregation", ["fedit", "flora"])
+def test_one_base_model_a_process_from_fine_tuning_to_evaluation(pocket, saves, monkeypatch, aggregation):
+    """Counts the entries of all live parameters while clients train with a KL reference and while the result is evaluated.
 
-    from transformers import AutoModelForCausalLM
-
-    from fedunlearn.doors import finish
-    from fedunlearn.federation import site
-    from fedunlearn.models.resident import release
-
+    With flora active adapter and reference have a side-car each. No tensor but the base's own has the shape of its embedding,
+    which a merged or copied base would have.
+    """
+    base = AutoModelForCausalLM.from_pretrained(pocket.model)
+    size, shape = sum(p.numel() for p in base.parameters()), base.get_input_embeddings().weight.shape
+    own = len({p.data_ptr() for p in base.parameters() if p.shape == shape})
+    del base
     release()
     gc.collect()
-    already = {id(o) for o in gc.get_objects() if isinstance(o, torch.nn.Parameter)}
-    counts = []
+    gc.freeze()  # what lives already is not looked at
+    counts, embeddings = [], []
 
     def counting(work):
         def counted(*arguments):
             gc.collect()
-            live = [o for o in gc.get_objects() if isinstance(o, torch.nn.Parameter) and id(o) not in already]
-            counts.append(sum(p.numel() for p in live))
+            live = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
+            counts.append(sum(p.numel() for p in live if isinstance(p, torch.nn.Parameter)))
+            embeddings.append(len({t.data_ptr() for t in live if t.shape == shape}))
             return work(*arguments)
 
         return counted
 
-    tuned = finetune(pocket, saves)
-    monkeypatch.setattr(site, "client_update", counting(site.client_update))
-    monkeypatch.setattr(finish, "evaluate_tofu", counting(finish.evaluate_tofu))
-    judged = ("method.retain=kl", "eval.at_end=true", "eval.max_rows=1", "eval.max_new_tokens=2")
-    run = unlearn(pocket, saves, tuned, "un", *judged)
-    base = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(pocket.model).parameters())
-    adapter = sum(t.numel() for t in adapter_tensors(run).values())
+    try:
+        tuned = finetune(pocket, saves, "ft", f"aggregation={aggregation}")
+        monkeypatch.setattr(site, "client_update", counting(site.client_update))
+        monkeypatch.setattr(finish, "evaluate_tofu", counting(finish.evaluate_tofu))
+        judged = ("method.retain=kl", "eval.at_end=true", "eval.max_rows=1", "eval.max_new_tokens=2")
+        run = unlearn(pocket, saves, tuned, "un", f"aggregation={aggregation}", *judged)
+    finally:
+        gc.unfreeze()
+    adapter = sum(t.numel() for t in load_file(run / "start" / "adapter_model.safetensors").values())
     assert len(counts) == 9  # two rounds of four clients, and the evaluation
-    assert base + adapter <= max(counts) <= base + 2 * adapter
+    assert size + adapter <= max(counts) <= size + 2 * adapter
+    assert embeddings == [own] * 9
+    assert list((run / "sidecar").glob("*")) if aggregation == "flora" else not (run / "sidecar").exists()

@@ -242,17 +242,23 @@ def _squared_distance(products: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class UpdateNorms:
-    """update: ||U_k||, what the client changed, as a product; product: ||s_k B_k A_k||, what it holds. Pooled over modules (root of the sum of squares)."""
+    """update: ||U_k||, what the client changed, as a product; factors: what it changed in A and B by themselves, which a mean of factors sees
+    (c A and B / c are the same product); product: ||s_k B_k A_k||, what it holds. Pooled over modules (root of the sum of squares).
+    """
 
     update: float
+    factors: float
     product: float
 
 
 def update_norms(tensors: Tensors, start: Tensors, scales: Mapping[str, float]) -> UpdateNorms:
     """Measures one client's adapter against the one it was sent, both whole and of the same ranks. scales: by module name."""
-    update = product = 0.0
+    update = factors = product = 0.0
     for module in modules_of(start):
         new = read_factors(tensors, module, scales[module.name])
         update += squared_norm(update_of(new, read_factors(start, module, scales[module.name])))
         product += squared_norm(product_of(new))
-    return UpdateNorms(update**0.5, product**0.5)
+        factors += sum(
+            float((tensors[name].double() - start[name].double()).square().sum()) for name in (module.a, module.b)
+        )
+    return UpdateNorms(update**0.5, factors**0.5, product**0.5)

@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from flwr.serverapp import Grid
 
@@ -129,18 +130,21 @@ def _without_the_odd(call: Call, report: TurnReport) -> TurnReport:
     if ratio is None:
         return report
     odd: dict[int, Verdict] = {}
-    for norms in _norms_by_role(report).values():
+    for norms in _norms_by_role(report, "factor_norm").values():
+        odd |= {k: Verdict(v.reason, f"factors: {v.detail}") for k, v in judge_norms(norms, ratio).items()}
+    for norms in _norms_by_role(report, "update_norm").values():
         odd |= judge_norms(norms, ratio)
     for client, verdict in odd.items():
         log.warning("client %d is dropped this round: %s (%s)", client, verdict.reason, verdict.detail)
     return report.without(odd)
 
 
-def _norms_by_role(report: TurnReport) -> dict[Role, dict[int, float]]:
+def _norms_by_role(report: TurnReport, of: Literal["update_norm", "factor_norm"]) -> dict[Role, dict[int, float]]:
+    """Gives each client's norm: of its update as a product, or of its factors, which a mean of factors sees (c A and B / c are the same product)."""
     roles = {outcome.client_id: outcome.role for outcome in report.outcomes}
     norms: dict[Role, dict[int, float]] = {}
     for update in report.updates:
-        norms.setdefault(roles[update.client_id], {})[update.client_id] = update.update_norm
+        norms.setdefault(roles[update.client_id], {})[update.client_id] = getattr(update, of)
     return norms
 
 
@@ -149,7 +153,7 @@ def _notes(call: Call, report: TurnReport) -> tuple[str, ...]:
         return ()
     return tuple(
         f"gate.max_norm_ratio is off for {role.value}: {len(norms)} updates, {MIN_FOR_NORMS} are wanted to tell who is odd"
-        for role, norms in sorted(_norms_by_role(report).items())
+        for role, norms in sorted(_norms_by_role(report, "update_norm").items())
         if len(norms) < MIN_FOR_NORMS
     )
 

@@ -258,7 +258,7 @@ def _measured(turn: Turn, task: ClientTask, shipment: Shipment, update: ClientUp
     shape = turn.shapes.get(task.client_id)
     scales = turn.depot.scales if shape is None else dict.fromkeys(turn.depot.scales, shape.scale)
     norms = update_norms({**shipment.start, **update.tensors}, shipment.start, scales)
-    return replace(update, tensors={}, update_norm=norms.update, product_norm=norms.product)
+    return replace(update, tensors={}, update_norm=norms.update, factor_norm=norms.factors, product_norm=norms.product)
 
 
 def _update(reply: TrainReply, tensors: Tensors) -> ClientUpdate:

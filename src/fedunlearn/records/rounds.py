@@ -69,7 +69,7 @@ class ClientUpdate:
     """What a client sends back. tensors: the factors it trained, in the wire's dtype. num_examples: rows owned, as declared; num_trained: rows trained on this round.
 
     loss: mean of the training loss over the optimiser steps; loss_trace: its mean over every `logging_steps` steps.
-    base_fingerprint: of the base it trained on. update_norm, product_norm: measured by the server (aggregation.reduce.UpdateNorms).
+    base_fingerprint: of the base it trained on. update_norm, factor_norm, product_norm: measured by the server (aggregation.reduce.UpdateNorms).
     """
 
     client_id: int
@@ -85,6 +85,7 @@ class ClientUpdate:
     loss_trace: tuple[float, ...] = ()
     base_fingerprint: str = ""
     update_norm: float = 0.0
+    factor_norm: float = 0.0
     product_norm: float = 0.0
 
 
