@@ -196,7 +196,7 @@ REFUSED = {
     **{
         f"{name}, {gauge}": (
             [f"strategy={name}", *agg(gauge=gauge)],
-            rf"strategy {kind} beside aggregation\.gauge={gauge}: its moments belong to entries of the factors.*choose fedavg or fedprox, or gauge=as_is",
+            rf"strategy {kind} beside aggregation\.gauge={gauge}: its moments belong to entries of the factors.*choose fedavg or fedprox, or aggregation=fedit",
         )
         for (name, kind), gauge in itertools.product(
             (("fedadagrad", "FedAdagrad"), ("fedadam", "FedAdam"), ("fedavgm", "FedAvgM"), ("fedyogi", "FedYogi")),

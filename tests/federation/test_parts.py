@@ -337,6 +337,7 @@ class TestBlockStore:
 
     def test_dropping_where_nothing_was_ever_kept(self, store):
         store.drop_all_but([])
+        assert not store.folder.exists()
 
     @pytest.mark.parametrize("damage", ["gone", "empty", "cut", "another"])
     @pytest.mark.parametrize("use", ["read", "of_module", "rank_of"])

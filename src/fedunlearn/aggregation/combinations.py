@@ -95,7 +95,7 @@ def _server(c: Combination) -> list[tuple[bool, str]]:
         (
             not (c.moments and moving),
             f"{at} beside aggregation.gauge={c.gauge}: its moments belong to entries of the factors, and this gauge changes what an entry means in each round; "
-            "choose fedavg or fedprox, or gauge=as_is",
+            "choose fedavg or fedprox, or aggregation=fedit",
         ),
         (
             not (c.moments and c.residual != "dropped"),

@@ -58,5 +58,5 @@ def check_plans(run: TrainRun, members: Mapping[int, Member]) -> None:
         if 0 < working < run.robust.min_updates:
             raise UserError(
                 f"robust {type(run.robust).__name__} needs {run.robust.min_updates} updates, but round {plan.round} has {working} working clients "
-                f"(protocol {type(run.protocol).__name__}): draw more, choose another protocol, or robust=off"
+                f"(protocol {type(run.protocol).__name__}): draw more, choose another protocol, or robust=off, and start anew with overwrite=true"
             )
