@@ -5,6 +5,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fedunlearn.aggregation.reducers.base import mean_of
 from fedunlearn.records.adapter import Tensors
 
 
@@ -43,3 +44,10 @@ def add_dense_beneath(model: PeftModel, beside: Tensors) -> None:
             weight = layer.base_layer.weight
             turned = product.T if weight.shape == product.T.shape and layer.fan_in_fan_out else product
             weight.data = (weight.data.double() + turned).to(weight.dtype)
+
+
+def mean_of_clients(names, weights, read) -> dict[str, torch.Tensor]:
+    """sum_k p_k x_k of every tensor, clients in id order, as the reducer of factors takes it. read: (client, name) -> tensor."""
+    clients = sorted(weights)
+    shares = tuple(weights[client] for client in clients)
+    return {name: mean_of(tuple(read(client, name) for client in clients), shares) for name in names}

@@ -5,13 +5,13 @@ Tolerance 5e-7: half of the last figure written, and one rounding to float32 of 
 
 import pytest
 import torch
+from helpers_adapters import mean_of_clients
 
 from fedunlearn.aggregation.base import ServerState
 from fedunlearn.aggregation.fedadagrad import FedAdagrad
 from fedunlearn.aggregation.fedadam import FedAdam
 from fedunlearn.aggregation.fedavgm import FedAvgM
 from fedunlearn.aggregation.fedyogi import FedYogi
-from fedunlearn.aggregation.mean import weighted_mean
 
 
 def near(*values):
@@ -189,7 +189,7 @@ def test_unequal_weights(strategy, want):
     FedYogi:    v = (1, 1 + 1) for 1 - D^2 = (0, -3); x = (1 + .1 / 2, 5 - .2 / 2.4142136) = (1.05, 4.9171573)
     """
     clients = {0: torch.tensor([1.0, 5.0]), 1: torch.tensor([5.0, -3.0])}
-    mean = weighted_mean(["w"], {0: 0.75, 1: 0.25}, lambda client, _: clients[client])
+    mean = mean_of_clients(["w"], {0: 0.75, 1: 0.25}, lambda client, _: clients[client])
     state = strategy.step(ServerState(adapter={"w": torch.tensor([1.0, 5.0])}), mean)
     assert state.adapter["w"].tolist() == near(*want)
 
@@ -206,7 +206,7 @@ def test_one_client(strategy, want):
     FedAdam:    v = .75 + .25 (4, 1) = (1.75, 1); m = (.2, -.1); x = (1 + .2 / 2.3228757, 2 - .1 / 2) = (1.0861002, 1.95)
     FedYogi:    v = (1 + 1, 1) for 1 - D^2 = (-3, 0); x = (1 + .2 / 2.4142136, 2 - .1 / 2) = (1.0828427, 1.95)
     """
-    mean = weighted_mean(["w"], {3: 1.0}, lambda client, name: torch.tensor([3.0, 1.0]))
+    mean = mean_of_clients(["w"], {3: 1.0}, lambda client, name: torch.tensor([3.0, 1.0]))
     state = strategy.step(ServerState(adapter={"w": torch.tensor([1.0, 2.0])}), mean)
     assert state.adapter["w"].tolist() == near(*want)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.serverapp import strategy as flower
+from helpers_adapters import mean_of_clients
 from helpers_flower import flower_rounds
 
 from fedunlearn.aggregation.base import ServerState
@@ -17,7 +18,6 @@ from fedunlearn.aggregation.fedadam import FedAdam
 from fedunlearn.aggregation.fedavg import FedAvg
 from fedunlearn.aggregation.fedavgm import FedAvgM
 from fedunlearn.aggregation.fedyogi import FedYogi
-from fedunlearn.aggregation.mean import weighted_mean
 
 NUM_EXAMPLES = (5, 20, 75)
 NUM_ROUNDS = 10
@@ -68,7 +68,9 @@ def our_rounds(strategy, num_rounds=NUM_ROUNDS):
     for number in range(1, num_rounds + 1):
         arrays = {name: tensor.numpy() for name, tensor in state.adapter.items()}
         clients = [moved(client, number, arrays) for client in weights]
-        mean = weighted_mean(list(SHAPES), weights, lambda client, name, at=clients: torch.from_numpy(at[client][name]))
+        mean = mean_of_clients(
+            list(SHAPES), weights, lambda client, name, at=clients: torch.from_numpy(at[client][name])
+        )
         after = strategy.step(state, mean)
         steps.append((state, mean, after))
         state = after

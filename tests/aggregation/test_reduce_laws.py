@@ -34,10 +34,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fedunlearn.aggregation.gauges.procrustes import Procrustes
-from fedunlearn.aggregation.mean import client_weights
 from fedunlearn.aggregation.robust.geometric_median import GeometricMedian
 from fedunlearn.aggregation.robust.krum import Krum, MultiKrum
 from fedunlearn.aggregation.robust.norm_clipping import NormClipping
+from fedunlearn.aggregation.weights import client_weights
 from fedunlearn.records.rounds import ClientUpdate, Trained
 
 clients = st.integers(1, 5)

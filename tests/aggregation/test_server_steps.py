@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from helpers_adapters import mean_of_clients
 
 from fedunlearn.aggregation.base import ServerState
 from fedunlearn.aggregation.fedavg import FedAvg
 from fedunlearn.aggregation.fedprox import FedProx
-from fedunlearn.aggregation.mean import weighted_mean
 from fedunlearn.errors import UserError
 
 MEMBERS = [FedAvg(), FedProx(mu=0.5), FedProx(mu=0.0)]
@@ -23,7 +23,7 @@ def test_two_rounds_by_hand(strategy):
         0: {"A": torch.tensor([[3.0, 4.0]]), "B": torch.ones(2)},
         1: {"A": torch.tensor([[7.0, 8.0]]), "B": torch.ones(2)},
     }
-    mean = weighted_mean(["A", "B"], {0: 0.25, 1: 0.75}, lambda client, name: clients[client][name])
+    mean = mean_of_clients(["A", "B"], {0: 0.25, 1: 0.75}, lambda client, name: clients[client][name])
     first = strategy.step(state(), mean)
     second = strategy.step(first, {"A": torch.tensor([[0.0, 1.0]]).double(), "B": torch.ones(2).double()})
     assert first.adapter["A"].tolist() == [[6.0, 7.0]]

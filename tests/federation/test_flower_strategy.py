@@ -9,11 +9,11 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.clientapp import ClientApp
+from helpers_adapters import mean_of_clients
 from helpers_strategies import Recording
 from safetensors.torch import load_file, save_file
 
 from fedunlearn.aggregation.flower import FlowerStrategy
-from fedunlearn.aggregation.mean import weighted_mean
 from fedunlearn.errors import UserError
 from fedunlearn.federation import flower_strategy
 from fedunlearn.federation.flower_strategy import OfferedNodes, StrategyState, WrappedStrategy
@@ -71,7 +71,7 @@ def test_wrapped_fedavg_is_our_mean_within_float32():
     strategy = wrapped(STOCK + "FedAvg")
     assert strategy.configure(1, GLOBAL, NODES) == dict.fromkeys(NODES, 0.0)
     theirs = strategy.aggregate(1, WEIGHTS, NODES, reader(updates), GLOBAL)
-    ours = weighted_mean(sorted(GLOBAL), WEIGHTS, reader(updates))
+    ours = mean_of_clients(sorted(GLOBAL), WEIGHTS, reader(updates))
     assert list(theirs) == ["a", "b"]
     assert {tensor.dtype for tensor in theirs.values()} == {torch.float64}
     for name, mean in ours.items():
@@ -113,7 +113,7 @@ def test_qfedavg_gets_its_losses():
     """q = 0: every client's pull counts the same and L cancels, so the result is the plain mean; without losses it says what it lacks."""
     strategy = wrapped(STOCK + "QFedAvg", client_learning_rate=0.5, q=0.0)
     result = one_round(strategy, 1, GLOBAL, losses=dict.fromkeys(NODES, 2.0))
-    mean = weighted_mean(sorted(GLOBAL), dict.fromkeys(NODES, 0.25), reader({k: update(1, k, GLOBAL) for k in NODES}))
+    mean = mean_of_clients(sorted(GLOBAL), dict.fromkeys(NODES, 0.25), reader({k: update(1, k, GLOBAL) for k in NODES}))
     torch.testing.assert_close(result, {name: tensor.float() for name, tensor in mean.items()}, rtol=0, atol=1e-6)
     with pytest.raises(
         UserError, match=r"round 2: aggregate_train raised AggregationError: Missing or invalid training"

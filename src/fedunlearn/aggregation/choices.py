@@ -2,13 +2,11 @@
 
 from collections.abc import Callable, Mapping
 
-from fedunlearn.aggregation.combinations import Gauge as GaugeName
-from fedunlearn.aggregation.combinations import Mask
-from fedunlearn.aggregation.combinations import Reducer as ReducerName
 from fedunlearn.aggregation.gauges.base import Gauge
 from fedunlearn.aggregation.gauges.procrustes import Procrustes
 from fedunlearn.aggregation.gauges.reset import Reset
 from fedunlearn.aggregation.gauges.svd import Balanced, Orthonormal
+from fedunlearn.aggregation.names import GaugeName, Mask, ReducerName
 from fedunlearn.aggregation.reducers.base import Reducer
 from fedunlearn.aggregation.reducers.best_rank import BestRank
 from fedunlearn.aggregation.reducers.factor_mean import FactorMean, PaddedFactorMean
@@ -19,7 +17,7 @@ from fedunlearn.records.rounds import Trained
 _REDUCERS: Mapping[ReducerName, Callable[[float | None], Reducer]] = {
     "factors": lambda trim: FactorMean(),
     "padded_factors": lambda trim: PaddedFactorMean(),
-    "trimmed_mean": lambda trim: TrimmedMean(trim or 0.0),
+    "trimmed_mean": lambda trim: TrimmedMean(0.0 if trim is None else trim),
     "product": lambda trim: BestRank(),
     "stack": lambda trim: Stack(),
 }

@@ -1,12 +1,9 @@
 """Which choices of the server go together: what makes no sense is refused before training, with the reason."""
 
 from dataclasses import dataclass
-from typing import Literal
 
-Mask = Literal["both", "b", "alternate"]
-Reducer = Literal["factors", "padded_factors", "trimmed_mean", "product", "stack"]
-Residual = Literal["dropped", "sidecar", "feedback"]
-Gauge = Literal["as_is", "balanced", "orthonormal", "procrustes", "reset"]
+from fedunlearn.aggregation.choices import gauge_of, reducer_of
+from fedunlearn.aggregation.names import GaugeName, Mask, ReducerName, Residual
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +15,9 @@ class Combination:
 
     weights: str
     mask: Mask
-    reducer: Reducer
+    reducer: ReducerName
     residual: Residual
-    gauge: Gauge
+    gauge: GaugeName
     strategy: str
     moments: bool
     foreign: bool
@@ -89,7 +86,7 @@ def _reducers(c: Combination) -> list[tuple[bool, str]]:
 
 
 def _server(c: Combination) -> list[tuple[bool, str]]:
-    moving = c.gauge not in ("as_is", "procrustes")
+    moving = not gauge_of(c.gauge, softness=None).keeps_place
     at = f"strategy {c.strategy}"
     return [
         (
@@ -116,7 +113,7 @@ def _ranks(c: Combination) -> list[tuple[bool, str]]:
     at = "partition.ranks or lora_alphas give clients a rank or scale of their own"
     return [
         (
-            not c.ranks_differ or c.reducer in ("padded_factors", "product", "stack"),
+            not c.ranks_differ or reducer_of(c.reducer, trim=None).mixes_ranks,
             f"{at}, but aggregation.reducer={c.reducer} needs factors of one: choose aggregation=flora, flexlora or hetlora, or leave them null",
         ),
         (

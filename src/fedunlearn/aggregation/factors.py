@@ -38,7 +38,9 @@ class Factors:
 
     @cached_property
     def double(self) -> "Factors":
-        """The same in float64."""
+        """The same in float64; itself where it is so already."""
+        if self.b.dtype == self.a.dtype == torch.float64:
+            return self
         return Factors(self.b.double(), self.a.double(), self.scale)
 
 

@@ -39,6 +39,11 @@ class Svd:
     s: torch.Tensor
     vt: torch.Tensor
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether the product has no direction at all."""
+        return not len(self.s) or float(self.s[0]) == 0
+
 
 def product_of(factors: Factors) -> LowRank:
     """Scale * b @ a."""

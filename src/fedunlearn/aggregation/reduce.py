@@ -121,13 +121,7 @@ class _Tally:
 def _reduce_module(
     choices: Choices, cohort: Cohort, module: Module, weighting: Weighting, moment: Moment, tally: _Tally
 ) -> None:
-    members = ModuleCohort(
-        old=_old(cohort, module),
-        clients=tuple(client.double for client in _clients(cohort, module)),
-        weights=weighting.clients,
-        old_weight=weighting.old,
-        carried=_carried(cohort, module),
-    )
+    members = _members(cohort, module, weighting)
     exact = members.exact()
     b, a = choices.reducer.reduce(choices.gauge.align(members, moment))
     b, a = choices.gauge.refactor(b, a, members.old, moment)
@@ -192,6 +186,16 @@ def _weighting(robust: Robust, cohort: Cohort) -> Weighting:
     return robust.reweigh(weights, gram)
 
 
+def _members(cohort: Cohort, module: Module, weighting: Weighting) -> ModuleCohort:
+    return ModuleCohort(
+        old=_old(cohort, module),
+        clients=tuple(client.double for client in _clients(cohort, module)),
+        weights=weighting.clients,
+        old_weight=weighting.old,
+        carried=_carried(cohort, module),
+    )
+
+
 def _old(cohort: Cohort, module: Module) -> Factors:
     return read_factors(cohort.adapter, module, cohort.scales[module.name]).double
 
@@ -224,11 +228,10 @@ def _trained_names(names: Tensors, cohort: Cohort) -> list[str]:
 
 def aggregation_error(cohort: Cohort, adapter: Tensors) -> tuple[float, float]:
     """Gives error and norm (see Reduced) of an adapter that somebody else made of the cohort."""
+    weighting = Weighting(tuple(cohort.weights[client] for client in sorted(cohort.weights)))
     exact = lost = 0.0
     for module in modules_of(cohort.adapter):
-        clients = tuple(client.double for client in _clients(cohort, module))
-        weights = tuple(cohort.weights[client] for client in sorted(cohort.weights))
-        want = ModuleCohort(old=_old(cohort, module), clients=clients, weights=weights).exact()
+        want = _members(cohort, module, weighting).exact()
         sent = product_of(read_factors(adapter, module, cohort.scales[module.name]))
         products = inner_products([want, sent])
         exact += max(float(products[0, 0]), 0.0)
@@ -255,10 +258,9 @@ def update_norms(tensors: Tensors, start: Tensors, scales: Mapping[str, float]) 
     """Measures one client's adapter against the one it was sent, both whole and of the same ranks. scales: by module name."""
     update = factors = product = 0.0
     for module in modules_of(start):
-        new = read_factors(tensors, module, scales[module.name])
-        update += squared_norm(update_of(new, read_factors(start, module, scales[module.name])))
+        new = read_factors(tensors, module, scales[module.name]).double
+        old = read_factors(start, module, scales[module.name]).double
+        update += squared_norm(update_of(new, old))
         product += squared_norm(product_of(new))
-        factors += sum(
-            float((tensors[name].double() - start[name].double()).square().sum()) for name in (module.a, module.b)
-        )
+        factors += float((new.a - old.a).square().sum() + (new.b - old.b).square().sum())
     return UpdateNorms(update**0.5, factors**0.5, product**0.5)

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from fedunlearn.aggregation.combinations import Gauge, Mask, Reducer, Residual
-from fedunlearn.aggregation.mean import Weighting
+from fedunlearn.aggregation.names import ClientWeights, GaugeName, Mask, ReducerName, Residual
 from fedunlearn.errors import UserError
 
 
@@ -21,11 +20,11 @@ class AggregationConfig:
     rank `r` of it.
     """
 
-    weights: Weighting = "owned"
+    weights: ClientWeights = "owned"
     mask: Mask = "both"
-    reducer: Reducer = "factors"
+    reducer: ReducerName = "factors"
     residual: Residual = "dropped"
-    gauge: Gauge = "as_is"
+    gauge: GaugeName = "as_is"
     softness: float | None = None
     trim: float | None = None
     sidecar_rank: int | None = None

@@ -23,7 +23,7 @@ from flwr.serverapp.strategy import Strategy
 from flwr.supercore.run import Run
 
 from fedunlearn.aggregation.flower import FIXED, FlowerStrategy, constructor_parameters
-from fedunlearn.aggregation.mean import ReadTensor
+from fedunlearn.aggregation.reduce import ReadTensor
 from fedunlearn.errors import UserError
 from fedunlearn.records.adapter import Tensors
 from fedunlearn.seeds import seed_of

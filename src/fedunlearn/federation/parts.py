@@ -73,7 +73,7 @@ class Shipment:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Depot:
-    """Makes the shipments of one round, each rank's once.
+    """Makes the shipments of one round; what several clients are sent is packed once, each rank's apart.
 
     adapter, blocks: the global factors and the side-car's block hashes; start, start_blocks: those that the run began with.
     halves: A and B are parts of their own, for a factor that rests need not be sent again. scales: s by module name.
@@ -88,13 +88,14 @@ class Depot:
     halves: bool
     dtype: torch.dtype
     _made: dict[tuple[bool, ClientShape | None], tuple[Part, ...]] = field(default_factory=dict)
+    _read: dict[str, Block] = field(default_factory=dict)
 
     def shipment(self, shape: ClientShape | None, wants_reference: bool) -> Shipment:
         """Gives what a client is sent. shape: its own rank and scale, None where they are the adapter's."""
         adapter = self._parts(shape, reference=False)
         reference = self._parts(shape, reference=True) if wants_reference else ()
-        sidecar = tuple(Block(name, self.store) for name in self.blocks)
-        beside = tuple(Block(name, self.store) for name in self.start_blocks) if wants_reference else ()
+        sidecar = tuple(self._block(name) for name in self.blocks)
+        beside = tuple(self._block(name) for name in self.start_blocks) if wants_reference else ()
         kept: tuple[Part | Block, ...] = (*sidecar, *reference, *beside, *(adapter if self.halves else ()))
         return Shipment(
             start={name: tensor for part in adapter for name, tensor in part.tensors.items()},
@@ -104,6 +105,9 @@ class Depot:
             reference_sidecar=beside,
             keep=frozenset(part.hash for part in kept),
         )
+
+    def _block(self, name: str) -> Block:
+        return self._read.setdefault(name, Block(name, self.store))
 
     def _parts(self, shape: ClientShape | None, *, reference: bool) -> tuple[Part, ...]:
         if (reference, shape) not in self._made:

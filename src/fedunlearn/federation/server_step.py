@@ -9,8 +9,8 @@ from fedunlearn.aggregation.choices import gauge_of, reducer_of, trained_in
 from fedunlearn.aggregation.factors import modules_of
 from fedunlearn.aggregation.flower import FlowerStrategy
 from fedunlearn.aggregation.gate import cap_shares
-from fedunlearn.aggregation.mean import ReadTensor, client_weights
-from fedunlearn.aggregation.reduce import Choices, Cohort, Reduced, aggregation_error, reduce_round
+from fedunlearn.aggregation.reduce import Choices, Cohort, ReadTensor, Reduced, aggregation_error, reduce_round
+from fedunlearn.aggregation.weights import client_weights
 from fedunlearn.config.run import TrainRun
 from fedunlearn.federation.block_store import BlockStore
 from fedunlearn.federation.checkpoint import Checkpoint

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from fedunlearn.aggregation.mean import ReadTensor
+from fedunlearn.aggregation.reduce import ReadTensor
 from fedunlearn.files import write_bytes
 
 

@@ -21,7 +21,7 @@ class Orthonormal(Gauge):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See Gauge.refactor."""
         svd = truncated_svd(LowRank(b, a), a.shape[0])
-        if not len(svd.s) or svd.s[0] == 0:
+        if svd.is_zero:
             return b, a
         return _widened(svd.u * svd.s, a.shape[0]), completed(svd.vt, a)
 
@@ -42,7 +42,7 @@ class Balanced(Gauge):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See Gauge.refactor."""
         svd = truncated_svd(LowRank(b, a), a.shape[0])
-        return (b, a) if not len(svd.s) or svd.s[0] == 0 else balanced(svd, a)
+        return (b, a) if svd.is_zero else balanced(svd, a)
 
 
 def balanced(svd: Svd, spare: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,7 +25,7 @@ class BestRank(Reducer):
         """See Reducer.reduce."""
         old = cohort.old
         svd = truncated_svd(cohort.exact(), old.rank)
-        if not len(svd.s) or svd.s[0] == 0:
+        if svd.is_zero:
             return torch.zeros_like(old.b, dtype=torch.float64), old.a.double()
         real = int((svd.s > SMALLEST * svd.s[0]).sum())
         b = torch.zeros_like(old.b, dtype=torch.float64)

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from helpers_adapters import mean_of_clients
 
-from fedunlearn.aggregation.mean import client_weights, weighted_mean
+from fedunlearn.aggregation.weights import client_weights
 from fedunlearn.records.rounds import ClientUpdate
 
 
@@ -89,7 +90,7 @@ def test_no_weight_at_all_is_refused(updates, kind):
 def test_mean_by_hand():
     """1/4 (1, 2) + 3/4 (3, 6) = (2.5, 5), in float64."""
     clients = {0: {"w": torch.tensor([1.0, 2.0])}, 1: {"w": torch.tensor([3.0, 6.0])}}
-    mean = weighted_mean(["w"], {0: 0.25, 1: 0.75}, reader(clients))
+    mean = mean_of_clients(["w"], {0: 0.25, 1: 0.75}, reader(clients))
     assert mean["w"].tolist() == [2.5, 5.0]
     assert mean["w"].dtype == torch.float64
 
@@ -97,7 +98,7 @@ def test_mean_by_hand():
 def test_the_mean_of_factors_is_not_the_mean_of_products():
     """B A = 1 * 1 and 3 * 3: the mean of products is 5, the product of means 2 * 2 = 4; the mean works factor by factor."""
     clients = {k: {"A": torch.tensor([[v]]), "B": torch.tensor([[v]])} for k, v in ((0, 1.0), (1, 3.0))}
-    mean = weighted_mean(["A", "B"], {0: 0.5, 1: 0.5}, reader(clients))
+    mean = mean_of_clients(["A", "B"], {0: 0.5, 1: 0.5}, reader(clients))
     assert (mean["B"] @ mean["A"]).item() == 4.0
 
 
@@ -106,7 +107,7 @@ def test_equal_adapters_give_that_adapter(count):
     """Weights such as 1/7 do not sum to 1 exactly; in float64 that is lost when the mean is cast to float32."""
     one = adapters(1)[0]
     weights = client_weights([update(k, owned=k + 1) for k in range(count)], "owned")
-    mean = weighted_mean(list(one), weights, lambda _, name: one[name])
+    mean = mean_of_clients(list(one), weights, lambda _, name: one[name])
     for name, tensor in one.items():
         assert torch.equal(mean[name].float(), tensor)
         assert (mean[name] - tensor.double()).abs().max() <= 4e-16 * tensor.abs().max()
@@ -115,58 +116,45 @@ def test_equal_adapters_give_that_adapter(count):
 @pytest.mark.parametrize("kind", ["owned", "trained", "uniform", "product_norm"])
 def test_one_client_gives_its_own_adapter_exactly(kind):
     clients = adapters(1)
-    mean = weighted_mean(["A", "B"], client_weights([update(0, 7, 5, norm=0.3)], kind), reader(clients))
+    mean = mean_of_clients(["A", "B"], client_weights([update(0, 7, 5, norm=0.3)], kind), reader(clients))
     assert all(torch.equal(mean[name], clients[0][name].double()) for name in mean)
 
 
 def test_client_order_does_not_matter_bit_by_bit():
     clients = adapters(6)
     updates = [update(k, owned=3 * k + 1) for k in clients]
-    forth = weighted_mean(["A", "B"], client_weights(updates, "owned"), reader(clients))
+    forth = mean_of_clients(["A", "B"], client_weights(updates, "owned"), reader(clients))
     weights = client_weights(updates[::-1], "owned")
-    back = weighted_mean(["B", "A"], dict(reversed(weights.items())), reader(dict(reversed(clients.items()))))
+    back = mean_of_clients(["B", "A"], dict(reversed(weights.items())), reader(dict(reversed(clients.items()))))
     assert all(torch.equal(forth[name], back[name]) for name in forth)
 
 
 def test_sums_run_in_float64():
     """1e8 + 1 - 1e8 is 0 in float32; the mean of the three is 1/3."""
     clients = {k: {"w": torch.tensor([v])} for k, v in enumerate((1e8, 1.0, -1e8))}
-    mean = weighted_mean(["w"], client_weights([update(k) for k in range(3)], "uniform"), reader(clients))
+    mean = mean_of_clients(["w"], client_weights([update(k) for k in range(3)], "uniform"), reader(clients))
     assert mean["w"].item() == pytest.approx(1 / 3, abs=1e-7)
 
 
 def test_bfloat16_adapters_are_averaged_in_float64():
     """1 and 1 + 2^-7, neighbours in bfloat16: their mean 1 + 2^-8 is no bfloat16 number."""
     clients = {0: {"w": torch.tensor([1.0]).bfloat16()}, 1: {"w": torch.tensor([1 + 2**-7]).bfloat16()}}
-    assert weighted_mean(["w"], {0: 0.5, 1: 0.5}, reader(clients))["w"].item() == 1 + 2**-8
+    assert mean_of_clients(["w"], {0: 0.5, 1: 0.5}, reader(clients))["w"].item() == 1 + 2**-8
 
 
 def test_equals_a_dense_float64_reference():
     clients, weights = adapters(5), {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.15, 4: 0.25}
-    mean = weighted_mean(["A", "B"], weights, reader(clients))
+    mean = mean_of_clients(["A", "B"], weights, reader(clients))
     for name in mean:
         dense = torch.stack([clients[k][name].double() for k in clients])
         wanted = torch.einsum("k,k...->...", torch.tensor(list(weights.values()), dtype=torch.float64), dense)
         assert (mean[name] - wanted).abs().max() < 1e-15
 
 
-def test_one_tensor_is_asked_for_at_a_time_in_client_order_and_none_is_changed():
-    clients, asked = adapters(3), []
-    before = {k: {name: tensor.clone() for name, tensor in v.items()} for k, v in clients.items()}
-
-    def read(client, name):
-        asked.append((name, client))
-        return clients[client][name]
-
-    weighted_mean(["B", "A"], {2: 0.5, 0: 0.25, 1: 0.25}, read)
-    assert asked == [("B", 0), ("B", 1), ("B", 2), ("A", 0), ("A", 1), ("A", 2)]
-    assert all(torch.equal(clients[k][name], before[k][name]) for k in clients for name in ("A", "B"))
-
-
 def test_float64_adapters_are_not_changed_in_place():
     """`double()` of a float64 tensor is the tensor itself: the sum must not run in the client's own memory."""
     clients = {k: {"w": torch.tensor([float(k)], dtype=torch.float64)} for k in (1, 2)}
-    weighted_mean(["w"], {1: 0.5, 2: 0.5}, reader(clients))
+    mean_of_clients(["w"], {1: 0.5, 2: 0.5}, reader(clients))
     assert [clients[k]["w"].item() for k in (1, 2)] == [1.0, 2.0]
 
 
