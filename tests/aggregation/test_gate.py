@@ -8,7 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedunlearn.aggregation.gate import LARGEST_ENTRY, Expected, Verdict, cap_shares, check_update, judge_norms
+from fedunlearn.aggregation.gate import (
+    LARGEST_ENTRY,
+    Expected,
+    Verdict,
+    cap_shares,
+    check_update,
+    judge_change,
+    judge_norms,
+)
 from fedunlearn.records.rounds import ClientUpdate
 
 NAN, INF = float("nan"), float("inf")
@@ -199,6 +207,25 @@ def test_where_the_others_did_not_move_there_is_no_measure():
 def test_an_infinite_norm_is_odd_and_makes_nobody_else_so():
     """Entries near the float32 limit are finite, their squares are summed in float64; should a norm overflow all the same it is told."""
     assert set(judge_norms({0: 1.0, 1: 1.0, 2: INF, 3: 1.0}, 10)) == {2}
+
+
+# --- how far one goes by itself
+
+
+def test_a_change_is_measured_against_what_was_sent():
+    """Sent 2: up to 10 x 2 = 20 it stays, above it is told, however few others there are."""
+    assert judge_change(20.0, 2.0, 10) == Verdict()
+    assert judge_change(20.001, 2.0, 10) == Verdict(
+        "norm", "it changed the factors by 20, above 10 x the 2 it was sent"
+    )
+    assert judge_change(INF, 2.0, 10).reason == "norm"
+
+
+@pytest.mark.parametrize(
+    ("change", "start", "ratio"), [(1e15, 2.0, None), (1e15, 0.0, 10), (0.0, 0.0, 10), (0.0, 2.0, 1e-6)]
+)
+def test_without_a_bound_or_a_start_nobody_is_judged_by_itself(change, start, ratio):
+    assert judge_change(change, start, ratio).accepted
 
 
 # --- shares held down

@@ -354,6 +354,10 @@ def test_norms_the_gate_sees_are_dense_ones(seed, spread):
     norms = update_norms(case.clients[2], case.adapter, case.scales)
     assert norms.update == pytest.approx(float(case.updates(2).norm()), rel=1e-9)
     assert norms.product == pytest.approx(pooled(case.exact()), rel=1e-12)
+    flat = {name: tensor.double() for name, tensor in case.adapter.items()}
+    changed = {name: case.clients[2][name].double() - old for name, old in flat.items()}
+    assert norms.start == pytest.approx(pooled(flat), rel=1e-12)
+    assert norms.factors == pytest.approx(pooled(changed), rel=1e-12)
 
 
 def test_a_client_of_half_the_rank_counts_with_its_product_alone():

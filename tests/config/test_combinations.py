@@ -278,6 +278,8 @@ REFUSED = {
         for key, value, rule in (
             ("max_norm_ratio", 1.0, r"be above 1 \(the median itself\), or null for no bound"),
             ("max_norm_ratio", -2.0, r"be above 1"),
+            ("max_update_ratio", 0.0, r"be above 0 \(1 is as much as the adapter itself\), or null for no bound"),
+            ("max_update_ratio", -1.0, r"be above 0"),
             ("max_client_share", 0.0, r"lie in \(0, 1\], or null for no cap"),
             ("max_client_share", 1.1, r"lie in \(0, 1\]"),
             ("max_reply_ratio", 0.9, r"be at least 1"),

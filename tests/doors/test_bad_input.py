@@ -126,7 +126,7 @@ def evaluation(pocket, saves, *overrides) -> ComposedConfig:
         ("finetune", "gate.max_norm_ratio=1", "gate.max_norm_ratio=1.0 must be above 1 (the median itself), or null for no bound"),
         ("finetune", "gate.max_client_share=0", "gate.max_client_share=0.0 must lie in (0, 1], or null for no cap"),
         ("finetune", "gate.max_reply_ratio=0.5", "gate.max_reply_ratio=0.5 must be at least 1"),
-        ("finetune", "gate.max_ratio=3", "gate.max_ratio=3 is an unknown key; did you mean 'max_norm_ratio'? Known: max_client_share, max_norm_ratio, max_reply_ratio. Correct it or leave it out"),
+        ("finetune", "gate.max_ratio=3", "gate.max_ratio=3 is an unknown key; did you mean 'max_norm_ratio'? Known: max_client_share, max_norm_ratio, max_reply_ratio, max_update_ratio. Correct it or leave it out"),
         ("finetune", "aggregation.mask=a", "aggregation.mask='a' does not fit; allowed: both, b, alternate"),
         ("finetune", "aggregation.reducer=mean", "aggregation.reducer='mean' does not fit; allowed: factors, padded_factors, trimmed_mean, product, stack"),
         ("finetune", "aggregation.softness=0.5", "aggregation.softness=0.5 beside aggregation.gauge=as_is: it is the softness of procrustes, wanted there (0.5 in FedRot) and null elsewhere"),

@@ -1,18 +1,21 @@
 """Who is asked, how often, and who takes whose place; plans that cannot end well are refused before any training."""
 
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from flwr.app import RecordDict
 from helpers_runs import tiny, unlearn
-from helpers_turns import Federation, good, norm_of, with_trainer
+from helpers_turns import A, B, Federation, good, good_reply, norm_of, start, with_trainer
 
 from fedunlearn.aggregation.robust.krum import Krum, MultiKrum
 from fedunlearn.config.server import GateConfig
 from fedunlearn.errors import UserError
 from fedunlearn.federation.collect import collect
 from fedunlearn.federation.planning import check_plans, plan_round
+from fedunlearn.federation.wire import ADAPTER, REPLY, pack_adapter, pack_scalars
 from fedunlearn.protocols.selection import select
 from fedunlearn.protocols.target_then_repair import TargetThenRepair
 from fedunlearn.records.rounds import Role
@@ -199,14 +202,14 @@ def far(by):
 
 def test_an_update_that_goes_too_far_is_dropped_and_named(federation, caplog):
     with caplog.at_level(logging.WARNING):
-        done = collected(federation({2: far(1e5)}))
+        done = collected(federation({2: far(10.0)}))
     assert reasons(done) == {2: "norm"}
     assert 2 not in counted(done)
     (outcome,) = [o for o in done.report.outcomes if o.client_id == 2]
-    assert outcome.detail == f"{norm_of(1e5):.3g} is above 10 x the others' median {norm_of(0.1):.3g}"
+    assert outcome.detail == f"{norm_of(10.0):.3g} is above 10 x the others' median {norm_of(0.1):.3g}"
     assert "client 2 is dropped this round: norm" in caplog.text
     norms = {o.client_id: o.update_norm for o in done.report.outcomes}
-    assert norms[2] == pytest.approx(norm_of(1e5), rel=1e-4)  # what it did is in the history all the same
+    assert norms[2] == pytest.approx(norm_of(10.0), rel=1e-4)  # what it did is in the history all the same
     assert norms[1] == pytest.approx(norm_of(0.1), rel=1e-4)
 
 
@@ -219,7 +222,7 @@ def test_the_ratio_of_the_config_is_the_one_that_acts(federation, ratio, dropped
 
 def test_one_that_goes_too_far_is_asked_once_more_and_then_replaced(federation):
     cohort = draw(4)
-    made = federation({cohort[0]: far(1e5)}, num_train_clients=4, min_clients=4, max_retries=2)
+    made = federation({cohort[0]: far(10.0)}, num_train_clients=4, min_clients=4, max_retries=2)
     done = collected(made)
     assert made.asked.count(cohort[0]) == 2
     assert counted(done) == list(draw(4, left_out={cohort[0]}))
@@ -229,33 +232,99 @@ def test_one_that_goes_too_far_is_asked_once_more_and_then_replaced(federation):
 def test_norms_are_judged_over_all_attempts_together(federation):
     """Two of three came at first, too few to judge; with the third it is seen that one of the two goes too far."""
     cohort = draw(3)
-    answers = {cohort[0]: far(1e5), cohort[1]: dies_first(1)}
+    answers = {cohort[0]: far(10.0), cohort[1]: dies_first(1)}
     made = federation(answers, num_train_clients=3, min_clients=3, max_retries=1)
     with pytest.raises(UserError, match=rf"2 usable updates .*client {cohort[0]}: norm"):
         collected(made)
-    made = federation({cohort[0]: far(1e5)}, num_train_clients=3, min_clients=2)
+    made = federation({cohort[0]: far(10.0)}, num_train_clients=3, min_clients=2)
     assert reasons(collected(made)) == {cohort[0]: "norm"}
 
 
 def test_roles_are_measured_apart(federation):
-    """Three owners that unlearn go a hundred times as far as the five that fine-tune: each is usual in its own role."""
-    answers = dict.fromkeys(range(3), far(10.0))
+    """Three owners that unlearn go ninety times as far as the five that fine-tune: each is usual in its own role."""
+    answers = dict.fromkeys(range(3), far(9.0))
     made = federation(answers, owners=(0, 1, 2), kind="unlearn")
     done = collected(made)
     assert reasons(done) == {}
     roles = {o.client_id: o.role for o in done.report.outcomes}
     assert [k for k, role in roles.items() if role is Role.UNLEARN] == [0, 1, 2]
-    answers = {**answers, 1: far(1e6), 4: far(1e5)}
-    assert reasons(collected(federation(answers, owners=(0, 1, 2), kind="unlearn"))) == {1: "norm", 4: "norm"}
+    unbound = GateConfig(max_update_ratio=None)
+    answers = {**answers, 1: far(1e6), 4: far(9.0)}
+    done = collected(federation(answers, owners=(0, 1, 2), kind="unlearn", gate=unbound))
+    assert reasons(done) == {1: "norm", 4: "norm"}
 
 
 def test_below_three_in_a_role_the_history_says_that_nobody_was_judged(federation):
-    done = collected(federation({0: far(1e5)}, owners=(0, 1), kind="unlearn"))
+    done = collected(federation({0: far(10.0)}, owners=(0, 1), kind="unlearn"))
     assert reasons(done) == {}
     assert done.notes == ("gate.max_norm_ratio is off for unlearn: 2 updates, 3 are wanted to tell who is odd",)
-    off = federation({0: far(1e5)}, owners=(0, 1), kind="unlearn", gate=GateConfig(max_norm_ratio=None))
+    off = federation({0: far(10.0)}, owners=(0, 1), kind="unlearn", gate=GateConfig(max_norm_ratio=None))
     assert collected(off).notes == ()
     assert collected(federation(owners=(0, 1, 2), kind="unlearn")).notes == ()
+
+
+# --- how far one goes by itself
+
+
+def regauged(times):
+    """B A as it was, with A so many times larger and B smaller: as a product nothing has moved at all."""
+
+    def answer(request):
+        same = {A: start()[A] * times, B: start()[B] / times}
+        return RecordDict({ADAPTER: pack_adapter(same), REPLY: pack_scalars(good_reply(request))})
+
+    return answer
+
+
+@pytest.mark.parametrize("act", [far(9e14), far(50.0), regauged(1e6), regauged(1e-6)])
+@pytest.mark.parametrize("client", [0, 7])
+def test_in_a_role_too_small_for_medians_what_takes_the_adapter_over_is_dropped_all_the_same(federation, act, client):
+    """Two owners and two others: neither role has the three that a median wants."""
+    made = federation(
+        {client: act}, owners=(0, 1), kind="unlearn", num_train_clients=4, force_owners=True, max_retries=0
+    )
+    cohort = {task.client_id for task in made.call.plan(ROUND).tasks}
+    client = client if client in cohort else max(cohort)
+    made.answers = {client: act}
+    done = collected(made)
+    assert reasons(done) == {client: "norm"}
+    (outcome,) = [o for o in done.report.outcomes if o.client_id == client]
+    assert outcome.detail.startswith("it changed the factors by ")
+    assert outcome.factor_norm > 10 * math.sqrt(9.5)  # sent: six entries of a half, eight ones
+    assert outcome.update_norm is not None
+
+
+def test_two_that_send_back_what_they_were_sent_do_not_shield_a_third(federation):
+    """The others' median is 0, so beside them nobody can be odd; by itself the update still is."""
+    cohort = draw(4)
+    answers = {cohort[0]: far(0.0), cohort[1]: far(0.0), cohort[2]: far(0.0), cohort[3]: far(50.0)}
+    assert reasons(collected(federation(answers, num_train_clients=4))) == {cohort[3]: "norm"}
+    unbound = federation(answers, num_train_clients=4, gate=GateConfig(max_update_ratio=None))
+    assert reasons(collected(unbound)) == {}
+
+
+@pytest.mark.parametrize(("ratio", "dropped"), [(0.5, {2: "norm"}), (1.0, {}), (None, {})])
+def test_the_ratio_to_what_was_sent_is_the_config_s(federation, ratio, dropped):
+    """B moves by 1 in each of 8 entries: sqrt 8 over sqrt 9.5 is 0.92."""
+    gate = GateConfig(max_norm_ratio=None, max_update_ratio=ratio)
+    assert reasons(collected(federation({2: far(1.0)}, gate=gate))) == dropped
+
+
+def test_what_was_sent_is_both_factors_where_one_alone_is_trained(federation):
+    """Masked to B: its change of sqrt 8 is 1 x B, but 0.92 x A and B."""
+    made = federation({2: only_b(1.0)}, gate=GateConfig(max_norm_ratio=None, max_update_ratio=0.95))
+    chosen = replace(made.run, aggregation=replace(made.run.aggregation, mask="b"))
+    made.run, made.answers = chosen, {k: only_b(1.0 if k == 2 else 0.1) for k in range(CLIENTS)}
+    done = collected(made)
+    assert reasons(done) == {}
+    assert {o.client_id: o.factor_norm for o in done.report.outcomes}[2] == pytest.approx(math.sqrt(8))
+
+
+def only_b(by):
+    def answer(request):
+        return RecordDict({ADAPTER: pack_adapter({B: start()[B] + by}), REPLY: pack_scalars(good_reply(request))})
+
+    return answer
 
 
 # --- owners

@@ -8,6 +8,7 @@ from statistics import median
 from fedunlearn.records.adapter import Tensors
 from fedunlearn.records.rounds import ClientUpdate
 
+NORM = "norm"
 MIN_FOR_NORMS = 3
 MIN_FOR_SHARES = 3
 LARGEST_ENTRY = 1e15
@@ -76,8 +77,19 @@ def judge_norms(norms: Mapping[int, float], max_ratio: float) -> dict[int, Verdi
     for client, norm in norms.items():
         usual = median(other for key, other in norms.items() if key != client)
         if 0 < usual * max_ratio < norm:
-            odd[client] = Verdict("norm", f"{norm:.3g} is above {max_ratio:g} x the others' median {usual:.3g}")
+            odd[client] = Verdict(NORM, f"{norm:.3g} is above {max_ratio:g} x the others' median {usual:.3g}")
     return odd
+
+
+def judge_change(change: float, start: float, max_ratio: float | None) -> Verdict:
+    """Judges one client by itself: how far it moved the factors it was sent, at most max_ratio times their own norm.
+
+    change, start: norms over all factors A and B, pooled over modules, also where only one of the two is trained. Needs nobody beside it, so
+    it holds where a role has too few updates for judge_norms. None: no bound; where the start is 0 there is no measure.
+    """
+    if max_ratio is None or not 0 < start * max_ratio < change:
+        return Verdict()
+    return Verdict(NORM, f"it changed the factors by {change:.3g}, above {max_ratio:g} x the {start:.3g} it was sent")
 
 
 def cap_shares(weights: Mapping[int, float], max_share: float) -> tuple[dict[int, float], frozenset[int]]:
@@ -117,5 +129,5 @@ def _check_values(tensors: Tensors, adapter: Tensors) -> Verdict | None:
         if not math.isfinite(largest):
             return Verdict("nan", name)
         if largest >= LARGEST_ENTRY:
-            return Verdict("norm", f"{name}: an entry of {largest:.3g}")
+            return Verdict(NORM, f"{name}: an entry of {largest:.3g}")
     return None

@@ -246,21 +246,24 @@ def _squared_distance(products: torch.Tensor) -> float:
 @dataclass(frozen=True)
 class UpdateNorms:
     """update: ||U_k||, what the client changed, as a product; factors: what it changed in A and B by themselves, which a mean of factors sees
-    (c A and B / c are the same product); product: ||s_k B_k A_k||, what it holds. Pooled over modules (root of the sum of squares).
+    (c A and B / c are the same product); product: ||s_k B_k A_k||, what it holds; start: A and B by themselves, as it was sent them. Pooled over
+    modules (root of the sum of squares).
     """
 
     update: float
     factors: float
     product: float
+    start: float
 
 
 def update_norms(tensors: Tensors, start: Tensors, scales: Mapping[str, float]) -> UpdateNorms:
     """Measures one client's adapter against the one it was sent, both whole and of the same ranks. scales: by module name."""
-    update = factors = product = 0.0
+    update = factors = product = sent = 0.0
     for module in modules_of(start):
         new = read_factors(tensors, module, scales[module.name]).double
         old = read_factors(start, module, scales[module.name]).double
         update += squared_norm(update_of(new, old))
         product += squared_norm(product_of(new))
         factors += float((new.a - old.a).square().sum() + (new.b - old.b).square().sum())
-    return UpdateNorms(update**0.5, factors**0.5, product**0.5)
+        sent += float(old.a.square().sum() + old.b.square().sum())
+    return UpdateNorms(update**0.5, factors**0.5, product**0.5, sent**0.5)

@@ -66,12 +66,16 @@ class AggregationConfig:
 class GateConfig:
     """What one client may do at most.
 
-    max_norm_ratio: an update's product norm over the median of the others in its role, from three in a role on (null: no bound).
+    max_norm_ratio: an update's norm over the median of the others in its role, from three in a role on (null: no bound): of the product and of
+    the factors by themselves.
+    max_update_ratio: the norm of what a client changed in A and B over that of the A and B it was sent, however few clients there are (null: no
+    bound).
     max_client_share: a client's share of the mean, from three clients on, or 1/K where K equal shares are larger (null: no cap).
     max_reply_ratio: bytes of a reply over those of the adapter that is awaited; a little is added for headers.
     """
 
     max_norm_ratio: float | None = 10.0
+    max_update_ratio: float | None = 10.0
     max_client_share: float | None = 0.5
     max_reply_ratio: float = 1.5
 
@@ -81,6 +85,10 @@ class GateConfig:
             (
                 self.max_norm_ratio is None or self.max_norm_ratio > 1,
                 f"{at}max_norm_ratio={self.max_norm_ratio} must be above 1 (the median itself), or null for no bound",
+            ),
+            (
+                self.max_update_ratio is None or self.max_update_ratio > 0,
+                f"{at}max_update_ratio={self.max_update_ratio} must be above 0 (1 is as much as the adapter itself), or null for no bound",
             ),
             (
                 self.max_client_share is None or 0 < self.max_client_share <= 1,

@@ -119,6 +119,7 @@ def _turn(call: Call, plan: RoundPlan, tasks: tuple[ClientTask, ...]) -> Turn:
         reads_reference=call.reads_reference,
         shapes=call.shapes,
         max_reply_ratio=run.gate.max_reply_ratio,
+        max_update_ratio=run.gate.max_update_ratio,
         reads_losses=call.reads_losses,
         timeout=run.trainer.federated.round_timeout if run.launcher.clock == "round" else math.inf,
     )

@@ -8,8 +8,8 @@ import safetensors.torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedunlearn.aggregation.gate import Expected, Verdict, check_update
-from fedunlearn.aggregation.reduce import update_norms
+from fedunlearn.aggregation.gate import Expected, Verdict, check_update, judge_change
+from fedunlearn.aggregation.reduce import UpdateNorms, update_norms
 from fedunlearn.federation.faults import CLIENT_RAISED, REASON_OF_CODE
 from fedunlearn.federation.link import Member, exchange
 from fedunlearn.federation.parts import Depot, Shipment
@@ -44,7 +44,8 @@ HEADER_PER_TENSOR, HEADER = 512, 65_536
 class Turn:
     """What goes out. depot: what tasks are made of. reads_reference: whether those who unlearn are sent what unlearning began with.
 
-    shapes: ranks and scales of clients that have their own. max_reply_ratio: bytes of a reply over those awaited. timeout: seconds for all.
+    shapes: ranks and scales of clients that have their own. max_reply_ratio: bytes of a reply over those awaited. max_update_ratio: see
+    gate.judge_change. timeout: seconds for all.
     reads_losses: whether the server averages by training losses, so that one that is no number spoils the update.
     """
 
@@ -57,6 +58,7 @@ class Turn:
     shapes: Mapping[int, ClientShape]
     max_reply_ratio: float
     timeout: float
+    max_update_ratio: float | None = None
     reads_losses: bool = False
 
     def shipment(self, task: ClientTask) -> Shipment:
@@ -185,6 +187,7 @@ class _Judged:
     verdict: Verdict
     reply: TrainReply | None = None
     update: ClientUpdate | None = None
+    norms: UpdateNorms | None = None
     bytes_up: int = 0
 
 
@@ -197,7 +200,7 @@ def _judge(
     if message.has_error():
         reason = REASON_OF_CODE.get(message.error.code, REASON_OF_CODE[CLIENT_RAISED])
         return _Judged(verdict=Verdict(reason, message.error.reason or ""))
-    size, reply = 0, None
+    size, reply, norms = 0, None, None
     expected = _expected(turn, task, shipment, member)
     try:
         size = content_bytes(message.content)
@@ -207,15 +210,18 @@ def _judge(
         blob = _read_blob(message.content, expected.tensors, turn.max_reply_ratio)
         update = _update(reply, safetensors.torch.load(blob))
         verdict = _check_loss(turn, reply.loss) or check_update(update, expected)
-        measured = _measured(turn, task, shipment, update) if verdict.accepted else None
+        if verdict.accepted:
+            norms = _norms(turn, task, shipment, update)
+            verdict = judge_change(norms.factors, norms.start, turn.max_update_ratio)
     except WireError as fault:
         return _Judged(verdict=Verdict(fault.reason, str(fault)), reply=reply, bytes_up=size)
     except Exception as error:  # whatever a client can send costs it its own update, never the run
         verdict = Verdict("unreadable", f"{type(error).__name__}: {error}")
         return _Judged(verdict=verdict, reply=reply, bytes_up=size)
-    if measured is not None:
-        spool.keep(task.client_id, blob)
-    return _Judged(verdict=verdict, reply=reply, update=measured, bytes_up=size)
+    if norms is None or not verdict.accepted:
+        return _Judged(verdict=verdict, reply=reply, norms=norms, bytes_up=size)
+    spool.keep(task.client_id, blob)
+    return _Judged(verdict=verdict, reply=reply, update=_measured(update, norms), norms=norms, bytes_up=size)
 
 
 def _check_loss(turn: Turn, loss: float) -> Verdict | None:
@@ -253,11 +259,15 @@ def _read_blob(content: RecordDict, wanted: Tensors, max_ratio: float) -> bytes:
     return blob_of(record)
 
 
-def _measured(turn: Turn, task: ClientTask, shipment: Shipment, update: ClientUpdate) -> ClientUpdate:
-    """Gives the update without its tensors, with its norms: against what this client was sent, at its own scale."""
+def _norms(turn: Turn, task: ClientTask, shipment: Shipment, update: ClientUpdate) -> UpdateNorms:
+    """Measures against what this client was sent, at its own scale."""
     shape = turn.shapes.get(task.client_id)
     scales = turn.depot.scales if shape is None else dict.fromkeys(turn.depot.scales, shape.scale)
-    norms = update_norms({**shipment.start, **update.tensors}, shipment.start, scales)
+    return update_norms({**shipment.start, **update.tensors}, shipment.start, scales)
+
+
+def _measured(update: ClientUpdate, norms: UpdateNorms) -> ClientUpdate:
+    """Gives the update without its tensors, with its norms."""
     return replace(update, tensors={}, update_norm=norms.update, factor_norm=norms.factors, product_norm=norms.product)
 
 
@@ -288,7 +298,8 @@ def _outcome(sent: ClientOutcome, judged: _Judged) -> ClientOutcome:
         return told
     return replace(
         told,
-        update_norm=None if judged.update is None else judged.update.update_norm,
+        update_norm=None if judged.norms is None else judged.norms.update,
+        factor_norm=None if judged.norms is None else judged.norms.factors,
         num_examples=reply.num_examples,
         num_trained=reply.num_trained,
         num_steps=reply.num_steps,

@@ -93,7 +93,8 @@ class ClientUpdate:
 class ClientOutcome:
     """One client's line in a round's history. reason: empty where the update counted, else the gate's code.
 
-    weight: its share of the mean; capped: gate.max_client_share held it down. update_norm: ||s_k B_k A_k - s B A|| over all modules.
+    weight: its share of the mean; capped: gate.max_client_share held it down. update_norm: ||s_k B_k A_k - s B A|| over all modules;
+    factor_norm: the same of what it changed in A and B by themselves. Both are None where the reply did not get as far as being measured.
     """
 
     client_id: int
@@ -103,6 +104,7 @@ class ClientOutcome:
     detail: str = ""
     capped: bool = False
     update_norm: float | None = None
+    factor_norm: float | None = None
     num_examples: int = 0
     num_trained: int = 0
     num_steps: int = 0
