@@ -213,3 +213,11 @@ class Annotated(FedAvg):
         **kwargs,
     ):
         super().__init__(**kwargs)
+
+
+class Leaving(FedAvg):
+    """Wants the first two clients of every cohort, and no others."""
+
+    def configure_train(self, server_round, arrays, config, grid):
+        content = RecordDict({"arrays": arrays, "config": config})
+        return [Message(content, node, "train") for node in list(grid.get_node_ids())[:2]]

@@ -250,6 +250,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("half a surrogate", "unreadable", _says(run_id="\ud800")),
     Fault("100,001 losses", "wire_size", _says(loss_trace=[1.5] * (LONGEST_LIST + 1))),
     Fault("loss 1e308", "", _says(loss=1e308), "honest"),
+    Fault("loss -7", "", _says(loss=-7.0), "honest"),
     Fault("loss NaN", "", _says(loss=float("nan"), loss_trace=[float("nan"), float("-inf")]), "honest"),
     Fault("extra metric", "extra_metric", _says(accuracy=1.0)),
     Fault("extra metric, text", "extra_metric", _says(**{"\x1b[2J\ud800": "x" * 1000})),

@@ -211,8 +211,10 @@ def _judge(bench: Bench, fault: Fault) -> tuple[str, Played]:
 
 
 def as_seen_by(row: Row, fault: Fault) -> Fault:
-    """Where the strategy weighs by the loss, it is a part of the update, and has to be a number."""
-    return replace(fault, code="nan", counts="not") if row.reads_loss and fault.name.startswith("loss") else fault
+    """Where the strategy weighs by the loss, it is a part of the update, and has to be one that can be right."""
+    if not row.reads_loss or not fault.name.startswith("loss"):
+        return fault
+    return replace(fault, code="nan" if fault.name == "loss NaN" else "loss", counts="not")
 
 
 def _wanted(bench: Bench, fault: Fault) -> tuple[tuple[str, ...], tuple[str, ...]]:

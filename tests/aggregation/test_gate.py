@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 
 from fedunlearn.aggregation.gate import (
     LARGEST_ENTRY,
+    LARGEST_LOSS,
     Expected,
     Verdict,
+    above_cap,
     cap_shares,
+    check_loss,
     check_update,
     judge_change,
     judge_norms,
@@ -209,6 +212,23 @@ def test_an_infinite_norm_is_odd_and_makes_nobody_else_so():
     assert set(judge_norms({0: 1.0, 1: 1.0, 2: INF, 3: 1.0}, 10)) == {2}
 
 
+# --- a loss that the server averages by
+
+
+@pytest.mark.parametrize("loss", [0.0, 14.0, LARGEST_LOSS])
+def test_a_loss_that_can_be_right_passes(loss):
+    assert check_loss(loss).accepted
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [(-1e-9, "loss"), (-1e300, "loss"), (1.001e4, "loss"), (1e308, "loss"), (NAN, "nan"), (INF, "nan"), (-INF, "nan")],
+)
+def test_a_loss_that_cannot_be_right_is_told(loss, reason):
+    assert check_loss(loss).reason == reason
+    assert check_loss(loss).detail.startswith("a training loss of ")
+
+
 # --- how far one goes by itself
 
 
@@ -255,6 +275,21 @@ def test_where_equal_shares_are_above_the_cap_all_become_equal():
     shares, held = cap_shares({0: 0.6, 1: 0.3, 2: 0.1}, 0.2)
     assert shares == pytest.approx({0: 1 / 3, 1: 1 / 3, 2: 1 / 3}, abs=1e-15)
     assert held  # it acted, and says so
+
+
+def test_what_is_left_over_is_shared_equally_where_nobody_else_has_a_share():
+    """Weights by product norm, and only one client moved at all: .5 for it, and .25 for each of those that have 0."""
+    assert cap_shares({0: 1.0, 1: 0.0, 2: 0.0}, 0.5) == ({0: 0.5, 1: 0.25, 2: 0.25}, {0})
+    assert cap_shares({0: 0.6, 1: 0.4, 2: 0.0, 3: 0.0}, 0.3)[0] == pytest.approx({0: 0.3, 1: 0.3, 2: 0.2, 3: 0.2})
+
+
+def test_who_counts_for_more_than_the_cap_after_all_is_named():
+    """Of three, one half is the cap, of four with cap .1 a quarter is; what rounding adds is nothing."""
+    assert above_cap({0: 0.0, 1: 1.0, 2: 0.0}, 0.5) == (1,)
+    assert above_cap({0: 0.5 * (1 + 1e-15), 1: 0.3, 2: 0.2}, 0.5) == ()
+    assert above_cap({0: 0.25, 1: 0.25, 2: 0.3, 3: 0.2}, 0.1) == (2,)
+    assert above_cap({0: 1.0, 1: 0.0}, 0.5) == ()  # below three there is no cap
+    assert above_cap({0: 0.0, 1: 1.0, 2: 0.0}, None) == ()
 
 
 def test_what_keeps_the_cap_stays_bit_by_bit():

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 import pytest
+from helpers_components import HERE
 
 from fedunlearn.aggregation.robust.off import Off
 from fedunlearn.config.launcher import RayLauncher
@@ -153,7 +154,19 @@ def test_a_union_takes_each_of_its_members(value):
         ("method___target_", "npo", "method._target_='npo' is no import path (package.module.Class)"),
         ("method___target_", "del", "method._target_ is missing: give the import path of a frozen dataclass that subclasses"),
         ("partition__scheme", {"_target_": f"{__name__}.NoDataclass"}, "NoDataclass' is not a Partitioner"),
-        ("partition__scheme", {"_target_": f"{__name__}.Reversed", "strict": True}, "partition.scheme: strict is not for us"),
+        ("partition__scheme", {"_target_": f"{__name__}.Reversed", "strict": True}, "Reversed' cannot be built (ValueError: strict is not for us): correct partition.scheme.*, or choose another member"),
+        ("partition__scheme", {"_target_": f"{HERE}.Dies"}, "partition.scheme._target_='helpers_components.Dies' cannot be built (KeyError: 'x')"),
+        ("partition__scheme", {"_target_": f"{HERE}.Dies", "how": "zero"}, "'helpers_components.Dies' cannot be built (ZeroDivisionError: "),
+        ("partition__scheme", {"_target_": f"{HERE}.Lists", "shares": ["much"]}, "partition.scheme.shares[0]='much' does not fit; allowed: a finite number"),
+        ("partition__scheme", {"_target_": f"{HERE}.Lists", "shares": 0.5}, "partition.scheme.shares=0.5 does not fit; allowed: a list, each a finite number"),
+        ("partition__scheme", {"_target_": f"{HERE}.Lists", "pairs": 1}, "partition.scheme.pairs=1 does not fit; allowed: a list, each a whole number"),
+        ("partition__scheme", {"_target_": f"{HERE}.Lists", "table": {"a": 1}}, "partition.scheme.table={'a': 1} does not fit; allowed: dict[str, float], which a config cannot hold"),
+        ("strategy___target_", f"{HERE}.Half", "strategy._target_='helpers_components.Half' is abstract: name a class that has moment_names, more"),
+        ("strategy___target_", f"{HERE}.Unread", "strategy._target_='helpers_components.Unread': its type hints cannot be read (NameError: name 'Unknown' is not defined)"),
+        ("strategy___target_", "helpers_broken_import.Any", "strategy._target_='helpers_broken_import.Any' cannot be imported (KeyError: 'no such setting'): correct that module"),
+        ("strategy___target_", 5, "strategy._target_=5 must be text: give the import path of a frozen dataclass"),
+        ("method___target_", None, "method._target_=null must be text: give the import path of a frozen dataclass"),
+        ("aggregation", {"weights": None}, "aggregation.weights=null is not allowed; allowed: owned, trained, uniform, product_norm"),
     ],
 )  # fmt: skip
 def test_a_fault_is_told_with_key_value_allowed_and_way_out(where, value, said):
@@ -165,6 +178,12 @@ def test_a_fault_is_told_with_key_value_allowed_and_way_out(where, value, said):
 def test_a_class_of_the_users_own_is_read_by_its_hints():
     run = parse_config(changed(partition__scheme={"_target_": f"{__name__}.Reversed", "blocks": [2, 3]}))
     assert run.partition.scheme == Reversed(blocks=(2, 3))
+
+
+def test_lists_of_the_users_own_are_lists():
+    given = {"_target_": f"{HERE}.Lists", "shares": [1, "0.5"], "pairs": [2]}
+    scheme = parse_config(changed(partition__scheme=given)).partition.scheme
+    assert (scheme.shares, scheme.pairs) == ([1.0, 0.5], (2,))
 
 
 def test_a_parameter_that_a_method_fixes_cannot_be_set():

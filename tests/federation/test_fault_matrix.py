@@ -79,7 +79,8 @@ def test_the_first_round_is_what_dense_float64_says(recorded, tmp_path, name):
 
 
 def test_a_loss_that_is_no_number_spoils_the_update_only_where_the_strategy_reads_it(bench):
-    assert set(found(bench("QFedAvg"), "loss NaN", "loss 1e308").values()) == {"ok"}
+    assert set(found(bench("QFedAvg"), "loss NaN", "loss 1e308", "loss -7").values()) == {"ok"}
+    assert as_seen_by(ROW["QFedAvg"], BY_NAME["loss -7"]).code == "loss"
     assert as_seen_by(ROW["QFedAvg"], BY_NAME["loss NaN"]).code == "nan"
     assert as_seen_by(ROW["FedAvg"], BY_NAME["loss NaN"]).code == ""
 

@@ -301,12 +301,24 @@ def test_a_loss_that_is_no_number_is_left_out_and_the_update_counts(run, tmp_pat
     assert (outcome.reason, outcome.loss, outcome.loss_trace) == ("", loss, trace)
 
 
-@pytest.mark.parametrize("loss", ["NaN", "-Infinity", "1e300"])
-def test_a_loss_that_is_no_number_spoils_the_update_where_the_server_averages_by_losses(run, tmp_path, loss):
+@pytest.mark.parametrize(
+    ("loss", "code", "told"),
+    [
+        ("NaN", "nan", None),
+        ("-Infinity", "nan", None),
+        ("1e300", "loss", None),
+        ("-7", "loss", -7),
+        ("10001", "loss", 10001),
+    ],
+)
+def test_a_loss_that_cannot_be_right_spoils_the_update_where_the_server_averages_by_losses(
+    run, tmp_path, loss, code, told
+):
     outcome = outcome_of(run, tmp_path, with_fields(loss=loss), reads_losses=True)
-    assert (outcome.reason, outcome.loss) == ("nan", None)
+    assert (outcome.reason, outcome.loss) == (code, told)
     assert "a training loss of" in outcome.detail
-    assert outcome_of(run, tmp_path, with_fields(loss="-7"), reads_losses=True).reason == ""
+    assert outcome_of(run, tmp_path, with_fields(loss=loss)).reason == ""
+    assert outcome_of(run, tmp_path, with_fields(loss="7"), reads_losses=True).reason == ""
 
 
 def test_a_blob_is_read_up_to_the_limit_that_the_gate_sets(run, tmp_path):

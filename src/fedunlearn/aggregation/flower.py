@@ -30,6 +30,7 @@ _INSTEAD: Mapping[str, str] = {
     "fraction_evaluate": "eval.* says what is evaluated, on the server",
     "min_evaluate_nodes": "eval.* says what is evaluated, on the server",
 }
+_READS_LOSSES = "train_loss_key"
 _UNSET = "???"
 _METRICS_FN = "_metrics_aggr_fn"
 _WRAPPED = "strategy"
@@ -47,13 +48,15 @@ _OF_ANNOTATION: Mapping[str, tuple[tuple[type, ...], str]] = {
 class FlowerStrategy:
     """A strategy that is not one of ours: the import path of its class and what its constructor gets.
 
-    parameters: plain values (numbers, text, true and false, null, lists of them), those that the user gave and no others.
+    parameters: plain values (numbers, text, true and false, null, lists of them), those that the user gave and no others. reads_losses: whether
+    it averages by the clients' training losses (QFedAvg).
     """
 
     described: ClassVar[str] = "a Flower strategy (flwr.serverapp.strategy.*)"
 
     target: str
     parameters: Mapping[str, object] = field(default_factory=dict)
+    reads_losses: bool = False
 
     @property
     def client_mu(self) -> float:
@@ -83,7 +86,7 @@ class FlowerStrategy:
         faults += [_missing(name, key) for name in dict.fromkeys(unset) if name not in given]
         if faults:
             raise UserError(*faults)
-        return cls(target=target, parameters=given)
+        return cls(target=target, parameters=given, reads_losses=_READS_LOSSES in known)
 
 
 def constructor_parameters(found: type) -> dict[str, inspect.Parameter]:

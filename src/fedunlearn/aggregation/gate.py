@@ -1,7 +1,7 @@
 """The gate every client update passes before it counts: what it is, then how far it goes beside the others of its role."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from statistics import median
 
@@ -9,8 +9,11 @@ from fedunlearn.records.adapter import Tensors
 from fedunlearn.records.rounds import ClientUpdate
 
 NORM = "norm"
+LARGEST_LOSS = 1e4
+"""No mean negative log-likelihood of a language model comes near: a uniform guess over a million words costs 14."""
 MIN_FOR_NORMS = 3
 MIN_FOR_SHARES = 3
+ROUNDED = 1 + 1e-12
 LARGEST_ENTRY = 1e15
 """No factor of use comes near; what is below can be multiplied, squared and summed, and still be a number."""
 
@@ -34,7 +37,7 @@ class Expected:
 @dataclass(frozen=True)
 class Verdict:
     """reason: empty where the update counts, else the gate's code: `stale_round`, `base_mismatch`, `num_examples`, `missing_key`,
-    `extra_key`, `shape`, `dtype`, `nan`, `norm`; before the gate `wire_size`, `unreadable`, `extra_metric`, `missing_part`, `crashed`, `timeout`.
+    `extra_key`, `shape`, `dtype`, `nan`, `norm`, `loss`; before the gate `wire_size`, `unreadable`, `extra_metric`, `missing_part`, `crashed`, `timeout`.
 
     detail: the first offender, for the history.
     """
@@ -81,6 +84,17 @@ def judge_norms(norms: Mapping[int, float], max_ratio: float) -> dict[int, Verdi
     return odd
 
 
+def check_loss(loss: float) -> Verdict:
+    """Judges the training loss of a client where the server averages by losses: a number from 0 to 1e4."""
+    if not math.isfinite(loss):
+        return Verdict("nan", f"a training loss of {loss}")
+    return (
+        Verdict()
+        if 0 <= loss <= LARGEST_LOSS
+        else Verdict("loss", f"a training loss of {loss:.3g}, allowed: 0 to {LARGEST_LOSS:g}")
+    )
+
+
 def judge_change(change: float, start: float, max_ratio: float | None) -> Verdict:
     """Judges one client by itself: how far it moved the factors it was sent, at most max_ratio times their own norm.
 
@@ -95,19 +109,33 @@ def judge_change(change: float, start: float, max_ratio: float | None) -> Verdic
 def cap_shares(weights: Mapping[int, float], max_share: float) -> tuple[dict[int, float], frozenset[int]]:
     """Gives weights (sum 1) of which none is above max_share, the rest in proportion, and the clients that were held down.
 
-    Acts from three clients on; where 1/K is above max_share the shares become equal.
+    Acts from three clients on; where 1/K is above max_share the shares become equal, and where all that are not held down have share 0
+    they count equally.
     """
     if len(weights) < MIN_FOR_SHARES:
         return dict(weights), frozenset()
     cap = max(max_share, 1 / len(weights))
     held: set[int] = set()
     shares = dict(weights)
-    while over := {client for client, share in shares.items() if share > cap * (1 + 1e-12)} - held:
+    while over := {client for client, share in shares.items() if share > cap * ROUNDED} - held:
         held |= over
-        free = sum(weights[client] for client in weights if client not in held)
-        left = 1 - cap * len(held)
-        shares = {client: cap if client in held else weights[client] / free * left for client in weights}
+        shares = {**dict.fromkeys(weights, cap), **_left_over(weights, held, 1 - cap * len(held))}
     return shares, frozenset(held)
+
+
+def above_cap(weights: Mapping[int, float], max_share: float | None) -> tuple[int, ...]:
+    """Gives the clients that count for more than cap_shares would let them: what came after it weighed them anew. None: no cap."""
+    if max_share is None or len(weights) < MIN_FOR_SHARES:
+        return ()
+    cap = max(max_share, 1 / len(weights))
+    return tuple(client for client in sorted(weights) if weights[client] > cap * ROUNDED)
+
+
+def _left_over(weights: Mapping[int, float], held: Set[int], left: float) -> dict[int, float]:
+    """Gives those that are not held down their part of what is left, in proportion."""
+    free = {client: weight for client, weight in weights.items() if client not in held}
+    total = sum(free.values())
+    return {client: left * (weight / total if total > 0 else 1 / len(free)) for client, weight in free.items()}
 
 
 def _check_names(tensors: Tensors, adapter: Tensors) -> Verdict | None:

@@ -17,7 +17,8 @@ from fedunlearn.aggregation.product import (
     weighted_sum,
 )
 from fedunlearn.aggregation.reducers.base import ModuleCohort, Reducer
-from fedunlearn.aggregation.robust.base import Robust, Weighting
+from fedunlearn.aggregation.robust.base import Robust, Weighting, checked_weighting
+from fedunlearn.errors import UserError
 from fedunlearn.records.adapter import Tensors
 from fedunlearn.records.rounds import Trained
 from fedunlearn.records.shape import ClientShape
@@ -183,7 +184,13 @@ def _weighting(robust: Robust, cohort: Cohort) -> Weighting:
     for module in modules_of(cohort.adapter):
         old = _old(cohort, module)
         gram += inner_products([update_of(client, old) for client in _clients(cohort, module)])
-    return robust.reweigh(weights, gram)
+    try:
+        return checked_weighting(robust.reweigh(weights, gram), len(clients))
+    except Exception as error:  # a robust weight may be the user's own
+        raise UserError(
+            f"robust {type(robust).__name__}, round {cohort.round}: {error if isinstance(error, ValueError) else repr(error)}; "
+            "correct it, or choose another (robust=off)"
+        ) from error
 
 
 def _members(cohort: Cohort, module: Module, weighting: Weighting) -> ModuleCohort:

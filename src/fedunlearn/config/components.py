@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Protocol, Self, TypeGuard
 
@@ -37,26 +38,34 @@ def is_component(found: type, base: type) -> bool:
 def component_class(target: object, base: type, key: str, adopters: Sequence[type[Adopter]] = ()) -> type | str:
     """Gives the class that the dotted name `target` means; or the fault, as one sentence about `key`.
 
-    Without adopters it is a dataclass and a subclass of `base`. Importing runs the module's own code: an error in there,
-    other than a failed import, is not caught.
+    Without adopters it is a dataclass and a subclass of `base`, and never an abstract one. Importing runs the module's own code: whatever that
+    raises is a fault too.
     """
     way_out = _way_out(base, adopters)
-    if not isinstance(target, str) or target == "???":
+    if target == "???":
         return f"{key} is missing: {way_out}, or choose a member of the group"
+    if not isinstance(target, str):
+        return f"{key}={'null' if target is None else repr(target)} must be text: {way_out}"
     said = f"{key}={target!r}"
     module_name, _, name = target.rpartition(".")
     if not module_name or not all(part.isidentifier() for part in target.split(".")):
         return f"{said} is no import path (package.module.Class): {way_out}"
     try:
         module = importlib.import_module(module_name)
+        found = getattr(module, name, None)
     except ImportError as error:
         return f"{said} cannot be imported ({error}): {way_out}"
-    found = getattr(module, name, None)
+    except (Exception, SystemExit) as error:  # a user's own module may raise anything
+        return f"{said} cannot be imported ({type(error).__name__}: {error}): correct that module, or {way_out}"
     if found is None:
         near = did_you_mean(name, [word for word in vars(module) if not word.startswith("_")])
         return f"{said}: {module_name} has no {name!r}{near or ';'} {way_out}"
     if not (isinstance(found, type) and (adopters or is_component(found, base))):
         return not_wanted(target, base, key, adopters)
+    if is_component(found, base) and inspect.isabstract(found):
+        return (
+            f"{said} is abstract: name a class that has {', '.join(sorted(getattr(found, '__abstractmethods__', ())))}"
+        )
     return found
 
 

@@ -29,6 +29,9 @@ _EXPECTED: Mapping[object, str] = {
 }
 
 
+_LISTS = (tuple, list)
+
+
 class _Bad:
     """Stands for a value that had a fault."""
 
@@ -70,7 +73,12 @@ class _Reader:
         self.faults += [
             _unknown(cls, fields, known, key, str(name), value) for name, value in data.items() if name not in known
         ]
-        hints = typing.get_type_hints(cls)
+        try:
+            hints = typing.get_type_hints(cls)
+        except Exception as error:  # names that a user's own module does not know, and whatever else they run into
+            return self._bad(
+                f"{_target(key, cls)}: its type hints cannot be read ({type(error).__name__}: {error}); correct them"
+            )
         given = {name: data[name] for name in known if name in data and data[name] != MISSING}
         self.faults += [
             _missing(_join(key, name))
@@ -78,15 +86,23 @@ class _Reader:
             if name not in given and (name in data or _required(fields[name]))
         ]
         values = {name: self.value(hints[name], value, _join(key, name)) for name, value in given.items()}
-        return self._built(lambda: cls(**values), key or cls.__name__) if len(self.faults) == before else _BAD
+        return self._built(lambda: cls(**values), key, cls) if len(self.faults) == before else _BAD
 
-    def _built(self, build: Callable[[], object], key: str) -> object:
+    def _built(self, build: Callable[[], object], key: str, cls: type) -> object:
         try:
             return build()
         except UserError as error:
             self.faults += error.faults
-        except ValueError as error:  # a user's own class
-            self.faults.append(f"{key}: {error}")
+        except Exception as error:  # ours raise no other; a user's own class may raise anything
+            if not key:  # the run itself
+                raise
+            return self._bad(
+                f"{_target(key, cls)} cannot be built ({type(error).__name__}: {error}): correct {key}.*, or choose another member"
+            )
+        return _BAD
+
+    def _bad(self, fault: str) -> object:
+        self.faults.append(fault)
         return _BAD
 
     def value(self, hint: object, value: object, key: str) -> object:
@@ -96,8 +112,8 @@ class _Reader:
         if records and isinstance(value, Mapping):
             return self._component(records, value, key)
         for option in options:
-            if get_origin(option) is tuple and isinstance(value, list | tuple):
-                return self._items(get_args(option)[0], value, key)
+            if get_origin(option) in _LISTS and isinstance(value, list | tuple):
+                return self._items(option, value, key)
             read = _scalar(option, value)
             if read is not _BAD:
                 return read
@@ -105,8 +121,9 @@ class _Reader:
         return _BAD
 
     def _items(self, hint: object, values: list[object] | tuple[object, ...], key: str) -> object:
-        read = tuple(self.value(hint, value, f"{key}[{index}]") for index, value in enumerate(values))
-        return _BAD if _BAD in read else read
+        of_each = get_args(hint)[0]
+        read = [self.value(of_each, value, f"{key}[{index}]") for index, value in enumerate(values)]
+        return _BAD if _BAD in read else cast("type", get_origin(hint))(read)
 
     def _component(self, options: Sequence[type], data: Mapping[str, object], key: str) -> object:
         """A record; or where the first option is an interface, what `_target_` names: a dataclass of it, or what an adopter takes."""
@@ -121,7 +138,7 @@ class _Reader:
         parameters = {name: value for name, value in data.items() if name != TARGET}
         if is_component(found, base):
             return self.record(found, parameters, key)
-        adopted = self._built(lambda: _adopted(adopters, str(target), found, parameters, key), key)
+        adopted = self._built(lambda: _adopted(adopters, str(target), found, parameters, key), key, found)
         if adopted is None:
             self.faults.append(not_wanted(target, base, _join(key, TARGET), adopters))
             return _BAD
@@ -138,6 +155,10 @@ def _adopted(
 
 def _join(key: str, name: str) -> str:
     return f"{key}.{name}" if key else name
+
+
+def _target(key: str, cls: type) -> str:
+    return f"{_join(key, TARGET)}={cls.__module__ + '.' + cls.__qualname__!r}"
 
 
 def _required(field: dataclasses.Field[object]) -> bool:
@@ -191,14 +212,18 @@ def _number(value: object) -> float | _Bad:
 def _wrong(options: tuple[object, ...], value: object, key: str) -> str:
     allowed = [str(word) for option in options if get_origin(option) is Literal for word in get_args(option)]
     near = did_you_mean(str(value), allowed)
+    if value is None:
+        return f"{key}=null is not allowed; allowed: {' or '.join(_expected(option) for option in options)}"
     return f"{key}={value!r} does not fit{near or ';'} allowed: {' or '.join(_expected(option) for option in options)}"
 
 
 def _expected(option: object) -> str:
     if get_origin(option) is Literal:
         return ", ".join(map(str, get_args(option)))
-    if get_origin(option) is tuple:
-        return f"a list of {_expected(get_args(option)[0])}"
+    if get_origin(option) in _LISTS:
+        return f"a list, each {_expected(get_args(option)[0])}"
+    if get_origin(option) is not None:
+        return f"{option}, which a config cannot hold"
     if option in _EXPECTED:
         return _EXPECTED[option]
     if is_adopter(option):

@@ -131,6 +131,11 @@ class TrainRun:
                 f"protocol {type(self.protocol).__name__} does not fit mode={self.mode!r}",
             ),
             (
+                not unlearn or not (isinstance(self.strategy, FlowerStrategy) and self.strategy.reads_losses),
+                f"strategy {getattr(self.strategy, 'target', '')} averages by training losses, which unlearning may drive below 0: "
+                "choose another strategy for mode='unlearn'",
+            ),
+            (
                 self.model.model_args.use_lora,
                 "model.model_args.use_lora=false in a federated run: only adapters travel; set use_lora=true",
             ),

@@ -70,7 +70,8 @@ class GateConfig:
     the factors by themselves.
     max_update_ratio: the norm of what a client changed in A and B over that of the A and B it was sent, however few clients there are (null: no
     bound).
-    max_client_share: a client's share of the mean, from three clients on, or 1/K where K equal shares are larger (null: no cap).
+    max_client_share: a client's share of the mean, from three clients on, or 1/K where K equal shares are larger (null: no cap). It acts before
+    robust weights: whom Krum or Multi-Krum chooses counts for what it gives, and a note in the history says so where that passes the cap.
     max_reply_ratio: bytes of a reply over those of the adapter that is awaited; a little is added for headers.
     """
 

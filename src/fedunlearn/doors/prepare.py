@@ -24,6 +24,7 @@ from fedunlearn.evals.files import read_log
 from fedunlearn.evals.retain_log import check_retain_log
 from fedunlearn.evals.tofu import read_sets
 from fedunlearn.federation.flower_strategy import WrappedStrategy
+from fedunlearn.federation.launchers import check_launcher
 from fedunlearn.federation.start import START, load_start, save_start
 from fedunlearn.files import write_json
 from fedunlearn.models.resident import Resident, resident
@@ -70,6 +71,7 @@ def prepare(composed: ComposedConfig) -> Prepared:
         )
     if isinstance(run.strategy, FlowerStrategy):
         WrappedStrategy.build(run.strategy, run.trainer.args.seed)  # a class of the user's may refuse itself
+    check_launcher(run.launcher)
     folder = run_path(run)
     inputs = find_inputs(run, composed.plain)
     tofu, source = inputs.tofu, inputs.source

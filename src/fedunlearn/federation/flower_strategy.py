@@ -88,11 +88,6 @@ class WrappedStrategy:
             raise UserError(f"{said} is no Flower strategy: make it a subclass of flwr.serverapp.strategy.Strategy")
         return cls(strategy, record.target, seed)
 
-    @property
-    def reads_losses(self) -> bool:
-        """Whether it averages by the clients' training losses (QFedAvg), which must then be numbers."""
-        return "train_loss_key" in constructor_parameters(type(self._strategy))
-
     def configure(self, round: int, adapter: Tensors, nodes: Mapping[int, int]) -> Mapping[int, float]:
         """Gives the proximal mu of every client that the strategy wants trained, in client-id order.
 

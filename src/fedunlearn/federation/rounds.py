@@ -13,6 +13,7 @@ import fedunlearn
 from fedunlearn.aggregation.base import ServerState
 from fedunlearn.aggregation.factors import scales_of
 from fedunlearn.aggregation.flower import FlowerStrategy
+from fedunlearn.aggregation.gate import above_cap
 from fedunlearn.config.run import TrainRun
 from fedunlearn.data.ownership import FILE, read_partition
 from fedunlearn.errors import UserError
@@ -92,7 +93,7 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, run_id: str, reads_refer
         for number in track(rounds, f"{run.task_name}: round", len(rounds)):
             checkpoint = _one_round(server, checkpoint, number, curves)
     if run.mode == "unlearn":
-        _check_unlearned(folder)
+        _check_unlearned(run, folder)
 
 
 def _stepper(run: TrainRun, folder: Path, start: Start) -> Stepper:
@@ -140,11 +141,33 @@ def _write_roll_call(folder: Path, called: RollCall) -> None:
     write_json(folder / ROLL_CALL, {"members": answers, "refused": list(called.refused)})
 
 
-def _check_unlearned(folder: Path) -> None:
+def _check_unlearned(run: TrainRun, folder: Path) -> None:
     """Raises UserError where no owner's update counted in any round: the result would be no unlearning at all."""
     clients = [client for line in read_history(folder) for client in line["clients"]]  # type: ignore[attr-defined]
-    if not any(client["role"] == Role.UNLEARN and client["weight"] > 0 for client in clients):
-        raise UserError(NOBODY)
+    owners = [client for client in clients if client["role"] == Role.UNLEARN]
+    if not any(client["weight"] > 0 for client in owners):
+        raise UserError(_without_weight(run) if owners else _never_asked(run))
+
+
+def _never_asked(run: TrainRun) -> str:
+    """No owner worked, though the plan draws some: a Flower strategy says whom of the cohort it wants."""
+    if not isinstance(run.strategy, FlowerStrategy):
+        return NOBODY
+    return (
+        f"nobody unlearned: owners of forget rows were drawn, but strategy {run.strategy.target} left them out of every round. "
+        "Choose another strategy, or raise trainer.federated.num_rounds, and start anew with overwrite=true"
+    )
+
+
+def _without_weight(run: TrainRun) -> str:
+    """Owners worked and their updates passed, but what weighs the clients gave them nothing in every round."""
+    reweighs = run.robust.reads_gram
+    by = f"robust {type(run.robust).__name__}" if reweighs else f"aggregation.weights={run.aggregation.weights}"
+    return (
+        f"nobody unlearned: owners of forget rows were drawn and gave usable updates, but {by} gave none of them any weight in any round. "
+        f"Choose {'robust=off or one that keeps more updates' if reweighs else 'aggregation.weights=owned'}, or raise trainer.federated.num_rounds, "
+        "and start anew with overwrite=true"
+    )
 
 
 def _one_round(server: Server, before: Checkpoint, number: int, curves: Curves) -> Checkpoint:
@@ -183,7 +206,7 @@ def _call(server: Server, before: Checkpoint, number: int) -> Call:
         depot=depot,
         reads_reference=server.reads_reference,
         mu=_configured(server, before, number),
-        reads_losses=stepper.foreign is not None and stepper.foreign.reads_losses,
+        reads_losses=isinstance(run.strategy, FlowerStrategy) and run.strategy.reads_losses,
     )
 
 
@@ -226,17 +249,24 @@ def _result(server: Server, after: Checkpoint, collected: Collected, stepped: St
         metrics=metrics,
         averaged=server.stepper.averaged if stepped.weights else "",
         aggregation_error=stepped.error,
-        notes=(*collected.notes, *_cap_note(server, stepped)),
+        notes=(*collected.notes, *_cap_notes(server, stepped)),
     )
 
 
-def _cap_note(server: Server, stepped: Stepped) -> tuple[str, ...]:
-    if not stepped.capped:
-        return ()
-    held = ", ".join(map(str, sorted(stepped.capped)))
-    note = f"gate.max_client_share={server.run.gate.max_client_share:g} holds down clients {held}"
-    log.warning("round %d: %s", stepped.after.state.round, note)
-    return (note,)
+def _cap_notes(server: Server, stepped: Stepped) -> tuple[str, ...]:
+    """Whom the cap held down; and who counts for more all the same, for the cap acts before robust weights, which may choose one client alone."""
+    run, notes = server.run, []
+    cap = f"gate.max_client_share={run.gate.max_client_share}"
+    if stepped.capped:
+        notes.append(f"{cap} holds down clients {', '.join(map(str, sorted(stepped.capped)))}")
+    if above := above_cap(stepped.weights, run.gate.max_client_share):
+        told = ", ".join(f"{client} ({stepped.weights[client]:.2g})" for client in above)
+        notes.append(
+            f"{cap} is passed by clients {told}: it acts before robust {type(run.robust).__name__}, which weighs them anew"
+        )
+    for note in notes:
+        log.warning("round %d: %s", stepped.after.state.round, note)
+    return tuple(notes)
 
 
 def _losses(clients: tuple[ClientOutcome, ...]) -> dict[str, float]:

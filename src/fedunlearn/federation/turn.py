@@ -8,7 +8,7 @@ import safetensors.torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedunlearn.aggregation.gate import Expected, Verdict, check_update, judge_change
+from fedunlearn.aggregation.gate import Expected, Verdict, check_loss, check_update, judge_change
 from fedunlearn.aggregation.reduce import UpdateNorms, update_norms
 from fedunlearn.federation.faults import CLIENT_RAISED, REASON_OF_CODE
 from fedunlearn.federation.link import Member, exchange
@@ -46,7 +46,7 @@ class Turn:
 
     shapes: ranks and scales of clients that have their own. max_reply_ratio: bytes of a reply over those awaited. max_update_ratio: see
     gate.judge_change. timeout: seconds for all.
-    reads_losses: whether the server averages by training losses, so that one that is no number spoils the update.
+    reads_losses: whether the server averages by training losses, so that one that cannot be right spoils the update.
     """
 
     number: int
@@ -209,7 +209,9 @@ def _judge(
             raise WireError("missing_part", f"the client lacks {len(reply.missing)} parts of its task")
         blob = _read_blob(message.content, expected.tensors, turn.max_reply_ratio)
         update = _update(reply, safetensors.torch.load(blob))
-        verdict = _check_loss(turn, reply.loss) or check_update(update, expected)
+        verdict = check_update(update, expected)
+        if verdict.accepted and turn.reads_losses:
+            verdict = check_loss(reply.loss)
         if verdict.accepted:
             norms = _norms(turn, task, shipment, update)
             verdict = judge_change(norms.factors, norms.start, turn.max_update_ratio)
@@ -222,10 +224,6 @@ def _judge(
         return _Judged(verdict=verdict, reply=reply, norms=norms, bytes_up=size)
     spool.keep(task.client_id, blob)
     return _Judged(verdict=verdict, reply=reply, update=_measured(update, norms), norms=norms, bytes_up=size)
-
-
-def _check_loss(turn: Turn, loss: float) -> Verdict | None:
-    return Verdict("nan", f"a training loss of {loss}") if turn.reads_losses and not _is_told(loss) else None
 
 
 def _expected(turn: Turn, task: ClientTask, shipment: Shipment, member: Member) -> Expected:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+ROUNDED = 1e-6
+
 
 @dataclass(frozen=True)
 class Weighting:
@@ -29,7 +31,25 @@ class Robust(ABC):
 
     @abstractmethod
     def reweigh(self, weights: tuple[float, ...], gram: torch.Tensor) -> Weighting:
-        """Gives new weights. weights: p_k, sum 1. gram: <U_i, U_j> of U_k = s_k B_k A_k - s B A, pooled over modules, [K, K] float64."""
+        """Gives new weights, finite; with what is left for the old adapter they sum to 1.
+
+        weights: p_k, sum 1. gram: <U_i, U_j> of U_k = s_k B_k A_k - s B A, pooled over modules, [K, K] float64.
+        """
+
+
+def checked_weighting(given: object, count: int) -> Weighting:
+    """Gives what a reweigh gave. Raises ValueError where it is no Weighting of `count` finite numbers that sum with what is left for the old to 1."""
+    if not isinstance(given, Weighting):
+        raise ValueError(f"reweigh gives a {type(given).__name__}; allowed: a Weighting")
+    if len(given.clients) != count:
+        raise ValueError(f"reweigh gives {len(given.clients)} weights for {count} updates; allowed: one each")
+    made = Weighting(tuple(map(float, given.clients)), float(given.old))
+    if not abs(sum((*made.clients, made.old)) - 1) <= ROUNDED:  # nan is not
+        told = ", ".join(f"{weight:.3g}" for weight in made.clients)
+        raise ValueError(
+            f"reweigh gives the weights {told} and {made.old:.3g} for the old adapter; allowed: finite numbers of sum 1"
+        )
+    return made
 
 
 def squared_distances(gram: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Where the clients run: one file a launcher, behind one call."""
 
 from fedunlearn.federation.launchers import local, ray
-from fedunlearn.federation.launchers.base import launch
+from fedunlearn.federation.launchers.base import check_launcher, launch
 
-__all__ = ["launch", "local", "ray"]
+__all__ = ["check_launcher", "launch", "local", "ray"]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import singledispatch
 
 from fedunlearn.config.launcher import Launcher
+from fedunlearn.errors import UserError
 
 
 @singledispatch
@@ -13,4 +14,18 @@ def launch(launcher: Launcher, plain: Mapping[str, object]) -> None:
     One registration a record of fedunlearn.config.launcher. plain: the composed config, JSON values. Raises UserError where the
     run cannot be completed.
     """
-    raise TypeError(f"no launcher is registered for {type(launcher).__name__}")
+    raise _unknown(launcher)
+
+
+def check_launcher(launcher: Launcher) -> None:
+    """Raises UserError for a record that no launcher is registered for."""
+    if launch.dispatch(type(launcher)) is launch.dispatch(object):
+        raise _unknown(launcher)
+
+
+def _unknown(launcher: Launcher) -> UserError:
+    kind = type(launcher)
+    return UserError(
+        f"launcher._target_={f'{kind.__module__}.{kind.__qualname__}'!r} is a record without a launcher: choose launcher=local or launcher=ray, "
+        "or register yours with fedunlearn.federation.launchers.launch.register in the module that defines it"
+    )
