@@ -221,3 +221,11 @@ class Leaving(FedAvg):
     def configure_train(self, server_round, arrays, config, grid):
         content = RecordDict({"arrays": arrays, "config": config})
         return [Message(content, node, "train") for node in list(grid.get_node_ids())[:2]]
+
+
+class Huge(FedAvg):
+    """Gives float64 that no float32 can hold."""
+
+    def aggregate_train(self, server_round, replies):
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        return ArrayRecord({k: Array(v.numpy().astype(np.float64) + 1e39) for k, v in arrays.items()}), metrics

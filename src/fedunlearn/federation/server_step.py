@@ -1,9 +1,11 @@
 """The server's step: from the updates in the spool to the next global adapter, its side-car, and what was lost on the way."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from fedunlearn.aggregation.after_step import checked_state, not_finite, step_fault
 from fedunlearn.aggregation.base import ServerOptimizer, ServerState
 from fedunlearn.aggregation.choices import gauge_of, reducer_of, trained_in
 from fedunlearn.aggregation.factors import modules_of
@@ -12,6 +14,7 @@ from fedunlearn.aggregation.gate import cap_shares
 from fedunlearn.aggregation.reduce import Choices, Cohort, ReadTensor, Reduced, aggregation_error, reduce_round
 from fedunlearn.aggregation.weights import client_weights
 from fedunlearn.config.run import TrainRun
+from fedunlearn.errors import UserError
 from fedunlearn.federation.block_store import BlockStore
 from fedunlearn.federation.checkpoint import Checkpoint
 from fedunlearn.federation.flower_strategy import WrappedStrategy
@@ -75,13 +78,29 @@ def step(
     if stepper.foreign is not None:
         return _foreign_step(stepper, stepper.foreign, before, cohort, nodes, report, capped)
     reduced = reduce_round(_choices(run), cohort)
-    after = replace(
-        before,
-        state=_optimise(run.strategy, before.state, reduced.mean),
-        blocks=_new_blocks(stepper, before, reduced),
-        carried=reduced.carried,
-    )
-    return Stepped(after=after, weights=reduced.weights, capped=capped, error=reduced.error, norm=reduced.norm)
+    _check_beside(number, reduced)
+    state = _optimise(run.strategy, stepper.strategy_name, before.state, reduced.mean)
+    after = replace(before, state=state, blocks=_new_blocks(stepper, before, reduced), carried=reduced.carried)
+    return _stepped(after, reduced.weights, capped, reduced.error, reduced.norm)
+
+
+def _stepped(
+    after: Checkpoint, weights: Mapping[int, float], capped: frozenset[int], error: float, norm: float
+) -> Stepped:
+    """What is no number is not told: history.jsonl is strict JSON."""
+    told = [value if math.isfinite(value) else None for value in (error, norm)]
+    return Stepped(after=after, weights=weights, capped=capped, error=told[0], norm=told[1])
+
+
+def _check_beside(number: int, reduced: Reduced) -> None:
+    """Raises UserError where what goes beside the factors holds an entry that is not finite."""
+    for what, tensors in (("the side-car's block", reduced.block), ("what error feedback carries", reduced.carried)):
+        bad = not_finite(tensors)
+        if bad is not None:
+            raise UserError(
+                f"aggregation, round {number}: {what} has entries in {bad!r} that are not finite; nothing of this round is kept: "
+                "choose aggregation.residual=dropped, or lower trainer.args.learning_rate or lora_alpha, and start anew with overwrite=true"
+            )
 
 
 def _choices(run: TrainRun) -> Choices:
@@ -113,8 +132,8 @@ def _cohort(stepper: Stepper, before: Checkpoint, shares: Mapping[int, float], r
     )
 
 
-def _optimise(strategy: ServerOptimizer | FlowerStrategy, state: ServerState, mean: Tensors) -> ServerState:
-    """Steps over the tensors that have a mean: the others, and their moments, rest."""
+def _optimise(strategy: ServerOptimizer | FlowerStrategy, name: str, state: ServerState, mean: Tensors) -> ServerState:
+    """Steps over the tensors that have a mean: the others, and their moments, rest. Raises UserError for a step that cannot be gone on from."""
     if not isinstance(strategy, ServerOptimizer):
         raise TypeError("a strategy of Flower's steps by itself")
     part = replace(
@@ -122,7 +141,11 @@ def _optimise(strategy: ServerOptimizer | FlowerStrategy, state: ServerState, me
         adapter={name: state.adapter[name] for name in mean},
         moments={key: {n: t for n, t in kept.items() if n in mean} for key, kept in state.moments.items()},
     )
-    stepped = strategy.step(part, mean)
+    try:
+        stepped = strategy.step(part, mean)
+    except Exception as error:  # a user's own class may raise anything
+        raise step_fault(name, state.round + 1, f"its step raised {type(error).__name__}: {error}") from error
+    stepped = checked_state(name, part, stepped, strategy.moment_names)
     return replace(
         stepped,
         adapter={**state.adapter, **stepped.adapter},
@@ -150,7 +173,9 @@ def _foreign_step(
     losses = {update.client_id: update.loss for update in report.updates}
     result = strategy.aggregate(cohort.round, cohort.weights, nodes, cohort.read, active, losses)
     adapter = {name: result[name].to(t.dtype) if name in result else t for name, t in cohort.adapter.items()}
-    error, norm = aggregation_error(cohort, adapter)
-    state = replace(before.state, adapter=adapter, round=cohort.round)
+    state = checked_state(
+        stepper.strategy_name, before.state, replace(before.state, adapter=adapter, round=cohort.round), ()
+    )
+    error, norm = aggregation_error(cohort, state.adapter)
     after = replace(before, state=state, foreign=strategy.state())
-    return Stepped(after=after, weights=cohort.weights, capped=capped, error=error, norm=norm)
+    return _stepped(after, cohort.weights, capped, error, norm)

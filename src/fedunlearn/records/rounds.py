@@ -122,7 +122,7 @@ class RoundResult:
     """One line of history.jsonl. attempt counts from 1; adapter_hash names the global adapter after the round.
 
     averaged: what made the mean (a reducer of ours, or a Flower strategy, which works per factor). aggregation_error: ||exact product -
-    what is sent|| / ||exact product||, before the server optimiser's step; None where nothing was averaged. notes: what the gate did not
+    what is sent|| / ||exact product||, before the server optimiser's step; None where nothing was averaged, or it is no number. notes: what the gate did not
     do, and why.
     """
 
