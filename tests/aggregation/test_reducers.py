@@ -224,6 +224,20 @@ def test_how_many_are_trimmed(trim, clients, left_out):
     assert TrimmedMean(trim).reduce(members)[0].item() == pytest.approx(sum(kept) / len(kept), rel=1e-15)
 
 
+@pytest.mark.parametrize(
+    ("trim", "clients", "left_out"), [(0.4999999999, 2, 0), (0.4999999999, 4, 1), (0.3, 1, 0), (0.4, 5, 2)]
+)
+def test_somebody_is_always_left(trim, clients, left_out):
+    """0.4999999999 x 2 counts as 1 by the rounding that 0.29 x 100 wants, and two of two would leave nothing: nan."""
+    members = ModuleCohort(
+        old=Factors(column(0), row(1), 1.0),
+        clients=tuple(Factors(column(v), row(1), 1.0) for v in range(clients)),
+        weights=(1 / clients,) * clients,
+    )
+    assert TrimmedMean(trim).num_left_out(clients) == left_out
+    assert TrimmedMean(trim).reduce(members)[0].item() == (clients - 1) / 2
+
+
 @laws
 @given(seed=seeds, clients=st.integers(1, 9), trim=st.floats(0, 0.49))
 def test_the_trimmed_mean_is_numpy_s(seed, clients, trim):

@@ -135,10 +135,10 @@ def test_krum_wants_enough_updates():
         (lambda: Krum(num_malicious=-1), r"robust\.num_malicious=-1 must not be negative"),
         (lambda: MultiKrum(num_malicious=-2), r"robust\.num_malicious=-2 must not be negative"),
         (lambda: MultiKrum(num_selected=0), r"robust\.num_selected=0 must be at least 1, or null"),
-        (lambda: NormClipping(max_norm=0.0), r"robust\.max_norm=0\.0 must be above 0, or null"),
-        (lambda: NormClipping(max_norm=float("nan")), r"robust\.max_norm=nan must be above 0, or null"),
-        (lambda: GeometricMedian(max_iterations=0), r"robust\.max_iterations=0 must be at least 1"),
-        (lambda: GeometricMedian(tolerance=0.0), r"robust\.tolerance=0\.0 above 0"),
+        (lambda: NormClipping(max_norm=0.0), r"robust\.max_norm=0\.0 must be above 0, at most 1e6, or null"),
+        (lambda: NormClipping(max_norm=float("nan")), r"robust\.max_norm=nan must be above 0, at most 1e6, or null"),
+        (lambda: GeometricMedian(max_iterations=0), r"robust\.max_iterations=0 must lie between 1 and 1e6"),
+        (lambda: GeometricMedian(tolerance=0.0), r"robust\.tolerance=0\.0 between 0 and 1"),
     ],
 )
 def test_parameters_that_mean_nothing_are_refused(build, said):

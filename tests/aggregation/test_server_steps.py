@@ -104,6 +104,6 @@ def test_only_fedprox_sends_clients_a_proximal_weight():
 
 def test_a_negative_mu_is_refused():
     with pytest.raises(
-        UserError, match=r"^strategy\.mu=-0\.1 is refused: FedProx wants a finite number, 0 or above; correct it"
+        UserError, match=r"^strategy\.mu=-0\.1 is refused: FedProx wants a number from 0 to 1e6; correct it"
     ):
         FedProx(mu=-0.1)

@@ -254,6 +254,65 @@ REFUSED = {
         [*agg(trim=0.1)],
         r"aggregation\.trim=0\.1 beside aggregation\.reducer=factors: it is what trimmed_mean leaves out at each end, wanted there and null elsewhere",
     ),
+    **{
+        f"trim {trim} of {clients}": (
+            [
+                "aggregation=ffa",
+                *agg(reducer="trimmed_mean", weights="uniform", trim=trim),
+                f"trainer.federated.num_clients={clients}",
+            ],
+            rf"^aggregation\.trim={trim} of the {clients} clients that trainer\.federated draws {said}$",
+        )
+        for trim, clients, said in (
+            (0.2, 4, r"leaves out nobody: draw more, or raise it to 0\.25 at least"),
+            (0.1, 3, r"leaves out nobody: draw more, or raise it to 0\.34 at least"),
+            (0.49, 2, r"leaves out nobody: draw more"),
+            (0.4999999999, 2, r"leaves nobody: draw more, or lower it"),
+            (0.4999999999, 8, r"leaves nobody: draw more, or lower it"),
+        )
+    },
+    "trim of those drawn": (
+        [
+            "aggregation=ffa",
+            *agg(reducer="trimmed_mean", weights="uniform", trim=0.25),
+            NINE,
+            "trainer.federated.num_train_clients=3",
+        ],
+        r"aggregation\.trim=0\.25 of the 3 clients that trainer\.federated draws leaves out nobody",
+    ),
+    "a fraction that draws nobody": (
+        ["trainer.federated.num_clients=4", "trainer.federated.fraction_train=1e-12"],
+        r"^trainer\.federated\.fraction_train=1e-12 of num_clients=4 draws no client at all: raise it to 0\.25, or set num_train_clients$",
+    ),
+    **{
+        f"overflow {override}": (
+            [*more, override],
+            rf"{re.escape(override.partition('=')[0])}={re.escape(str(float(override.partition('=')[2])))}.* 1e6",
+        )
+        for override, *more in (
+            ("gate.max_norm_ratio=1e300",),
+            ("gate.max_update_ratio=1e300",),
+            ("gate.max_reply_ratio=1e300",),
+            ("trainer.args.num_train_epochs=1e300",),
+            ("trainer.federated.round_timeout=1e300",),
+            ("trainer.federated.roll_call_timeout=1e300",),
+            ("launcher.start_timeout=1e300", "launcher.isolate=true"),
+            ("model.model_args.lora_config.lora_alpha=1e300",),
+            ("model.model_args.lora_config.lora_alpha=1e-300",),
+            ("robust.max_norm=1e300", "robust=norm_clipping"),
+        )
+    },
+    **{
+        f"tolerance {value}": (
+            ["robust=geometric_median", f"robust.tolerance={value}"],
+            rf".* robust\.tolerance={value} between 0 and 1$",
+        )
+        for value in (0.0, 1.0, -1.0)
+    },
+    "alphas that overflow": (
+        ["aggregation=hetlora", "partition.lora_alphas=[1,2,3,4,1e300]"],
+        r"partition\.lora_alphas=\[1\.0, 2\.0, 3\.0, 4\.0, 1e\+300\] must be numbers from 1e-6 to 1e6, one a client",
+    ),
     "trimmed mean alone": (
         ["aggregation=ffa", *agg(reducer="trimmed_mean", weights="uniform")],
         r"aggregation\.trim=None beside aggregation\.reducer=trimmed_mean",
@@ -276,9 +335,13 @@ REFUSED = {
     **{
         f"gate.{key}={value}": ([f"gate.{key}={value}"], rf"gate\.{key}={value} must {rule}")
         for key, value, rule in (
-            ("max_norm_ratio", 1.0, r"be above 1 \(the median itself\), or null for no bound"),
+            ("max_norm_ratio", 1.0, r"be above 1 \(the median itself\), at most 1e6, or null for no bound"),
             ("max_norm_ratio", -2.0, r"be above 1"),
-            ("max_update_ratio", 0.0, r"be above 0 \(1 is as much as the adapter itself\), or null for no bound"),
+            (
+                "max_update_ratio",
+                0.0,
+                r"be above 0 \(1 is as much as the adapter itself\), at most 1e6, or null for no bound",
+            ),
             ("max_update_ratio", -1.0, r"be above 0"),
             ("max_client_share", 0.0, r"lie in \(0, 1\], or null for no cap"),
             ("max_client_share", 1.1, r"lie in \(0, 1\]"),
@@ -324,7 +387,7 @@ REFUSED = {
     ),
     "alpha 0": (
         ["aggregation=hetlora", "partition.lora_alphas=[1,2,3,4,0]"],
-        r"partition\.lora_alphas=\[1\.0, 2\.0, 3\.0, 4\.0, 0\.0\] must be above 0, one a client",
+        r"partition\.lora_alphas=\[1\.0, 2\.0, 3\.0, 4\.0, 0\.0\] must be numbers from 1e-6 to 1e6, one a client",
     ),
     **{
         f"{count} a round": (
@@ -356,17 +419,17 @@ REFUSED = {
             rf"strategy\.{key}={value} is refused: {kind} wants {rule}; correct it, or leave it out for {default}$",
         )
         for name, kind, key, value, rule, default in (
-            ("fedadam", "FedAdam", "tau", 0.0, r"a finite number above 0", r"0\.001"),
-            ("fedyogi", "FedYogi", "tau", -1e-3, r"a finite number above 0", r"0\.001"),
-            ("fedadagrad", "FedAdagrad", "tau", 0.0, r"a finite number above 0", r"0\.001"),
+            ("fedadam", "FedAdam", "tau", 0.0, r"a number above 0, at most 1e6", r"0\.001"),
+            ("fedyogi", "FedYogi", "tau", -1e-3, r"a number above 0, at most 1e6", r"0\.001"),
+            ("fedadagrad", "FedAdagrad", "tau", 0.0, r"a number above 0, at most 1e6", r"0\.001"),
             ("fedadam", "FedAdam", "beta_1", 1.0, r"a number in \[0, 1\)", r"0\.9"),
             ("fedadam", "FedAdam", "beta_2", -0.1, r"a number in \[0, 1\)", r"0\.99"),
             ("fedyogi", "FedYogi", "beta_2", 1.5, r"a number in \[0, 1\)", r"0\.99"),
             ("fedavgm", "FedAvgM", "momentum", 1.0, r"a number in \[0, 1\)", r"0\.9"),
-            ("fedprox", "FedProx", "mu", -0.01, r"a finite number, 0 or above", r"0\.01"),
-            ("fedavgm", "FedAvgM", "server_lr", -1.0, r"a finite number above 0", r"1\.0"),
-            ("fedadam", "FedAdam", "server_lr", 0.0, r"a finite number above 0", r"0\.001"),
-            ("fedadam", "FedAdam", "v_init", -1.0, r"a finite number, 0 or above", r"null"),
+            ("fedprox", "FedProx", "mu", -0.01, r"a number from 0 to 1e6", r"0\.01"),
+            ("fedavgm", "FedAvgM", "server_lr", -1.0, r"a number above 0, at most 1e6", r"1\.0"),
+            ("fedadam", "FedAdam", "server_lr", 0.0, r"a number above 0, at most 1e6", r"0\.001"),
+            ("fedadam", "FedAdam", "v_init", -1.0, r"a number from 0 to 1e6", r"null"),
         )
     },
     "strategy nan": (
@@ -383,13 +446,13 @@ REFUSED = {
             ),
             (
                 ["robust=norm_clipping", "robust.max_norm=0"],
-                r"robust\.max_norm=0\.0 must be above 0, or null for the round's median norm",
+                r"robust\.max_norm=0\.0 must be above 0, at most 1e6, or null for the round's median norm",
             ),
             (
                 ["robust=geometric_median", "robust.max_iterations=0"],
-                r"robust\.max_iterations=0 must be at least 1 and robust\.tolerance=1e-10 above 0",
+                r"robust\.max_iterations=0 must lie between 1 and 1e6 and robust\.tolerance=1e-10 between 0 and 1",
             ),
-            (["robust=geometric_median", "robust.tolerance=0"], r".* and robust\.tolerance=0\.0 above 0"),
+            (["robust=geometric_median", "robust.tolerance=0"], r".* and robust\.tolerance=0\.0 between 0 and 1"),
         )
     },
     "unknown strategy": (

@@ -75,7 +75,7 @@ AGGREGATIONS = [
     {f"aggregation.{key}": value for key, value in zip(AGGREGATION_KEYS, row, strict=True)}
     for row in (
         ("product_norm", "both", "factors", "sidecar", "procrustes", 0.25, None, 3, "r"),
-        ("uniform", "b", "trimmed_mean", "dropped", "orthonormal", None, 0.125, None, "r"),
+        ("uniform", "b", "trimmed_mean", "dropped", "orthonormal", None, 0.25, None, "r"),
         ("trained", "alternate", "factors", "dropped", "balanced", None, None, None, "exact"),
         ("owned", "both", "product", "feedback", "balanced", None, None, None, "r"),
         ("trained", "both", "stack", "sidecar", "reset", None, None, 5, "exact"),

@@ -123,7 +123,7 @@ def evaluation(pocket, saves, *overrides) -> ComposedConfig:
         ("finetune", "trainer.federated.num_train_clients=2 trainer.federated.fraction_train=0.5", "num_train_clients=2 beside fraction_train=0.5: give one of the two"),
         ("finetune", "trainer.federated.force_owners=true", "force_owners=true: nobody owns forget rows where nothing is unlearned; leave it false"),
         ("finetune", "trainer.federated.wire_dtype=float16", "wire_dtype='float16' does not fit; did you mean 'bfloat16'? allowed: float32, bfloat16"),
-        ("finetune", "gate.max_norm_ratio=1", "gate.max_norm_ratio=1.0 must be above 1 (the median itself), or null for no bound"),
+        ("finetune", "gate.max_norm_ratio=1", "gate.max_norm_ratio=1.0 must be above 1 (the median itself), at most 1e6, or null for no bound"),
         ("finetune", "gate.max_client_share=0", "gate.max_client_share=0.0 must lie in (0, 1], or null for no cap"),
         ("finetune", "gate.max_reply_ratio=0.5", "gate.max_reply_ratio=0.5 must be at least 1"),
         ("finetune", "gate.max_ratio=3", "gate.max_ratio=3 is an unknown key; did you mean 'max_norm_ratio'? Known: max_client_share, max_norm_ratio, max_reply_ratio, max_update_ratio. Correct it or leave it out"),
@@ -211,26 +211,26 @@ MOMENTS = "its moments belong to entries of the factors, and this gauge changes 
         ("strategy=fedavg strategy.tau=1", "strategy.tau=1 is an unknown key. FedAvg has no parameters. Correct it or leave it out"),
         ("strategy=fedprox strategy.tau=1", "strategy.tau=1 is an unknown key. Known: mu. Correct it or leave it out"),
         ("strategy=fedadam strategy.epsilon=1", "strategy.epsilon=1 is an unknown key. Known: beta_1, beta_2, bias_correction, server_lr, tau, v_init. Correct it"),
-        ("strategy=fedadam strategy.tau=0", "strategy.tau=0.0 is refused: FedAdam wants a finite number above 0; correct it, or leave it out for 0.001"),
+        ("strategy=fedadam strategy.tau=0", "strategy.tau=0.0 is refused: FedAdam wants a number above 0, at most 1e6; correct it, or leave it out for 0.001"),
         ("strategy=fedadam strategy.beta_1=1", "strategy.beta_1=1.0 is refused: FedAdam wants a number in [0, 1); correct it, or leave it out for 0.9"),
         ("strategy=fedyogi strategy.beta_2=-0.1", "strategy.beta_2=-0.1 is refused: FedYogi wants a number in [0, 1); correct it, or leave it out for 0.99"),
         ("strategy=fedadam strategy.beta_2=nan", "strategy.beta_2=nan does not fit; allowed: a finite number"),
         ("strategy=fedavgm strategy.momentum=1", "strategy.momentum=1.0 is refused: FedAvgM wants a number in [0, 1)"),
-        ("strategy=fedprox strategy.mu=-1", "strategy.mu=-1.0 is refused: FedProx wants a finite number, 0 or above; correct it, or leave it out for 0.01"),
-        ("strategy=fedadagrad strategy.server_lr=-1", "strategy.server_lr=-1.0 is refused: FedAdagrad wants a finite number above 0; correct it, or leave it out for 0.001"),
-        ("strategy=fedavgm strategy.server_lr=0", "strategy.server_lr=0.0 is refused: FedAvgM wants a finite number above 0"),
+        ("strategy=fedprox strategy.mu=-1", "strategy.mu=-1.0 is refused: FedProx wants a number from 0 to 1e6; correct it, or leave it out for 0.01"),
+        ("strategy=fedadagrad strategy.server_lr=-1", "strategy.server_lr=-1.0 is refused: FedAdagrad wants a number above 0, at most 1e6; correct it, or leave it out for 0.001"),
+        ("strategy=fedavgm strategy.server_lr=0", "strategy.server_lr=0.0 is refused: FedAvgM wants a number above 0, at most 1e6"),
         ("aggregation=fedit partition.ranks=[4,2,2,1]", RANKS_DIFFER),
         ("aggregation=fedit partition.lora_alphas=[8,8,8,4]", RANKS_DIFFER),
         ("aggregation=flora partition.ranks=[8,4,4,4]", "partition.ranks=[8, 4, 4, 4]: 8 is above the adapter's r=4, which is the largest there can be: lower it, or raise model.model_args.lora_config.r"),
         ("aggregation=flora partition.ranks=[4,4,4]", "partition.ranks has 3 entries, trainer.federated.num_clients=4: give one a client, or null"),
         ("aggregation=flora partition.ranks=[4,4,4,0]", "partition.ranks=[4, 4, 4, 0] must be whole numbers from 1, one a client"),
-        ("aggregation=flora partition.lora_alphas=[4,4,4,-1]", "partition.lora_alphas=[4.0, 4.0, 4.0, -1.0] must be above 0, one a client"),
+        ("aggregation=flora partition.lora_alphas=[4,4,4,-1]", "partition.lora_alphas=[4.0, 4.0, 4.0, -1.0] must be numbers from 1e-6 to 1e6, one a client"),
         ("strategy=fedadam aggregation=flexlora", f"strategy FedAdam beside aggregation.gauge=balanced: {MOMENTS}"),
         ("strategy=fedyogi aggregation=fedex", "strategy FedYogi beside aggregation.residual=sidecar: what is left over belongs to the mean itself, which this strategy does not send; choose fedavg or fedprox"),
         ("aggregation=flora aggregation.residual=dropped", "aggregation.reducer=stack beside aggregation.residual=dropped: all that was learnt would be thrown away; choose residual=sidecar"),
         ("robust=krum", "robust Krum needs 5 updates a round, trainer.federated draws 4 clients: draw more, lower robust.num_malicious, or choose robust=off"),
         ("robust=krum robust.num_malicious=-1", "robust.num_malicious=-1 must not be negative"),
-        ("robust=norm_clipping robust.max_norm=0", "robust.max_norm=0.0 must be above 0, or null for the round's median norm"),
+        ("robust=norm_clipping robust.max_norm=0", "robust.max_norm=0.0 must be above 0, at most 1e6, or null for the round's median norm"),
         ("strategy._target_=nowhere.Strategy", f"strategy._target_='nowhere.Strategy' cannot be imported (No module named 'nowhere'): give the import path of {OURS} or of {FLOWERS}"),
         ("strategy._target_=flwr.serverapp.strategy.FedAdm", "strategy._target_='flwr.serverapp.strategy.FedAdm': flwr.serverapp.strategy has no 'FedAdm'; did you mean 'FedAdam'? give"),
         ("strategy._target_=flwr.serverapp.Grid", f"strategy._target_='flwr.serverapp.Grid' is not a ServerOptimizer or {FLOWERS}: give the import path of {OURS}"),
@@ -249,7 +249,7 @@ def test_the_real_door_ends_with_code_2_one_line_and_no_traceback(pocket, saves)
     door = [sys.executable, str(CONFIGS.parent / "src" / "fed_train.py")]
     done = subprocess.run([*door, *words(pocket, saves, "x", "strategy=fedadam", "strategy.tau=0")], capture_output=True, text=True, check=False)  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: strategy.tau=0.0 is refused: FedAdam wants a finite number above 0; correct it, or leave it out for 0.001\n"  # fmt: skip
+    assert done.stderr == "error: strategy.tau=0.0 is refused: FedAdam wants a number above 0, at most 1e6; correct it, or leave it out for 0.001\n"  # fmt: skip
     assert not saves.exists()
 
 

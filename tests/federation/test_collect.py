@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 from flwr.app import RecordDict
-from helpers_runs import tiny, unlearn
+from helpers_runs import central, tiny, unlearn
 from helpers_turns import A, B, Federation, good, good_reply, norm_of, start, with_trainer
 
 from fedunlearn.aggregation.robust.krum import Krum, MultiKrum
 from fedunlearn.config.server import GateConfig
 from fedunlearn.errors import UserError
 from fedunlearn.federation.collect import collect
+from fedunlearn.federation.link import rows_of
 from fedunlearn.federation.planning import check_plans, plan_round
 from fedunlearn.federation.wire import ADAPTER, REPLY, pack_adapter, pack_scalars
 from fedunlearn.protocols.selection import select
@@ -345,9 +346,9 @@ def test_where_no_owner_unlearns_the_others_do_not_go_on(federation):
 def test_num_train_clients_is_how_many_are_drawn(federation, count):
     made = federation(num_train_clients=count)
     for number in range(1, 6):
-        tasks = plan_round(made.run, made.members, number).tasks
+        tasks = plan_round(made.run, rows_of(made.members), number).tasks
         assert tuple(task.client_id for task in tasks) == draw(count, round=number)
-    drawn = {tuple(t.client_id for t in plan_round(made.run, made.members, n).tasks) for n in range(1, 9)}
+    drawn = {tuple(t.client_id for t in plan_round(made.run, rows_of(made.members), n).tasks) for n in range(1, 9)}
     assert (len(drawn) == 1) == (count == CLIENTS)
 
 
@@ -357,16 +358,16 @@ def test_forced_owners_are_in_every_cohort_and_take_places_of_those_drawn(federa
     plain = federation(owners=owners, kind="unlearn", num_train_clients=3)
     lucky = 0
     for number in range(1, 21):
-        cohort = {task.client_id for task in plan_round(made.run, made.members, number).tasks}
+        cohort = {task.client_id for task in plan_round(made.run, rows_of(made.members), number).tasks}
         assert set(owners) < cohort
         assert len(cohort) == 3
-        lucky += set(owners) <= {task.client_id for task in plan_round(plain.run, plain.members, number).tasks}
+        lucky += set(owners) <= {task.client_id for task in plan_round(plain.run, rows_of(plain.members), number).tasks}
     assert lucky < 20  # else the test shows nothing
 
 
 def test_more_owners_than_places_are_all_asked(federation):
     made = federation(owners=(1, 4, 6), kind="unlearn", num_train_clients=2, force_owners=True)
-    assert {t.client_id for t in plan_round(made.run, made.members, 1).tasks} == {1, 4, 6}
+    assert {t.client_id for t in plan_round(made.run, rows_of(made.members), 1).tasks} == {1, 4, 6}
 
 
 def test_a_forced_owner_that_failed_twice_is_left_out_like_any_other(federation):
@@ -385,10 +386,10 @@ def test_a_plan_that_never_draws_an_owner_is_refused(federation):
     lone = next(k for k in range(CLIENTS) if draw(1, round=1) != (k,))
     made = federation(owners=(lone,), kind="unlearn", **few)
     with pytest.raises(UserError, match=r"nobody unlearned: no owner .* is drawn in any round.*force_owners=true"):
-        check_plans(made.run, made.members)
-    check_plans(with_trainer(made.run, force_owners=True), made.members)
+        check_plans(made.run, rows_of(made.members))
+    check_plans(with_trainer(made.run, force_owners=True), rows_of(made.members))
     many = with_trainer(made.run, num_rounds=100)  # one of them draws it
-    check_plans(many, made.members)
+    check_plans(many, rows_of(made.members))
 
 
 def test_a_round_with_fewer_working_clients_than_the_robust_weights_need_is_refused_before_training(federation):
@@ -396,15 +397,33 @@ def test_a_round_with_fewer_working_clients_than_the_robust_weights_need_is_refu
     protocol = TargetThenRepair()
     made = federation(owners=(0, 1), kind="unlearn", robust=Krum(), protocol=protocol, num_rounds=4)
     with pytest.raises(UserError, match=r"robust Krum needs 5 updates, but round 1 has 2 working clients \(protocol TargetThenRepair\)"):  # fmt: skip
-        check_plans(made.run, made.members)
-    check_plans(federation(owners=(0, 1), kind="unlearn", robust=Krum(), num_rounds=4).run, made.members)
+        check_plans(made.run, rows_of(made.members))
+    check_plans(federation(owners=(0, 1), kind="unlearn", robust=Krum(), num_rounds=4).run, rows_of(made.members))
     five = federation(owners=range(5), kind="unlearn", robust=Krum(), protocol=protocol, num_rounds=1)
-    check_plans(five.run, five.members)
+    check_plans(five.run, rows_of(five.members))
 
 
-def test_a_refused_plan_leaves_no_round_behind(pocket, saves):
-    """Through the door: three working clients in the first round of a run of five with Krum."""
-    krum = ("robust=krum", "protocol=target_then_repair", "trainer.federated.num_clients=5", "partition=round_robin")
+KRUM_ALONE = ("robust=krum", "protocol=target_then_repair", "trainer.federated.num_clients=5", "partition=round_robin")
+
+
+def test_a_refused_plan_leaves_nothing_behind(pocket, saves):
+    """Through the door: two working clients in the first round of a run of five with Krum."""
     with pytest.raises(UserError, match=r"robust Krum needs 5 updates, but round 1 has 2 working clients"):
-        unlearn(pocket, saves, None, "un", *krum)
-    assert not list((saves / "unlearn" / "un" / "rounds").glob("0*"))
+        unlearn(pocket, saves, None, "un", *KRUM_ALONE)
+    assert not (saves / "unlearn").exists()
+
+
+def test_a_refused_plan_leaves_the_run_that_it_was_to_overwrite(pocket, saves):
+    run = unlearn(pocket, saves, None, "un", "partition=round_robin")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"robust Krum needs 5 updates"):
+        unlearn(pocket, saves, None, "un", *KRUM_ALONE, "overwrite=true")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_the_central_baseline_has_no_plan(pocket, saves):
+    """One client a round, and none of them an owner: of no matter where nobody is drawn."""
+    few = ("partition=by_author", "trainer.federated.fraction_train=0.25", "trainer.federated.num_rounds=1")
+    seed = next(s for s in range(50) if select(range(4), seed=s, round=1, count=1) != (3,))
+    run = central(pocket, saves, "unlearn", "un", *few, f"trainer.args.seed={seed}")
+    assert (run / "done.json").is_file()

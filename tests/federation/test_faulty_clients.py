@@ -329,13 +329,19 @@ def test_a_run_that_never_drew_an_owner_is_no_unlearning(pocket, saves):
     seed = next(s for s in range(50) if select(range(4), seed=s, round=1, count=1) != (3,))
     with pytest.raises(UserError, match=r"nobody unlearned: no owner of forget rows is drawn in any round"):
         unlearn(pocket, saves, None, "un", *few, f"trainer.args.seed={seed}")
+    assert not (saves / "unlearn").exists()
 
 
 def test_a_round_in_which_all_who_were_drawn_stand_idle_leaves_the_adapter_as_it_is(pocket, saves, tuned):
     """One client a round, owners first: with this seed round 1 draws one that owns nothing to forget, round 2 an owner."""
     drawn = [[select(range(4), seed=s, round=n, count=1)[0] for n in (1, 2)] for s in range(50)]
     seed = next(s for s, (first_round, second_round) in enumerate(drawn) if first_round < 2 <= second_round)
-    lone = ("trainer.federated.num_train_clients=1", "protocol=target_then_repair", "protocol.unlearn_rounds=2")
+    lone = (
+        "trainer.federated.num_train_clients=1",
+        "protocol=target_then_repair",
+        "protocol.unlearn_rounds=2",
+        "protocol.repair_epochs=null",
+    )
     run = unlearn(pocket, saves, tuned, "un", *lone, f"trainer.args.seed={seed}")
     lines = history(run)
     assert [(c["role"], c["weight"]) for line in lines for c in line["clients"]] == [("idle", 0.0), ("unlearn", 1.0)]

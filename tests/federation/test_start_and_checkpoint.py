@@ -1,5 +1,6 @@
 """What a run begins with and what each round leaves on disk: all of it comes back, and what is damaged or another's is told."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -14,6 +15,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.federation import rounds
 from fedunlearn.federation.block_store import FOLDER, BlockStore
 from fedunlearn.federation.checkpoint import (
+    MOMENTS,
     Checkpoint,
     append_history,
     cut_history,
@@ -24,7 +26,7 @@ from fedunlearn.federation.checkpoint import (
 )
 from fedunlearn.federation.flower_strategy import StrategyState
 from fedunlearn.federation.start import BEGAN, START, began_with, load_start, save_start
-from fedunlearn.models.adapter_files import WEIGHTS, load_adapter
+from fedunlearn.models.adapter_files import WEIGHTS, load_adapter, save_adapter
 from fedunlearn.records.adapter import Adapter, hash_tensors
 from fedunlearn.records.partition import OwnedRows
 from fedunlearn.records.rounds import ClientRows
@@ -242,7 +244,9 @@ class TestCheckpoint:
         ):
             latest_checkpoint(run)
 
-    @pytest.mark.parametrize("key", ["round", "strategy", "moments", "blocks", "carried", "holds", "foreign"])
+    @pytest.mark.parametrize(
+        "key", ["round", "strategy", "moments", "blocks", "carried", "holds", "foreign", "files", "adapter_hash"]
+    )
     def test_a_key_that_is_missing_is_told(self, run, key):
         save_checkpoint(run, checkpoint(), BESIDE, 2)
         path = round_folder(run, 1) / "checkpoint.json"
@@ -250,6 +254,72 @@ class TestCheckpoint:
         del said[key]
         path.write_text(json.dumps(said))
         with pytest.raises(UserError, match=rf"is damaged \('{key}'\)"):
+            latest_checkpoint(run)
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("round", 0),
+            ("round", -1),
+            ("round", 2),
+            ("round", True),
+            ("round", "1"),
+            ("round", None),
+            ("strategy", 3),
+            ("moments", "mv"),
+            ("moments", ["m"]),
+            ("moments", []),
+            ("moments", ["m", "n", "v"]),
+            ("blocks", {}),
+            ("blocks", [1]),
+            ("carried", False),
+            ("carried", "yes"),
+            ("holds", []),
+            ("holds", {"x": []}),
+            ("holds", {"-1": []}),
+            ("holds", {"0": "x"}),
+            ("foreign", []),
+            ("foreign", {"kinds": [], "unsaved": []}),
+            ("files", []),
+            ("files", {}),
+            ("files", {"moments.safetensors": "0"}),
+            ("adapter_hash", "0"),
+        ],
+    )
+    def test_a_value_that_no_round_writes_is_told(self, run, key, value):
+        save_checkpoint(run, checkpoint(), BESIDE, 2)
+        path = round_folder(run, 1) / "checkpoint.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+        with pytest.raises(
+            UserError, match=r"checkpoint '.*0001' is damaged \(.*\): delete that folder, resume=true then"
+        ):
+            latest_checkpoint(run)
+
+    @pytest.mark.parametrize("name", ["moments", "carried", "strategy"])
+    def test_a_file_that_was_edited_is_told(self, run, name):
+        """Another number in a file that can be read as ever."""
+        foreign = StrategyState(arrays={"n": torch.ones(2)}, kinds={"n": ["ndarray", "n"]})
+        save_checkpoint(run, checkpoint(foreign=foreign), BESIDE, 2)
+        path = round_folder(run, 1) / f"{name}.safetensors"
+        tensors = safetensors.torch.load_file(path)
+        safetensors.torch.save_file({key: tensor + 1 for key, tensor in tensors.items()}, path)
+        with pytest.raises(
+            UserError, match=rf"is damaged \({name}\.safetensors is not the one that was written: its sha256 differs\)"
+        ):
+            latest_checkpoint(run)
+
+    def test_a_file_that_was_laid_beside_it_is_told(self, run):
+        save_checkpoint(run, checkpoint(), BESIDE, 2)
+        safetensors.torch.save_file({"n": torch.ones(2)}, round_folder(run, 1) / "strategy.safetensors")
+        with pytest.raises(UserError, match=r"is damaged \(strategy\.safetensors was not written by that round\)"):
+            latest_checkpoint(run)
+
+    def test_another_adapter_with_a_proof_of_its_own_is_told(self, run):
+        save_checkpoint(run, checkpoint(), BESIDE, 2)
+        save_adapter(round_folder(run, 1) / "adapter", ADAPTER.replace(factors(seed=9)))
+        with pytest.raises(
+            UserError, match=r"is damaged \(adapter_hash and carried in checkpoint\.json are not what lies"
+        ):
             latest_checkpoint(run)
 
     def test_a_damaged_adapter_is_told(self, run):
@@ -309,14 +379,31 @@ class TestResume:
             finetune(pocket, saves, "stopped", *self.ADAM, "resume=true")
         assert (path.read_bytes(), history(run)) == before
 
-    def test_moments_of_another_strategy_under_the_right_name_are_refused(self, pocket, saves, monkeypatch):
+    @pytest.mark.parametrize("kept", [(), ("v",)])
+    def test_moments_that_are_not_the_strategy_s_are_refused(self, pocket, saves, monkeypatch, kept):
+        """All of the file made anew, hash and all: what the strategy keeps still is not there, though it has stepped."""
         run = stopped(pocket, saves, monkeypatch, *self.ADAM)
-        path = round_folder(run, 1) / "checkpoint.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "moments": ["v"]}))
-        with pytest.raises(
-            ValueError, match="moment 'm' is missing for FedAdam: this is the state of another strategy"
-        ):
+        path, moments = round_folder(run, 1) / "checkpoint.json", round_folder(run, 1) / MOMENTS
+        flat = {k: t for k, t in safetensors.torch.load_file(moments).items() if k.split("/")[0] in kept}
+        moments.unlink()
+        if flat:
+            safetensors.torch.save_file(flat, moments)
+        files = {MOMENTS: hashlib.sha256(moments.read_bytes()).hexdigest()} if flat else {}
+        path.write_text(json.dumps({**json.loads(path.read_text()), "moments": list(kept), "files": files}))
+        said = (
+            r"0001' is damaged \(it holds the moments .*, FedAdam keeps \['m', 'v'\]\): delete that folder, resume=true"
+        )
+        with pytest.raises(UserError, match=said):
             finetune(pocket, saves, "stopped", *self.ADAM, "resume=true")
+
+    def test_the_way_out_of_a_damaged_checkpoint_is_one(self, pocket, saves, monkeypatch):
+        run = stopped(pocket, saves, monkeypatch, *self.ADAM)
+        whole = finetune(pocket, saves, "whole", *self.ADAM)
+        (round_folder(run, 1) / MOMENTS).write_bytes(b"")
+        with pytest.raises(UserError, match=r"delete that folder, resume=true then goes on"):
+            finetune(pocket, saves, "stopped", *self.ADAM, "resume=true")
+        shutil.rmtree(round_folder(run, 1))
+        assert adapter_bytes(finetune(pocket, saves, "stopped", *self.ADAM, "resume=true")) == adapter_bytes(whole)
 
     @pytest.mark.parametrize(
         "overrides",

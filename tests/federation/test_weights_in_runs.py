@@ -105,3 +105,26 @@ def test_a_launcher_that_nobody_can_start_is_refused_before_anything_is_written(
     ):
         prepare(tiny(pocket, saves, "finetune", "ft", f"launcher={{_target_: {HERE}.Nowhere}}"))
     assert not saves.exists()
+
+
+def test_a_trimmed_mean_of_too_few_says_that_it_is_a_plain_one(pocket, saves, monkeypatch):
+    """A quarter of four is one at each end; one that crashes leaves three, of which it is none."""
+    real = site.Site.work
+
+    def work(self, task, owned, weights, reference):
+        if task.client_id == 0 and len(calls) == 1:
+            raise RuntimeError("no memory left")
+        calls.extend([task] if task.client_id == 0 else [])
+        return real(self, task, owned, weights, reference)
+
+    calls = []
+    monkeypatch.setattr(site.Site, "work", work)
+    trimmed = (
+        "aggregation=ffa",
+        "aggregation.reducer=trimmed_mean",
+        "aggregation.trim=0.25",
+        "aggregation.weights=uniform",
+    )
+    first, second = history(finetune(pocket, saves, "ft", *trimmed))
+    assert first["notes"] == []
+    assert second["notes"] == ["aggregation.trim=0.25 leaves out nobody of 3 updates: the mean is a plain one"]

@@ -107,3 +107,23 @@ def test_epochs_must_be_above_0(epochs):
 def test_there_is_at_least_one_round_of_unlearning(rounds):
     with pytest.raises(UserError, match=rf"protocol\.unlearn_rounds={rounds} must be at least 1"):
         TargetThenRepair(unlearn_rounds=rounds)
+
+
+def test_rounds_that_are_not_there_are_told():
+    """Two rounds: three cannot unlearn; where both do, no round is left to repair in."""
+    assert TargetThenRepair(unlearn_rounds=1, repair_epochs=1.0).faults(2) == ()
+    assert TargetThenRepair(unlearn_rounds=2).faults(2) == ()
+    at = "protocol.unlearn_rounds={} beside trainer.federated.num_rounds=2: "
+    (fault,) = TargetThenRepair(unlearn_rounds=3).faults(2)
+    assert fault == at.format(3) + "there are not so many rounds; lower it, or raise num_rounds"
+    (fault,) = TargetThenRepair(unlearn_rounds=2, repair_epochs=1.5).faults(2)
+    assert fault.startswith(at.format(2) + "no round is left for protocol.repair_epochs=1.5 to act in; leave that null")
+    assert InRound().faults(1) == ()
+
+
+@pytest.mark.parametrize("epochs", [0.0, -1.0, 1.1e6, 1e308])
+def test_epochs_that_are_none_or_overflow_are_refused(epochs):
+    with pytest.raises(UserError, match=r"protocol\.repair_epochs=.* must be above 0, at most 1e6, or null"):
+        TargetThenRepair(repair_epochs=epochs)
+    with pytest.raises(UserError, match=r"protocol\.finetune_epochs=.* must be above 0, at most 1e6, or null"):
+        InRound(finetune_epochs=epochs)

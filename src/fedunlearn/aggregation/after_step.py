@@ -65,7 +65,7 @@ def _cast(whose: str, tensors: Mapping[str, object], like: Tensors, dtype: torch
             raise ValueError(
                 f"{whose} has {told} for tensor {name!r}; allowed: a tensor of shape {tuple(wanted.shape)}"
             )
-        stored[name] = tensor.detach().to(dtype or wanted.dtype)
+        stored[name] = tensor.detach().to(dtype or wanted.dtype).contiguous()  # an SVD may give a view
     bad = not_finite(stored)
     if bad is not None:
         raise ValueError(f"{whose} has entries in tensor {bad!r} that are not finite as {stored[bad].dtype}")

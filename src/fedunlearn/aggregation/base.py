@@ -1,6 +1,5 @@
 """The interface of a server optimiser: a pure step from state and mean update to state."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from fedunlearn.errors import UserError
+from fedunlearn.limits import LARGEST
 from fedunlearn.records.adapter import Tensors
 
 
@@ -102,8 +102,8 @@ class Rule(NamedTuple):
     holds: Callable[[float], bool]
 
 
-POSITIVE = Rule("a finite number above 0", lambda value: 0 < value < math.inf)
-NOT_NEGATIVE = Rule("a finite number, 0 or above", lambda value: 0 <= value < math.inf)
+POSITIVE = Rule("a number above 0, at most 1e6", lambda value: 0 < value <= LARGEST)
+NOT_NEGATIVE = Rule("a number from 0 to 1e6", lambda value: 0 <= value <= LARGEST)
 BELOW_ONE = Rule("a number in [0, 1)", lambda value: 0 <= value < 1)
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedunlearn.errors import UserError
+from fedunlearn.limits import LARGEST, SMALLEST
 from fedunlearn.partitions.base import Partitioner
 
 
@@ -87,8 +88,9 @@ class PartitionConfig:
     def __post_init__(self) -> None:
         if self.ranks is not None and min(self.ranks, default=0) < 1:
             raise UserError(f"partition.ranks={list(self.ranks)} must be whole numbers from 1, one a client")
-        if self.lora_alphas is not None and min(self.lora_alphas, default=0) <= 0:
-            raise UserError(f"partition.lora_alphas={list(self.lora_alphas)} must be above 0, one a client")
+        alphas = self.lora_alphas
+        if alphas is not None and not (alphas and SMALLEST <= min(alphas) <= max(alphas) <= LARGEST):
+            raise UserError(f"partition.lora_alphas={list(alphas)} must be numbers from 1e-6 to 1e6, one a client")
 
 
 @dataclass(frozen=True, kw_only=True)

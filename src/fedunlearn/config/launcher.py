@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedunlearn.errors import UserError
+from fedunlearn.limits import LARGEST
 
 START_TIMEOUT = 120.0
 
@@ -46,8 +47,8 @@ class LocalLauncher(Launcher):
 
     def __post_init__(self) -> None:
         _check_threads(self.threads)
-        if self.start_timeout <= 0:
-            raise UserError(f"launcher.start_timeout={self.start_timeout} must be above 0 seconds")
+        if not 0 < self.start_timeout <= LARGEST:
+            raise UserError(f"launcher.start_timeout={self.start_timeout} must be above 0 seconds, at most 1e6")
         if not self.isolate and self.start_timeout != START_TIMEOUT:
             raise UserError(
                 f"launcher.start_timeout={self.start_timeout} has nothing to act on: without a worker process only the default "
@@ -76,9 +77,9 @@ class RayLauncher(Launcher):
 
     def __post_init__(self) -> None:
         _check_threads(self.threads)
-        if self.client_cpus <= 0 or self.client_gpus < 0 or self.start_timeout <= 0:
+        if self.client_cpus <= 0 or self.client_gpus < 0 or not 0 < self.start_timeout <= LARGEST:
             raise UserError(
-                f"launcher: client_cpus={self.client_cpus} and start_timeout={self.start_timeout} must be above 0, client_gpus={self.client_gpus} not below"
+                f"launcher: client_cpus={self.client_cpus} and start_timeout={self.start_timeout} must be above 0 (start_timeout at most 1e6), client_gpus={self.client_gpus} not below"
             )
 
 

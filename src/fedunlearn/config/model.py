@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fedunlearn.errors import UserError
+from fedunlearn.limits import LARGEST, SMALLEST
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -29,8 +30,8 @@ class LoraArgs:
             raise UserError(
                 f"model.model_args.lora_config.r={self.r} is no rank: a whole number from 1, or null for a loaded adapter's"
             )
-        if self.lora_alpha is not None and self.lora_alpha <= 0:
-            raise UserError(f"model.model_args.lora_config.lora_alpha={self.lora_alpha} must be above 0")
+        if self.lora_alpha is not None and not SMALLEST <= self.lora_alpha <= LARGEST:
+            raise UserError(f"model.model_args.lora_config.lora_alpha={self.lora_alpha} must lie between 1e-6 and 1e6")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"model.model_args.lora_config.lora_dropout={self.lora_dropout} must lie in [0, 1)")
         names = self.target_modules

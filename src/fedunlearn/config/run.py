@@ -1,5 +1,6 @@
 """The whole configuration of a run, as the doors hand it on: one frozen record a kind of run."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -59,6 +60,7 @@ class TrainRun:
     def __post_init__(self) -> None:
         faults = [fault for holds, fault in (*self._rules(), *self._client_rules()) if not holds]
         faults += combination_faults(self._combination())
+        faults += self.protocol.faults(self.trainer.federated.num_rounds)
         if faults:
             raise UserError(*faults)
 
@@ -93,6 +95,7 @@ class TrainRun:
                 f"robust {type(self.robust).__name__} needs {self.robust.min_updates} updates a round, trainer.federated draws {federated.cohort_size} clients: "
                 "draw more, lower robust.num_malicious, or choose robust=off",
             ),
+            *self._trim_rules(),
             (
                 not federated.force_owners or self.mode == "unlearn",
                 "trainer.federated.force_owners=true: nobody owns forget rows where nothing is unlearned; leave it false",
@@ -107,6 +110,22 @@ class TrainRun:
                 )
             )
         return rules
+
+    def _trim_rules(self) -> list[tuple[bool, str]]:
+        trim, count = self.aggregation.trim, self.trainer.federated.cohort_size
+        if trim is None or self.aggregation.reducer != "trimmed_mean":
+            return []
+        dropped = trim * count + 1e-9
+        at = f"aggregation.trim={trim} of the {count} clients that trainer.federated draws"
+        least = math.ceil(100 / max(count, 1)) / 100
+        raised = f", or raise it to {least} at least" if least < 0.5 else ""
+        return [
+            (
+                dropped >= 1 or count < 1,
+                f"{at} leaves out nobody: draw more{raised}",
+            ),
+            (2 * math.floor(dropped) < count or dropped < 1, f"{at} leaves nobody: draw more, or lower it"),
+        ]
 
     def _rules(self) -> list[tuple[bool, str]]:
         unlearn = self.mode == "unlearn"

@@ -5,6 +5,7 @@ from typing import Literal
 
 from fedunlearn.aggregation.names import ClientWeights, GaugeName, Mask, ReducerName, Residual
 from fedunlearn.errors import UserError
+from fedunlearn.limits import LARGEST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,18 +85,21 @@ class GateConfig:
         at = "gate."
         rules = [
             (
-                self.max_norm_ratio is None or self.max_norm_ratio > 1,
-                f"{at}max_norm_ratio={self.max_norm_ratio} must be above 1 (the median itself), or null for no bound",
+                self.max_norm_ratio is None or 1 < self.max_norm_ratio <= LARGEST,
+                f"{at}max_norm_ratio={self.max_norm_ratio} must be above 1 (the median itself), at most 1e6, or null for no bound",
             ),
             (
-                self.max_update_ratio is None or self.max_update_ratio > 0,
-                f"{at}max_update_ratio={self.max_update_ratio} must be above 0 (1 is as much as the adapter itself), or null for no bound",
+                self.max_update_ratio is None or 0 < self.max_update_ratio <= LARGEST,
+                f"{at}max_update_ratio={self.max_update_ratio} must be above 0 (1 is as much as the adapter itself), at most 1e6, or null for no bound",
             ),
             (
                 self.max_client_share is None or 0 < self.max_client_share <= 1,
                 f"{at}max_client_share={self.max_client_share} must lie in (0, 1], or null for no cap",
             ),
-            (self.max_reply_ratio >= 1, f"{at}max_reply_ratio={self.max_reply_ratio} must be at least 1"),
+            (
+                1 <= self.max_reply_ratio <= LARGEST,
+                f"{at}max_reply_ratio={self.max_reply_ratio} must be at least 1, at most 1e6",
+            ),
         ]
         faults = [fault for holds, fault in rules if not holds]
         if faults:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedunlearn.errors import UserError
+from fedunlearn.limits import LARGEST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,10 @@ class TrainArgs:
         at = "trainer.args."
         return [
             (self.learning_rate >= 0, f"{at}learning_rate={self.learning_rate} must not be negative"),
-            (self.num_train_epochs > 0, f"{at}num_train_epochs={self.num_train_epochs} must be above 0"),
+            (
+                0 < self.num_train_epochs <= LARGEST,
+                f"{at}num_train_epochs={self.num_train_epochs} must be above 0, at most 1e6",
+            ),
             (
                 self.max_steps == -1 or self.max_steps > 0,
                 f"{at}max_steps={self.max_steps} must be -1 (by epochs) or above 0",
@@ -98,8 +102,8 @@ class TrainArgs:
                 f"{at}adam_beta1={self.adam_beta1} and adam_beta2={self.adam_beta2} must lie in [0, 1), adam_epsilon={self.adam_epsilon} must not be negative",
             ),
             (
-                self.warmup_epochs is None or self.warmup_epochs >= 0,
-                f"{at}warmup_epochs={self.warmup_epochs} must not be negative",
+                self.warmup_epochs is None or 0 <= self.warmup_epochs <= LARGEST,
+                f"{at}warmup_epochs={self.warmup_epochs} must not be negative, nor above 1e6",
             ),
             (self.logging_steps > 0, f"{at}logging_steps={self.logging_steps} must be above 0"),
         ]
@@ -145,6 +149,14 @@ class FederatedArgs:
             (self.num_rounds > 0, f"{at}num_rounds={self.num_rounds} must be above 0"),
             (0 < self.fraction_train <= 1, f"{at}fraction_train={self.fraction_train} must lie in (0, 1]"),
             (
+                self.cohort_size > 0
+                or self.num_train_clients is not None
+                or self.num_clients <= 0
+                or not 0 < self.fraction_train <= 1,
+                f"{at}fraction_train={self.fraction_train} of num_clients={self.num_clients} draws no client at all: raise it to {1 / max(self.num_clients, 1):.2g}, "
+                "or set num_train_clients",
+            ),
+            (
                 self.num_train_clients is None or 1 <= self.num_train_clients <= max(self.num_clients, 1),
                 f"{at}num_train_clients={self.num_train_clients} must lie between 1 and num_clients={self.num_clients}, or be null (by fraction_train)",
             ),
@@ -153,12 +165,18 @@ class FederatedArgs:
                 f"{at}num_train_clients={self.num_train_clients} beside fraction_train={self.fraction_train}: give one of the two (fraction_train=1.0 is none)",
             ),
             (
-                1 <= self.min_clients <= max(self.cohort_size, 1),
+                self.cohort_size < 1 or 1 <= self.min_clients <= self.cohort_size,
                 f"{at}min_clients={self.min_clients} must lie between 1 and the clients drawn each round, {self.cohort_size} of num_clients={self.num_clients}: "
                 "lower it, or raise fraction_train or num_train_clients",
             ),
-            (self.round_timeout > 0, f"{at}round_timeout={self.round_timeout} must be above 0 seconds"),
-            (self.roll_call_timeout > 0, f"{at}roll_call_timeout={self.roll_call_timeout} must be above 0 seconds"),
+            (
+                0 < self.round_timeout <= LARGEST,
+                f"{at}round_timeout={self.round_timeout} must be above 0 seconds, at most 1e6",
+            ),
+            (
+                0 < self.roll_call_timeout <= LARGEST,
+                f"{at}roll_call_timeout={self.roll_call_timeout} must be above 0 seconds, at most 1e6",
+            ),
             (self.max_retries >= 0, f"{at}max_retries={self.max_retries} must not be negative"),
             (0 < self.final_lr_ratio <= 1, f"{at}final_lr_ratio={self.final_lr_ratio} must lie in (0, 1]"),
             (self.keep_rounds > 0, f"{at}keep_rounds={self.keep_rounds} must be above 0"),

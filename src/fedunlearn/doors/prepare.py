@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+from fedunlearn.aggregation.factors import modules_of
 from fedunlearn.aggregation.flower import FlowerStrategy
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.data.ownership import (
@@ -25,7 +26,8 @@ from fedunlearn.evals.retain_log import check_retain_log
 from fedunlearn.evals.tofu import read_sets
 from fedunlearn.federation.flower_strategy import WrappedStrategy
 from fedunlearn.federation.launchers import check_launcher
-from fedunlearn.federation.start import START, load_start, save_start
+from fedunlearn.federation.planning import check_plans
+from fedunlearn.federation.start import START, counted, load_start, save_start
 from fedunlearn.files import write_json
 from fedunlearn.models.resident import Resident, resident
 from fedunlearn.models.source import ModelSource, resolve_source
@@ -36,6 +38,8 @@ from fedunlearn.reporting.run_folder import config_hash, judge_folder, make_fold
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+CENTRAL = "central"
+"""What the config of the central baseline has as its `door`."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -77,6 +81,9 @@ def prepare(composed: ComposedConfig) -> Prepared:
     tofu, source = inputs.tofu, inputs.source
     partition = _partition(run, folder, inputs)
     check_ownership(run, tofu, partition)
+    owned = owned_rows(run, tofu, partition)
+    if composed.plain.get("door") != CENTRAL:  # where there are no rounds there is no plan
+        check_plans(run, {rows.client_id: counted(rows) for rows in owned})
     if run.mode == "unlearn" and source.adapter is None:
         log.warning(
             "unlearning begins with a fresh adapter: nothing was fine-tuned (name an adapter or a run as lora_model_path)"
@@ -88,8 +95,9 @@ def prepare(composed: ComposedConfig) -> Prepared:
     made = load_model(run, source)
     if made.start is None:
         raise ValueError("a federated run has an adapter")
-    owned = owned_rows(run, tofu, partition)
     _check_ranks(run, made.start)
+    _check_sides(run, made.start)
+    _check_export(run, made.start)
     for rows in owned:
         encode_rows(made.chat, tofu, (*rows.forget, *rows.retain))
     hashes = {
@@ -133,6 +141,39 @@ def _check_ranks(run: TrainRun, start: Adapter) -> None:
         raise UserError(
             "partition.ranks or lora_alphas beside an adapter whose modules have ranks of their own (rank_pattern): leave them null"
         )
+
+
+def _check_sides(run: TrainRun, start: Adapter) -> None:
+    """Raises UserError where an SVD is to give r directions of a matrix that has fewer."""
+    chosen = run.aggregation
+    wants = {
+        f"aggregation.reducer={chosen.reducer}": chosen.reducer == "product",
+        f"aggregation.gauge={chosen.gauge}": chosen.gauge in ("balanced", "orthonormal"),
+        f"aggregation.export_rank={chosen.export_rank}": chosen.export_rank == "r" and _has_sidecar(run, start),
+    }
+    asked = [key for key, holds in wants.items() if holds]
+    for module in modules_of(start.tensors) if asked else ():
+        (rank, d_in), d_out = start.tensors[module.a].shape, start.tensors[module.b].shape[0]
+        if rank > min(d_in, d_out):
+            raise UserError(
+                f"{asked[0]} with rank {rank} (model.model_args.lora_config.r, or the loaded adapter's) of module {module.name!r}, whose sides are "
+                f"{d_out} and {d_in}: its product has {min(d_in, d_out)} directions at most; lower r to that, leave the module out of "
+                "model.model_args.lora_config.target_modules, or choose aggregation=fedit"
+            )
+
+
+def _check_export(run: TrainRun, start: Adapter) -> None:
+    """Raises UserError for a choice between two forms of a side-car where there is none."""
+    if run.aggregation.export_rank == "r" and not _has_sidecar(run, start):
+        raise UserError(
+            f"aggregation.export_rank=r beside aggregation.residual={run.aggregation.residual}: there is no side-car to be taken in, and the result "
+            "has rank r as it is; leave it exact, or set aggregation.residual=sidecar"
+        )
+
+
+def _has_sidecar(run: TrainRun, start: Adapter) -> bool:
+    """Whether the result will have one: from this run, or as the stack that its adapter came as."""
+    return run.aggregation.residual == "sidecar" or bool(start.sidecar)
 
 
 def find_inputs(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> Inputs:

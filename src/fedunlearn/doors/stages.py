@@ -8,7 +8,7 @@ from fedunlearn.aggregation.choices import trained_in
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.doors.compose import ComposedConfig
 from fedunlearn.doors.finish import evaluate, finish
-from fedunlearn.doors.prepare import find_inputs, load_model, prepare
+from fedunlearn.doors.prepare import CENTRAL, find_inputs, load_model, prepare
 from fedunlearn.errors import UserError
 from fedunlearn.evals.files import write_log
 from fedunlearn.federation.block_store import FOLDER, BlockStore
@@ -44,7 +44,7 @@ def run_federated(composed: ComposedConfig) -> EvalLog | None:
 
 def run_central(composed: ComposedConfig) -> EvalLog | None:
     """The central baseline: the same loop over all clients' rows at once, in one round, without a federation."""
-    composed = replace(composed, plain={**composed.plain, "door": "central"})
+    composed = replace(composed, plain={**composed.plain, "door": CENTRAL})
     set_threads(composed.run)
     if composed.run.resume:
         raise UserError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 
 from fedunlearn.aggregation.base import ServerState
 from fedunlearn.errors import UserError
@@ -64,10 +65,13 @@ def save_checkpoint(run_folder: Path, checkpoint: Checkpoint, start: Adapter, ke
         save_adapter(folder / (FACTORS if checkpoint.blocks else ADAPTER), start.replace(state.adapter, {}))
         flat = {f"{moment}/{name}": t for moment, tensors in state.moments.items() for name, t in tensors.items()}
         foreign = checkpoint.foreign or StrategyState()
+        files = {}
         for file, tensors in ((MOMENTS, flat), (CARRIED, checkpoint.carried), (FOREIGN, foreign.arrays)):
             if tensors:
-                write_bytes(folder / file, safetensors.torch.save({k: t.contiguous() for k, t in tensors.items()}))
-        write_json(folder / "checkpoint.json", _described(checkpoint))
+                blob = safetensors.torch.save({k: t.contiguous() for k, t in tensors.items()})
+                write_bytes(folder / file, blob)
+                files[file] = hashlib.sha256(blob).hexdigest()
+        write_json(folder / "checkpoint.json", {**_described(checkpoint), "files": files})
     for old in _rounds(run_folder)[:-keep]:
         shutil.rmtree(old)
     if checkpoint.blocks:
@@ -79,6 +83,7 @@ def _described(checkpoint: Checkpoint) -> dict[str, object]:
     foreign = checkpoint.foreign
     return {
         "round": checkpoint.state.round,
+        "adapter_hash": checkpoint.adapter_hash,
         "strategy": checkpoint.strategy,
         "moments": sorted(checkpoint.state.moments),
         "blocks": list(checkpoint.blocks),
@@ -108,24 +113,73 @@ def latest_checkpoint(run_folder: Path) -> Checkpoint | None:
 
 def _read(folder: Path) -> Checkpoint:
     saved = _object(folder)
+    _check_values(saved, int(folder.name))
     adapter, _ = load_adapter(folder / (FACTORS if saved["blocks"] else ADAPTER))
-    flat = safetensors.torch.load_file(folder / MOMENTS) if saved["moments"] else {}
-    moments = {
-        name: {key.partition("/")[2]: t for key, t in flat.items() if key.startswith(f"{name}/")}
-        for name in saved["moments"]
-    }
+    tensors = {file: _tensors(folder, saved["files"], file) for file in (MOMENTS, CARRIED, FOREIGN)}
     foreign = saved["foreign"]
-    arrays = safetensors.torch.load_file(folder / FOREIGN) if (folder / FOREIGN).is_file() else {}
-    return Checkpoint(
-        state=ServerState(adapter=adapter.tensors, moments=moments, round=int(saved["round"])),
-        strategy=str(saved["strategy"]),
+    found = Checkpoint(
+        state=ServerState(
+            adapter=adapter.tensors, moments=_moments(tensors[MOMENTS], saved["moments"]), round=saved["round"]
+        ),
+        strategy=saved["strategy"],
         blocks=tuple(saved["blocks"]),
-        carried=safetensors.torch.load_file(folder / CARRIED) if saved["carried"] else {},
+        carried=tensors[CARRIED],
         holds={int(client): frozenset(names) for client, names in saved["holds"].items()},
         foreign=None
         if foreign is None
-        else StrategyState(arrays=arrays, kinds=foreign["kinds"], unsaved=tuple(foreign["unsaved"])),
+        else StrategyState(arrays=tensors[FOREIGN], kinds=foreign["kinds"], unsaved=tuple(foreign["unsaved"])),
     )
+    if found.adapter_hash != saved["adapter_hash"] or bool(found.carried) != saved["carried"]:
+        raise ValueError("adapter_hash and carried in checkpoint.json are not what lies beside it")
+    return found
+
+
+def _check_values(saved: Mapping[str, Any], number: int) -> None:
+    """Raises KeyError for a key that is missing, ValueError for a value that no round writes."""
+    foreign = saved["foreign"]
+    holds = {
+        "round": saved["round"] == number and type(saved["round"]) is int and number > 0,
+        "strategy": isinstance(saved["strategy"], str),
+        "moments": _are_texts(saved["moments"]),
+        "blocks": _are_texts(saved["blocks"]),
+        "carried": isinstance(saved["carried"], bool),
+        "holds": isinstance(saved["holds"], dict)
+        and all(key.isdecimal() and _are_texts(names) for key, names in saved["holds"].items()),
+        "foreign": foreign is None
+        or (isinstance(foreign, dict) and isinstance(foreign["kinds"], dict) and _are_texts(foreign["unsaved"])),
+        "files": isinstance(saved["files"], dict),
+    }
+    wrong = [key for key, fits in holds.items() if not fits]
+    if wrong:
+        raise ValueError(f"checkpoint.json holds {wrong[0]}={str(saved[wrong[0]])[:80]}, which no round writes")
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _tensors(folder: Path, hashes: Mapping[str, object], file: str) -> Tensors:
+    """Gives what a file holds, nothing where none was written. Raises ValueError where it is not the one that was written."""
+    path = folder / file
+    if file not in hashes:
+        if path.is_file():
+            raise ValueError(f"{file} was not written by that round")
+        return {}
+    blob = path.read_bytes()
+    if hashlib.sha256(blob).hexdigest() != hashes[file]:
+        raise ValueError(f"{file} is not the one that was written: its sha256 differs")
+    tensors: Tensors = safetensors.torch.load(blob)
+    return tensors
+
+
+def _moments(flat: Tensors, names: list[str]) -> dict[str, Tensors]:
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in flat.items():
+        moment, _, name = key.partition("/")
+        found.setdefault(moment, {})[name] = tensor
+    if sorted(found) != names:
+        raise ValueError(f"checkpoint.json holds moments={names}, {MOMENTS} holds {sorted(found)}")
+    return {name: found[name] for name in names}
 
 
 def _blocks(folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from fedunlearn.aggregation.gate import MIN_FOR_NORMS, Verdict, judge_norms
 from fedunlearn.config.run import TrainRun
 from fedunlearn.errors import UserError
-from fedunlearn.federation.link import Member
+from fedunlearn.federation.link import Member, rows_of
 from fedunlearn.federation.parts import Depot
 from fedunlearn.federation.planning import plan_round
 from fedunlearn.federation.spool import Spool
@@ -44,7 +44,7 @@ class Call:
 
     def plan(self, number: int, left_out: Collection[int] = ()) -> RoundPlan:
         """The round's plan, without clients that failed it for good."""
-        plan = plan_round(self.run, self.members, number, left_out)
+        plan = plan_round(self.run, rows_of(self.members), number, left_out)
         return plan if self.mu is None else _with_mu(plan, self.mu)
 
 

@@ -41,6 +41,11 @@ class Member:
     bytes_up: int
 
 
+def rows_of(members: Mapping[int, Member]) -> dict[int, ClientRows]:
+    """What each member owns, by client id."""
+    return {client: member.declared.rows for client, member in members.items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RollCall:
     """members: by client id, in order. refused: a sentence for each node or client that is left out."""

@@ -1,31 +1,29 @@
-"""The plan of a round: cohort, roles, seeds and learning rates, all functions of the config, the members and the round."""
+"""The plan of a round: cohort, roles, seeds and learning rates, all functions of the config, of who owns how many rows, and of the round."""
 
 from collections.abc import Collection, Mapping
 
 from fedunlearn.aggregation.choices import trained_in
 from fedunlearn.config.run import TrainRun
 from fedunlearn.errors import UserError
-from fedunlearn.federation.link import Member
 from fedunlearn.protocols.selection import select
-from fedunlearn.records.rounds import ClientTask, Role, RoundPlan
+from fedunlearn.records.rounds import ClientRows, ClientTask, Role, RoundPlan
 from fedunlearn.seeds import seed_of
 
 NOBODY = (
     "nobody unlearned: no owner of forget rows is drawn in any round. Raise trainer.federated.fraction_train or num_rounds, "
-    "or set trainer.federated.force_owners=true, and start anew with overwrite=true"
+    "or set trainer.federated.force_owners=true, and start anew (overwrite=true where the run's folder exists)"
 )
 
 
-def plan_round(run: TrainRun, members: Mapping[int, Member], number: int, left_out: Collection[int] = ()) -> RoundPlan:
+def plan_round(run: TrainRun, rows: Mapping[int, ClientRows], number: int, left_out: Collection[int] = ()) -> RoundPlan:
     """Draws the cohort, asks the protocol for roles, and gives every client its seed and learning rate.
 
-    left_out: clients that failed this round for good; others are drawn in their place.
+    rows: of every client that takes part, by id. left_out: clients that failed this round for good; others are drawn in their place.
     """
     args, federated = run.trainer.args, run.trainer.federated
-    there = [client for client in members if client not in left_out]
-    owners = [client for client in there if federated.force_owners and members[client].declared.num_forget]
+    there = [client for client in rows if client not in left_out]
+    owners = [client for client in there if federated.force_owners and rows[client].num_forget]
     cohort = select(there, seed=args.seed, round=number, count=federated.cohort_size, forced=owners)
-    rows = [members[client].declared.rows for client in cohort]
     progress = (number - 1) / max(federated.num_rounds - 1, 1)
     scale = 1.0 + (federated.final_lr_ratio - 1.0) * progress
     return RoundPlan(
@@ -40,17 +38,17 @@ def plan_round(run: TrainRun, members: Mapping[int, Member], number: int, left_o
                 mu=run.strategy.client_mu,
                 trained=trained_in(run.aggregation.mask, number),
             )
-            for part in run.protocol.assign(number, rows, args.num_train_epochs)
+            for part in run.protocol.assign(number, [rows[client] for client in cohort], args.num_train_epochs)
         ),
     )
 
 
-def check_plans(run: TrainRun, members: Mapping[int, Member]) -> None:
+def check_plans(run: TrainRun, rows: Mapping[int, ClientRows]) -> None:
     """Raises UserError, before any training, for what no round of the whole plan can give: plans are functions of the seed.
 
-    No owner of forget rows is ever drawn; or a round has fewer working clients than the robust weights need.
+    Asked before the run's folder is made, by who owns what, and again once it is known who takes part. No owner of forget rows is ever drawn; or a round has fewer working clients than the robust weights need.
     """
-    plans = [plan_round(run, members, number) for number in range(1, run.trainer.federated.num_rounds + 1)]
+    plans = [plan_round(run, rows, number) for number in range(1, run.trainer.federated.num_rounds + 1)]
     if run.mode == "unlearn" and not any(task.role is Role.UNLEARN for plan in plans for task in plan.tasks):
         raise UserError(NOBODY)
     for plan in plans:
@@ -58,5 +56,5 @@ def check_plans(run: TrainRun, members: Mapping[int, Member]) -> None:
         if 0 < working < run.robust.min_updates:
             raise UserError(
                 f"robust {type(run.robust).__name__} needs {run.robust.min_updates} updates, but round {plan.round} has {working} working clients "
-                f"(protocol {type(run.protocol).__name__}): draw more, choose another protocol, or robust=off, and start anew with overwrite=true"
+                f"(protocol {type(run.protocol).__name__}): draw more, choose another protocol, or robust=off, and start anew (overwrite=true where the run's folder exists)"
             )

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 
 import fedunlearn
 from fedunlearn.aggregation.base import ServerState
+from fedunlearn.aggregation.choices import reducer_of
 from fedunlearn.aggregation.factors import scales_of
 from fedunlearn.aggregation.flower import FlowerStrategy
 from fedunlearn.aggregation.gate import above_cap
@@ -24,11 +25,12 @@ from fedunlearn.federation.checkpoint import (
     cut_history,
     latest_checkpoint,
     read_history,
+    round_folder,
     save_checkpoint,
 )
 from fedunlearn.federation.collect import Call, Collected, collect
 from fedunlearn.federation.flower_strategy import WrappedStrategy
-from fedunlearn.federation.link import Expectation, Member, RollCall, roll_call
+from fedunlearn.federation.link import Expectation, Member, RollCall, roll_call, rows_of
 from fedunlearn.federation.parts import Depot
 from fedunlearn.federation.planning import NOBODY, check_plans, plan_round
 from fedunlearn.federation.server_step import Stepped, Stepper, step
@@ -77,7 +79,7 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, run_id: str, reads_refer
     answers = timeout if run.launcher.clock == "round" else math.inf
     called = roll_call(grid, _expectation(run, folder, start), timeout, answers)
     _write_roll_call(folder, called)
-    check_plans(run, called.members)
+    check_plans(run, rows_of(called.members))
     server = Server(
         grid=grid,
         run=run,
@@ -120,9 +122,22 @@ def _first_checkpoint(run: TrainRun, folder: Path, start: Start, stepper: Steppe
             f"round {found.state.round} on disk holds the state of strategy {found.strategy}, this run has {stepper.strategy_name}: "
             "go on with the strategy it was begun with, or start anew with overwrite=true"
         )
+    _check_moments(run, folder, found)
     if stepper.foreign is not None and found.foreign is not None:
         stepper.foreign.restore(found.foreign)
     return found
+
+
+def _check_moments(run: TrainRun, folder: Path, found: Checkpoint) -> None:
+    """Raises UserError where the strategy keeps moments, has stepped, and the checkpoint holds others or none."""
+    wanted = [] if isinstance(run.strategy, FlowerStrategy) else sorted(run.strategy.moment_names)
+    done = [line for line in read_history(folder) if int(str(line["round"])) <= found.state.round]
+    stepped = any(client["weight"] != 0 for line in done for client in line["clients"])  # type: ignore[attr-defined]
+    if sorted(found.state.moments) != (wanted if stepped else []):
+        raise UserError(
+            f"checkpoint {str(round_folder(folder, found.state.round))!r} is damaged (it holds the moments {sorted(found.state.moments)}, "
+            f"{type(run.strategy).__name__} keeps {wanted}): delete that folder, resume=true then goes on from the round before"
+        )
 
 
 def _expectation(run: TrainRun, folder: Path, start: Start) -> Expectation:
@@ -215,7 +230,9 @@ def _configured(server: Server, before: Checkpoint, number: int) -> Mapping[int,
     foreign = server.stepper.foreign
     if foreign is None:
         return None
-    tasks = [task for task in plan_round(server.run, server.members, number).tasks if task.role is not Role.IDLE]
+    tasks = [
+        task for task in plan_round(server.run, rows_of(server.members), number).tasks if task.role is not Role.IDLE
+    ]
     if not tasks:
         return {}
     active = {name: t for name, t in before.state.adapter.items() if tasks[0].trained.covers(name)}
@@ -249,8 +266,17 @@ def _result(server: Server, after: Checkpoint, collected: Collected, stepped: St
         metrics=metrics,
         averaged=server.stepper.averaged if stepped.weights else "",
         aggregation_error=stepped.error,
-        notes=(*collected.notes, *_cap_notes(server, stepped)),
+        notes=(*collected.notes, *_trim_notes(server, stepped), *_cap_notes(server, stepped)),
     )
+
+
+def _trim_notes(server: Server, stepped: Stepped) -> tuple[str, ...]:
+    """A trimmed mean of so few updates that nobody is left out is a plain mean."""
+    chosen, count = server.run.aggregation, len(stepped.weights)
+    left_out = reducer_of(chosen.reducer, chosen.trim).num_left_out(count)
+    if left_out != 0 or not count:
+        return ()
+    return (f"aggregation.trim={chosen.trim} leaves out nobody of {count} updates: the mean is a plain one",)
 
 
 def _cap_notes(server: Server, stepped: Stepped) -> tuple[str, ...]:

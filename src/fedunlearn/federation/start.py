@@ -30,11 +30,12 @@ def save_start(folder: Path, adapter: Adapter, owned: Sequence[OwnedRows]) -> No
     """Writes start/, began.json and where there is one the side-car into a run's folder."""
     save_adapter(folder / START, adapter.replace(adapter.tensors, {}))
     blocks = [BlockStore(folder / FOLDER).keep(adapter.sidecar)] if adapter.sidecar else []
-    rows = [asdict(_counted(one)) for one in owned]
+    rows = [asdict(counted(one)) for one in owned]
     write_json(folder / BEGAN, {"sidecar": blocks, "rows": rows})
 
 
-def _counted(owned: OwnedRows) -> ClientRows:
+def counted(owned: OwnedRows) -> ClientRows:
+    """How many rows a client owns, as it declares them at the roll call."""
     return ClientRows(
         client_id=owned.client_id,
         num_owned=owned.num_owned,

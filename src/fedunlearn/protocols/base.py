@@ -31,6 +31,10 @@ class Protocol(ABC):
     def unlearns(self) -> bool:
         """Whether this protocol serves a request to forget (else fine-tuning)."""
 
+    def faults(self, num_rounds: int) -> tuple[str, ...]:
+        """A sentence for every parameter that does not fit trainer.federated.num_rounds."""
+        return ()
+
     @abstractmethod
     def assign(self, round: int, cohort: Sequence[ClientRows], epochs: float) -> tuple[Assignment, ...]:
         """Gives the roles of round `round` (from 1). epochs: trainer.args.num_train_epochs."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedunlearn.errors import UserError
+from fedunlearn.limits import LARGEST
 from fedunlearn.protocols.base import Assignment, Protocol, finetune_or_idle
 from fedunlearn.records.rounds import ClientRows, Role
 
@@ -15,9 +16,9 @@ class InRound(Protocol):
     finetune_epochs: float | None = None
 
     def __post_init__(self) -> None:
-        if self.finetune_epochs is not None and self.finetune_epochs <= 0:
+        if self.finetune_epochs is not None and not 0 < self.finetune_epochs <= LARGEST:
             raise UserError(
-                f"protocol.finetune_epochs={self.finetune_epochs} must be above 0, or null for trainer.args.num_train_epochs"
+                f"protocol.finetune_epochs={self.finetune_epochs} must be above 0, at most 1e6, or null for trainer.args.num_train_epochs"
             )
 
     @property

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedunlearn.errors import UserError
+from fedunlearn.limits import LARGEST
 from fedunlearn.protocols.base import Assignment, Protocol, finetune_or_idle, idle
 from fedunlearn.records.rounds import ClientRows, Role
 
@@ -21,15 +22,27 @@ class TargetThenRepair(Protocol):
     def __post_init__(self) -> None:
         if self.unlearn_rounds < 1:
             raise UserError(f"protocol.unlearn_rounds={self.unlearn_rounds} must be at least 1")
-        if self.repair_epochs is not None and self.repair_epochs <= 0:
+        if self.repair_epochs is not None and not 0 < self.repair_epochs <= LARGEST:
             raise UserError(
-                f"protocol.repair_epochs={self.repair_epochs} must be above 0, or null for trainer.args.num_train_epochs"
+                f"protocol.repair_epochs={self.repair_epochs} must be above 0, at most 1e6, or null for trainer.args.num_train_epochs"
             )
 
     @property
     def unlearns(self) -> bool:
         """A request is served."""
         return True
+
+    def faults(self, num_rounds: int) -> tuple[str, ...]:
+        """See Protocol.faults."""
+        at = f"protocol.unlearn_rounds={self.unlearn_rounds} beside trainer.federated.num_rounds={num_rounds}"
+        if self.unlearn_rounds > num_rounds:
+            return (f"{at}: there are not so many rounds; lower it, or raise num_rounds",)
+        if self.unlearn_rounds == num_rounds and self.repair_epochs is not None:
+            return (
+                f"{at}: no round is left for protocol.repair_epochs={self.repair_epochs} to act in; leave that null, lower unlearn_rounds, "
+                "or raise num_rounds",
+            )
+        return ()
 
     def assign(self, round: int, cohort: Sequence[ClientRows], epochs: float) -> tuple[Assignment, ...]:
         """See Protocol.assign."""

@@ -51,6 +51,10 @@ class Reducer(ABC):
         """The rank that what it misses can have at most: ranks are the clients', own the global adapter's."""
         return sum(ranks) + own
 
+    def num_left_out(self, count: int) -> int | None:
+        """How many of `count` clients' values it leaves out at each end; None where leaving out is not what it does."""
+        return None
+
     @abstractmethod
     def reduce(self, cohort: ModuleCohort) -> tuple[torch.Tensor, torch.Tensor]:
         """Gives b [d_out, r] and a [r, d_in], float64, that belong to old.scale."""

@@ -10,12 +10,16 @@ from fedunlearn.aggregation.reducers.base import ModuleCohort, Reducer
 
 @dataclass(frozen=True)
 class TrimmedMean(Reducer):
-    """Leaves out the floor(trim * K) largest and smallest values of every entry and takes the plain mean of the rest.
+    """Leaves out the floor(trim * K) largest and smallest values of every entry and takes the plain mean of the rest, at least one of them.
 
     Exact in product space only where one factor is the same for all clients, so a mask is asked for. Every client counts once.
     """
 
     trim: float
+
+    def num_left_out(self, count: int) -> int:
+        """How many of `count` values are left out at each end: fewer clients than planned may be so few that it is none."""
+        return min(math.floor(self.trim * count + 1e-9), (count - 1) // 2)
 
     def reduce(self, cohort: ModuleCohort) -> tuple[torch.Tensor, torch.Tensor]:
         """See Reducer.reduce."""
@@ -25,5 +29,5 @@ class TrimmedMean(Reducer):
 
     def _trimmed(self, tensors: list[torch.Tensor]) -> torch.Tensor:
         ordered = torch.stack(tensors).double().sort(dim=0).values
-        drop = math.floor(self.trim * len(tensors) + 1e-9)
+        drop = self.num_left_out(len(tensors))
         return ordered[drop : len(tensors) - drop].mean(dim=0)

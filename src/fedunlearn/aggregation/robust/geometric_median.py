@@ -6,6 +6,7 @@ import torch
 
 from fedunlearn.aggregation.robust.base import Robust, Weighting
 from fedunlearn.errors import UserError
+from fedunlearn.limits import LARGEST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +21,9 @@ class GeometricMedian(Robust):
     tolerance: float = 1e-10
 
     def __post_init__(self) -> None:
-        if self.max_iterations < 1 or self.tolerance <= 0:
+        if not 1 <= self.max_iterations <= LARGEST or not 0 < self.tolerance < 1:
             raise UserError(
-                f"robust.max_iterations={self.max_iterations} must be at least 1 and robust.tolerance={self.tolerance} above 0"
+                f"robust.max_iterations={self.max_iterations} must lie between 1 and 1e6 and robust.tolerance={self.tolerance} between 0 and 1"
             )
 
     def reweigh(self, weights: tuple[float, ...], gram: torch.Tensor) -> Weighting:

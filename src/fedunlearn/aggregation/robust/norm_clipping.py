@@ -6,6 +6,7 @@ import torch
 
 from fedunlearn.aggregation.robust.base import Robust, Weighting
 from fedunlearn.errors import UserError
+from fedunlearn.limits import LARGEST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +19,10 @@ class NormClipping(Robust):
     max_norm: float | None = None
 
     def __post_init__(self) -> None:
-        if self.max_norm is not None and not self.max_norm > 0:
-            raise UserError(f"robust.max_norm={self.max_norm} must be above 0, or null for the round's median norm")
+        if self.max_norm is not None and not 0 < self.max_norm <= LARGEST:
+            raise UserError(
+                f"robust.max_norm={self.max_norm} must be above 0, at most 1e6, or null for the round's median norm"
+            )
 
     def reweigh(self, weights: tuple[float, ...], gram: torch.Tensor) -> Weighting:
         """See Robust.reweigh."""
