@@ -272,6 +272,18 @@ def _counts(num: int) -> Callable[[RollCallReply], Answer]:
     return _declares(num_owned=num, num_forget=0, num_retain=num)
 
 
+def _everywhere(value: float) -> Callable[[Work], Answer]:
+    return lambda work: _with_all(work, lambda tensor: torch.full_like(tensor, value))
+
+
+SMALL_ROLE_FAULTS: tuple[Fault, ...] = (
+    Fault("9e14 everywhere", "norm", _everywhere(9e14)),
+    Fault("50.0 everywhere", "norm", _everywhere(50.0)),
+    Fault("1e6 A, B / 1e6", "norm", _gauge(1e6)),
+)
+"""Finite, and on the way to the mean unless they are judged by themselves: a role of two has no median."""
+
+
 ROLL_CALL_FAULTS: tuple[RollCallFault, ...] = (
     RollCallFault("roll call: silent", "did not answer in time", _error(SILENT)),
     RollCallFault("roll call: raises", "failed: no disk", _error(CLIENT_RAISED, "no disk\nTraceback")),

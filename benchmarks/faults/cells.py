@@ -100,14 +100,7 @@ class Bench:
 
     def play_on(self, grid: Grid, run: TrainRun | None = None) -> Played:
         """Runs all rounds over a grid."""
-        folder = self.place / "cell"
-        shutil.rmtree(folder, ignore_errors=True)
-        self.recorded.begin(folder)
-        try:
-            run_rounds(grid, run or self.run, folder, "matrix", False)
-        except Exception as error:  # whatever ends a run is what a cell tells
-            return Played(error=f"{type(error).__name__}: {error}")
-        return _read(folder)
+        return played_on(grid, run or self.run, self.recorded, self.place / "cell")
 
     @cached_property
     def faulty(self) -> int:
@@ -132,7 +125,19 @@ class Bench:
         return self._silent[out]
 
 
-def _read(folder: Path) -> Played:
+def played_on(grid: Grid, run: TrainRun, recorded: Recorded, folder: Path) -> Played:
+    """Runs all rounds from the record's start, in a folder of their own."""
+    shutil.rmtree(folder, ignore_errors=True)
+    recorded.begin(folder)
+    try:
+        run_rounds(grid, run, folder, "matrix", False)
+    except Exception as error:  # whatever ends a run is what a cell tells
+        return Played(error=f"{type(error).__name__}: {error}")
+    return read_played(folder)
+
+
+def read_played(folder: Path) -> Played:
+    """What a run that came to its last round left."""
     text = (folder / HISTORY).read_text(encoding="utf-8")
     try:
         lines = tuple(json.loads(line, parse_constant=_refuse) for line in text.splitlines())
@@ -207,7 +212,7 @@ def _judge(bench: Bench, fault: Fault) -> tuple[str, Played]:
         return f"ended the run: {played.error}", played
     if played.codes(bench.faulty) != (fault.code,) * NUM_ROUNDS:
         return f"codes {played.codes(bench.faulty)} instead of {fault.code!r}", played
-    return _first_fault(played, _wanted(bench, fault), (bench.faulty,) if fault.code else ()), played
+    return first_fault(played, _wanted(bench, fault), (bench.faulty,) if fault.code else ()), played
 
 
 def as_seen_by(row: Row, fault: Fault) -> Fault:
@@ -225,7 +230,8 @@ def _wanted(bench: Bench, fault: Fault) -> tuple[tuple[str, ...], tuple[str, ...
     return twin.hashes, twin.state
 
 
-def _first_fault(played: Played, wanted: tuple[tuple[str, ...], tuple[str, ...]], out: tuple[int, ...]) -> str:
+def first_fault(played: Played, wanted: tuple[tuple[str, ...], tuple[str, ...]], out: tuple[int, ...]) -> str:
+    """What a run that ended well has other than it should: `ok` where nothing. wanted: adapters' hashes by round, and the state; out: whose update must not count."""
     hashes, state = wanted
     if played.hashes != hashes:
         return f"another adapter in round {_first_apart(played.hashes, hashes)}"
@@ -261,7 +267,7 @@ def _judge_called(bench: Bench, fault: RollCallFault) -> tuple[str, Played]:
     twin = bench.silent(out)
     if twin.error:
         return f"the silent node ended its run: {twin.error}", played
-    return _first_fault(played, (twin.hashes, twin.state), ()), played
+    return first_fault(played, (twin.hashes, twin.state), ()), played
 
 
 def as_json(cell: Cell) -> dict[str, object]:

@@ -98,8 +98,8 @@ class RecordingGrid(LocalGrid):
         return reply
 
 
-def composed_for(place: Path, *overrides: str) -> ComposedConfig:
-    """Composes a fine-tuning run of seven clients; later overrides win."""
+def composed_for(place: Path, *overrides: str, unlearns: bool = False) -> ComposedConfig:
+    """Composes a run of seven clients that fine-tune, or unlearn; later overrides win."""
     paths = (
         f"tofu_path={place}/pocket/seed7/data",
         f"model.model_args.pretrained_model_name_or_path={place}/pocket/seed7/model",
@@ -108,12 +108,13 @@ def composed_for(place: Path, *overrides: str) -> ComposedConfig:
         f"paths.pocket_dir={place}/saves/pocket",
         "task_name=recorded",
     )
-    return compose(CONFIGS, "train-lora.yaml", ["experiment=finetune/tofu/pocket", *paths, *SMALL, *overrides])
+    file, kind = ("unlearn-lora.yaml", "unlearn") if unlearns else ("train-lora.yaml", "finetune")
+    return compose(CONFIGS, file, [f"experiment={kind}/tofu/pocket", *paths, *SMALL, *overrides])
 
 
-def run_for(place: Path, *overrides: str) -> TrainRun:
+def run_for(place: Path, *overrides: str, unlearns: bool = False) -> TrainRun:
     """The same as a record, with a launcher under which the round loop itself keeps the time: a client may fall silent."""
-    run = composed_for(place, *overrides).run
+    run = composed_for(place, *overrides, unlearns=unlearns).run
     assert isinstance(run, TrainRun)
     return replace(run, launcher=Launcher())
 

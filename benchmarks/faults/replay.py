@@ -36,7 +36,7 @@ from fedunlearn.records.adapter import Tensors
 from fedunlearn.records.rounds import Trained
 from fedunlearn.records.shape import ClientShape
 
-from .recording import NUM_CLIENTS, Recorded
+from .recording import Recorded
 
 SILENT = -1
 Answer = RecordDict | Error
@@ -75,11 +75,16 @@ class Work:
 
 
 class Honest:
-    """All seven clients. They add to what they are sent what they once learnt, and keep the parts they are told to keep."""
+    """All clients of the record. They add to what they are sent what they once learnt, and keep the parts they are told to keep."""
 
     def __init__(self, recorded: Recorded, shapes: Mapping[int, ClientShape]) -> None:
         self._recorded, self._shapes = recorded, shapes
-        self._parts: dict[int, dict[str, Tensors]] = {client: {} for client in range(NUM_CLIENTS)}
+        self._parts: dict[int, dict[str, Tensors]] = {client: {} for client in recorded.declared}
+
+    @property
+    def num_clients(self) -> int:
+        """How many there are."""
+        return len(self._recorded.declared)
 
     def declares(self, client: int) -> RollCallReply:
         """The roll call."""
@@ -107,7 +112,7 @@ def learnt(start: Tensors, delta: Tensors) -> Tensors:
 
 
 class ReplayGrid(SequentialGrid):
-    """Seven nodes that answer from the record, every reply serialised and read again. works, declares: who goes wrong there, and how."""
+    """Nodes that answer from the record, every reply serialised and read again. works, declares: who goes wrong there, and how."""
 
     def __init__(
         self,
@@ -115,7 +120,7 @@ class ReplayGrid(SequentialGrid):
         works: Mapping[int, Callable[[Work], Answer]] | None = None,
         declares: Mapping[int, Callable[[RollCallReply], Answer]] | None = None,
     ) -> None:
-        super().__init__(NUM_CLIENTS)
+        super().__init__(honest.num_clients)
         self._honest, self._works, self._declares = honest, works or {}, declares or {}
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

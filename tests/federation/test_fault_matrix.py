@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from faults.cells import ALL, Bench, Cell, all_but, as_seen_by, cells_of
 from faults.isolated import real_cells
 from faults.recording import Recorded, record
 from faults.rows import ROWS
+from faults.small_roles import SMALL_ROLES, SmallBench, small_cells_of
 from faults.stock import Stock
 
 from fedunlearn.aggregation.gate import Verdict
@@ -49,6 +51,15 @@ def bench(recorded, place):
     logging.disable(logging.NOTSET)
 
 
+@pytest.fixture
+def small(recorded, place):
+    """Gives a row's bench of four clients, in a place that is empty."""
+    logging.disable(logging.WARNING)
+    yield lambda name, *more: SmallBench(recorded, place / "small", ROW[name], more)
+    shutil.rmtree(place / "small")
+    logging.disable(logging.NOTSET)
+
+
 def found(bench, *names, called=()):
     """What the cells of these faults say, by name."""
     faults = tuple(BY_NAME[name] for name in names)
@@ -76,6 +87,19 @@ def test_the_first_round_is_what_dense_float64_says(recorded, tmp_path, name):
     direct = Bench(recorded, tmp_path, ROW[name]).direct
     hashes = [direct.hashes(ALL), direct.hashes(all_but(2)), direct.hashes(ALL, idle=2)]
     assert len({one[0] for one in hashes}) == 3
+
+
+@pytest.mark.parametrize("name", ["fedavg", "flora, ranks", "krum", "geometric_median", "Krum", "QFedAvg"])
+def test_in_roles_of_two_no_fault_moves_the_adapter(small, name):
+    """Two owners and two others; QFedAvg, which is refused where clients unlearn, with two that fine-tune."""
+    cells = list(small_cells_of(small(name)))
+    assert [(cell.fault, cell.found) for cell in cells if not cell.ok] == []
+    assert len(cells) == (3 if name == "QFedAvg" else 6)
+
+
+def test_without_the_bound_on_a_client_by_itself_small_roles_fail(small):
+    cells = list(small_cells_of(small("fedavg", "gate.max_update_ratio=null")))
+    assert {cell.found for cell in cells} == {"codes ('', '') instead of 'norm'"}
 
 
 def test_a_loss_that_is_no_number_spoils_the_update_only_where_the_strategy_reads_it(bench):
@@ -160,6 +184,7 @@ def test_the_door_tells_every_cell_and_fails_with_one(monkeypatch, capsys, recor
     cells = [
         Cell(row="fedavg", group="strategies", fault="NaN", found="ok"),
         Cell(row="krum", group="robust", fault="NaN", found="another adapter in round 1" if bad else "ok"),
+        Cell(row="krum", group=SMALL_ROLES, fault="an owner: 50.0 everywhere", found="ok"),
     ]
     monkeypatch.setattr(fault_matrix, "record", lambda place: recorded)
     monkeypatch.setattr(fault_matrix, "all_cells", lambda recorded, place, processes: cells)
@@ -168,11 +193,13 @@ def test_the_door_tells_every_cell_and_fails_with_one(monkeypatch, capsys, recor
     assert fault_matrix.main() == bad
     shown = capsys.readouterr().out
     assert ("krum / NaN: another adapter in round 1" in shown) == bad
+    assert SMALL_ROLES in shown
+    assert "an owner: 50.0 everywhere" in shown
     monkeypatch.setattr(sys, "argv", ["fault_matrix.py", "--json"])
     assert fault_matrix.main() == bad
     told = json.loads(capsys.readouterr().out)
     assert told["failed"] == bad
-    assert [cell["ok"] for cell in told["cells"]] == [True, not bad]
+    assert [cell["ok"] for cell in told["cells"]] == [True, not bad, True]
     assert told["stock"] == {"NaN": "not finite: 1 of 8 tensors"}
 
 

@@ -24,6 +24,7 @@ from fedunlearn.records.adapter import Adapter, Tensors, hash_tensors
 log = logging.getLogger(__name__)
 HISTORY = "history.jsonl"
 ADAPTER, FACTORS = "adapter", "factors"
+_DAMAGES = (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError)
 MOMENTS, CARRIED, FOREIGN = "moments.safetensors", "carried.safetensors", "strategy.safetensors"
 
 
@@ -105,10 +106,15 @@ def latest_checkpoint(run_folder: Path) -> Checkpoint | None:
     folder = rounds[-1]
     try:
         return _read(folder)
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"checkpoint {str(folder)!r} is damaged ({error}): delete that folder, resume=true then goes on from the round before"
-        ) from error
+    except _DAMAGES as error:
+        raise damaged(folder, error) from error
+
+
+def damaged(folder: Path, why: object) -> UserError:
+    """The message of a checkpoint that is not what a round wrote."""
+    return UserError(
+        f"checkpoint {str(folder)!r} is damaged ({why}): delete that folder, resume=true then goes on from the round before"
+    )
 
 
 def _read(folder: Path) -> Checkpoint:
@@ -183,7 +189,10 @@ def _moments(flat: Tensors, names: list[str]) -> dict[str, Tensors]:
 
 
 def _blocks(folder: Path) -> list[str]:
-    return [str(name) for name in _object(folder)["blocks"]]
+    try:
+        return [str(name) for name in _object(folder)["blocks"]]
+    except _DAMAGES as error:
+        raise damaged(folder, error) from error
 
 
 def _object(folder: Path) -> dict[str, Any]:

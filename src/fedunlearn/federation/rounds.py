@@ -11,10 +11,8 @@ from flwr.serverapp import Grid
 
 import fedunlearn
 from fedunlearn.aggregation.base import ServerState
-from fedunlearn.aggregation.choices import reducer_of
 from fedunlearn.aggregation.factors import scales_of
 from fedunlearn.aggregation.flower import FlowerStrategy
-from fedunlearn.aggregation.gate import above_cap
 from fedunlearn.config.run import TrainRun
 from fedunlearn.data.ownership import FILE, read_partition
 from fedunlearn.errors import UserError
@@ -23,6 +21,7 @@ from fedunlearn.federation.checkpoint import (
     Checkpoint,
     append_history,
     cut_history,
+    damaged,
     latest_checkpoint,
     read_history,
     round_folder,
@@ -31,14 +30,15 @@ from fedunlearn.federation.checkpoint import (
 from fedunlearn.federation.collect import Call, Collected, collect
 from fedunlearn.federation.flower_strategy import WrappedStrategy
 from fedunlearn.federation.link import Expectation, Member, RollCall, roll_call, rows_of
+from fedunlearn.federation.notes import check_unlearned, mean_losses, step_notes
 from fedunlearn.federation.parts import Depot
-from fedunlearn.federation.planning import NOBODY, check_plans, plan_round
+from fedunlearn.federation.planning import check_plans, plan_round
 from fedunlearn.federation.server_step import Stepped, Stepper, step
 from fedunlearn.federation.site import WIRE_DTYPES, client_shapes
 from fedunlearn.federation.spool import Spool, open_spool
 from fedunlearn.federation.start import Start, load_start
 from fedunlearn.files import write_json
-from fedunlearn.records.rounds import ClientOutcome, Role, RoundResult
+from fedunlearn.records.rounds import Role, RoundResult
 from fedunlearn.reporting.curves import Curves, open_curves
 from fedunlearn.reporting.progress import track
 
@@ -95,7 +95,7 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, run_id: str, reads_refer
         for number in track(rounds, f"{run.task_name}: round", len(rounds)):
             checkpoint = _one_round(server, checkpoint, number, curves)
     if run.mode == "unlearn":
-        _check_unlearned(run, folder)
+        check_unlearned(run, read_history(folder))
 
 
 def _stepper(run: TrainRun, folder: Path, start: Start) -> Stepper:
@@ -134,10 +134,9 @@ def _check_moments(run: TrainRun, folder: Path, found: Checkpoint) -> None:
     done = [line for line in read_history(folder) if int(str(line["round"])) <= found.state.round]
     stepped = any(client["weight"] != 0 for line in done for client in line["clients"])  # type: ignore[attr-defined]
     if sorted(found.state.moments) != (wanted if stepped else []):
-        raise UserError(
-            f"checkpoint {str(round_folder(folder, found.state.round))!r} is damaged (it holds the moments {sorted(found.state.moments)}, "
-            f"{type(run.strategy).__name__} keeps {wanted}): delete that folder, resume=true then goes on from the round before"
-        )
+        held = sorted(found.state.moments)
+        why = f"it holds the moments {held}, {type(run.strategy).__name__} keeps {wanted}"
+        raise damaged(round_folder(folder, found.state.round), why)
 
 
 def _expectation(run: TrainRun, folder: Path, start: Start) -> Expectation:
@@ -154,35 +153,6 @@ def _expectation(run: TrainRun, folder: Path, start: Start) -> Expectation:
 def _write_roll_call(folder: Path, called: RollCall) -> None:
     answers = {str(k): {**asdict(member.declared), "bytes_up": member.bytes_up} for k, member in called.members.items()}
     write_json(folder / ROLL_CALL, {"members": answers, "refused": list(called.refused)})
-
-
-def _check_unlearned(run: TrainRun, folder: Path) -> None:
-    """Raises UserError where no owner's update counted in any round: the result would be no unlearning at all."""
-    clients = [client for line in read_history(folder) for client in line["clients"]]  # type: ignore[attr-defined]
-    owners = [client for client in clients if client["role"] == Role.UNLEARN]
-    if not any(client["weight"] > 0 for client in owners):
-        raise UserError(_without_weight(run) if owners else _never_asked(run))
-
-
-def _never_asked(run: TrainRun) -> str:
-    """No owner worked, though the plan draws some: a Flower strategy says whom of the cohort it wants."""
-    if not isinstance(run.strategy, FlowerStrategy):
-        return NOBODY
-    return (
-        f"nobody unlearned: owners of forget rows were drawn, but strategy {run.strategy.target} left them out of every round. "
-        "Choose another strategy, or raise trainer.federated.num_rounds, and start anew with overwrite=true"
-    )
-
-
-def _without_weight(run: TrainRun) -> str:
-    """Owners worked and their updates passed, but what weighs the clients gave them nothing in every round."""
-    reweighs = run.robust.reads_gram
-    by = f"robust {type(run.robust).__name__}" if reweighs else f"aggregation.weights={run.aggregation.weights}"
-    return (
-        f"nobody unlearned: owners of forget rows were drawn and gave usable updates, but {by} gave none of them any weight in any round. "
-        f"Choose {'robust=off or one that keeps more updates' if reweighs else 'aggregation.weights=owned'}, or raise trainer.federated.num_rounds, "
-        "and start anew with overwrite=true"
-    )
 
 
 def _one_round(server: Server, before: Checkpoint, number: int, curves: Curves) -> Checkpoint:
@@ -254,7 +224,7 @@ def _result(server: Server, after: Checkpoint, collected: Collected, stepped: St
         replace(o, weight=stepped.weights.get(o.client_id, 0.0), capped=o.client_id in stepped.capped)
         for o in collected.report.outcomes
     )
-    metrics = _losses(clients)
+    metrics = mean_losses(clients)
     if stepped.norm is not None:
         metrics["product_norm"] = stepped.norm
     return RoundResult(
@@ -266,44 +236,5 @@ def _result(server: Server, after: Checkpoint, collected: Collected, stepped: St
         metrics=metrics,
         averaged=server.stepper.averaged if stepped.weights else "",
         aggregation_error=stepped.error,
-        notes=(*collected.notes, *_trim_notes(server, stepped), *_cap_notes(server, stepped)),
+        notes=(*collected.notes, *step_notes(server.run, after.state.round, stepped)),
     )
-
-
-def _trim_notes(server: Server, stepped: Stepped) -> tuple[str, ...]:
-    """A trimmed mean of so few updates that nobody is left out is a plain mean."""
-    chosen, count = server.run.aggregation, len(stepped.weights)
-    left_out = reducer_of(chosen.reducer, chosen.trim).num_left_out(count)
-    if left_out != 0 or not count:
-        return ()
-    return (f"aggregation.trim={chosen.trim} leaves out nobody of {count} updates: the mean is a plain one",)
-
-
-def _cap_notes(server: Server, stepped: Stepped) -> tuple[str, ...]:
-    """Whom the cap held down; and who counts for more all the same, for the cap acts before robust weights, which may choose one client alone."""
-    run, notes = server.run, []
-    cap = f"gate.max_client_share={run.gate.max_client_share}"
-    if stepped.capped:
-        notes.append(f"{cap} holds down clients {', '.join(map(str, sorted(stepped.capped)))}")
-    if above := above_cap(stepped.weights, run.gate.max_client_share):
-        told = ", ".join(f"{client} ({stepped.weights[client]:.2g})" for client in above)
-        notes.append(
-            f"{cap} is passed by clients {told}: it acts before robust {type(run.robust).__name__}, which weighs them anew"
-        )
-    for note in notes:
-        log.warning("round %d: %s", stepped.after.state.round, note)
-    return tuple(notes)
-
-
-def _losses(clients: tuple[ClientOutcome, ...]) -> dict[str, float]:
-    """The weighted mean loss of each role that trained."""
-    metrics = {}
-    for role in (Role.FINETUNE, Role.UNLEARN):
-        parts = [
-            (o.weight, o.loss)
-            for o in clients
-            if o.role is role and o.loss is not None and o.weight > 0 and math.isfinite(o.loss)
-        ]
-        if parts:
-            metrics[f"loss/{role.value}"] = sum(w * loss for w, loss in parts) / sum(w for w, _ in parts)
-    return metrics
