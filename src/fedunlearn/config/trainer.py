@@ -53,7 +53,7 @@ class TrainArgs:
             (self.learning_rate >= 0, f"{at}learning_rate={self.learning_rate} must not be negative"),
             (
                 0 < self.num_train_epochs <= LARGEST,
-                f"{at}num_train_epochs={self.num_train_epochs} must be above 0, at most 1e6",
+                f"{at}num_train_epochs={self.num_train_epochs} must lie in (0, 1e6]",
             ),
             (
                 self.max_steps == -1 or self.max_steps > 0,

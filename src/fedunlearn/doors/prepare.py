@@ -84,20 +84,12 @@ def prepare(composed: ComposedConfig) -> Prepared:
     owned = owned_rows(run, tofu, partition)
     if composed.plain.get("door") != CENTRAL:  # where there are no rounds there is no plan
         check_plans(run, {rows.client_id: counted(rows) for rows in owned})
-    if run.mode == "unlearn" and source.adapter is None:
-        log.warning(
-            "unlearning begins with a fresh adapter: nothing was fine-tuned (name an adapter or a run as lora_model_path)"
-        )
-    if source.adapter is not None and source.run is None and run.partition.path is None:
-        log.warning(
-            "the adapter %s came without a partition: one is made anew by %s", source.adapter, dict(partition.scheme)
-        )
+    _warn(run, source, partition)
     made = load_model(run, source)
     if made.start is None:
         raise ValueError("a federated run has an adapter")
-    _check_ranks(run, made.start)
-    _check_sides(run, made.start)
-    _check_export(run, made.start)
+    for check in (_check_ranks, _check_sides, _check_export):
+        check(run, made.start)
     for rows in owned:
         encode_rows(made.chat, tofu, (*rows.forget, *rows.retain))
     hashes = {
@@ -126,6 +118,17 @@ def prepare(composed: ComposedConfig) -> Prepared:
         start=start,
         retain_log=inputs.retain_log,
     )
+
+
+def _warn(run: TrainRun, source: ModelSource, partition: Partition) -> None:
+    if run.mode == "unlearn" and source.adapter is None:
+        log.warning(
+            "unlearning begins with a fresh adapter: nothing was fine-tuned (name an adapter or a run as lora_model_path)"
+        )
+    if source.adapter is not None and source.run is None and run.partition.path is None:
+        log.warning(
+            "the adapter %s came without a partition: one is made anew by %s", source.adapter, dict(partition.scheme)
+        )
 
 
 def _check_ranks(run: TrainRun, start: Adapter) -> None:
