@@ -82,6 +82,7 @@ class OddStep(ServerOptimizer):
             "moment_shape": lambda: replace(made, moments={"m": {**m, name: m[name][:1]}}),
             "moment_tensor": lambda: replace(made, moments={"m": {**m, "more": m[name]}}),
             "moment_other": lambda: replace(made, moments={"n": m}),
+            "moment_empty": lambda: replace(made, moments={"m": {}}),
             "moment_none": lambda: replace(made, moments={}),
             "adapter_alone": lambda: made.adapter,
         }[self.how]()

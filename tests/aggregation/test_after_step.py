@@ -34,6 +34,7 @@ def after(how):
         ("moment_shape", "its moment 'm' has (1, 3) for tensor 'a'"),
         ("moment_tensor", "its moment 'm' has an unknown tensor 'more'"),
         ("moment_other", "its moments are ['n']; allowed: ['m'], as moment_names says"),
+        ("moment_empty", "its moment 'm' holds no tensor"),
         ("moment_none", "its moments are []; allowed: ['m']"),
         ("adapter_alone", "its step gives a dict; allowed: a ServerState"),
     ],

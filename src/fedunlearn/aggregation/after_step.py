@@ -49,6 +49,11 @@ def _stored(before: ServerState, after: object, moment_names: Collection[str]) -
         raise ValueError(
             f"its moments are {sorted(after.moments)}; allowed: {sorted(moment_names)}, as moment_names says"
         )
+    empty = sorted(moment for moment, kept in after.moments.items() if not kept)
+    if empty:
+        raise ValueError(
+            f"its moment {empty[0]!r} holds no tensor; allowed: those of the adapter that it was stepped over"
+        )
     moments = {m: _cast(f"its moment {m!r}", kept, before.adapter, torch.float32) for m, kept in after.moments.items()}
     return ServerState(adapter=adapter, moments=moments, round=after.round)
 
