@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fedunlearn.aggregation.base import ServerOptimizer, ServerState
+from fedunlearn.aggregation.base import ServerOptimizer, ServerState, step_to_mean
 from fedunlearn.aggregation.robust.base import Robust, Weighting
 from fedunlearn.config.launcher import Launcher
 from fedunlearn.partitions.base import Partitioner
@@ -86,6 +86,37 @@ class OddStep(ServerOptimizer):
             "moment_none": lambda: replace(made, moments={}),
             "adapter_alone": lambda: made.adapter,
         }[self.how]()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signs(ServerOptimizer):
+    """Keeps no moments and does not send the mean."""
+
+    server_lr: float = 1e-3
+
+    @property
+    def moment_names(self):
+        return ()
+
+    def step(self, state, mean):
+        moved = {name: old + self.server_lr * (mean[name] - old).sign().float() for name, old in state.adapter.items()}
+        return ServerState(adapter=moved, round=state.round + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean(ServerOptimizer):
+    """Sends the mean, and says so."""
+
+    @property
+    def moment_names(self):
+        return ()
+
+    @property
+    def sends_mean(self):
+        return True
+
+    def step(self, state, mean):
+        return step_to_mean(self, state, mean)
 
 
 @dataclass(frozen=True, kw_only=True)

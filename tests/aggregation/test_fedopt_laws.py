@@ -61,6 +61,24 @@ def test_a_member_is_frozen_takes_keywords_and_says_which_moments_it_keeps(strat
         strategy.server_lr = 2.0
 
 
+@pytest.mark.parametrize("strategy", ALL, ids=named)
+def test_a_member_that_sends_the_mean_says_so_and_no_other(strategy):
+    before = after(strategy, 1)
+    stepped = strategy.step(before, mean(2))
+    cast = {name: tensor.to(before.adapter[name].dtype) for name, tensor in mean(2).items()}
+    assert strategy.sends_mean == same(stepped.adapter, cast)
+
+
+def test_a_member_that_says_nothing_does_not_send_the_mean():
+    class Plain(ServerOptimizer):
+        moment_names = ()
+
+        def step(self, state, mean):
+            return state
+
+    assert Plain().sends_mean is False
+
+
 def test_a_member_must_say_which_moments_it_keeps():
     class Silent(ServerOptimizer):
         def step(self, state, mean):

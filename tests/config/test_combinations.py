@@ -49,14 +49,20 @@ def agg(**values):
 
 
 def all_combinations():
-    """Every word of every choice with a strategy of each kind, robust weights on and off, ranks equal and unequal: 7200."""
-    kinds = (("FedAvg", False, False), ("FedAdam", True, False), (STOCK + "Krum", False, True))
+    """Every word of every choice with a strategy of each kind, robust weights on and off, ranks equal and unequal: 9600."""
+    kinds = (
+        ("FedAvg", False, True, False),
+        ("FedAdam", True, False, False),
+        ("Signs", False, False, False),
+        (STOCK + "Krum", False, False, True),
+    )
     for values in itertools.product(*WORDS.values(), kinds, (False, True), (False, True)):
-        *choices, (strategy, moments, foreign), reweighs, differ = values
+        *choices, (strategy, moments, sends_mean, foreign), reweighs, differ = values
         yield Combination(
             **dict(zip(WORDS, choices, strict=True)),
             strategy=strategy,
             moments=moments,
+            sends_mean=sends_mean,
             foreign=foreign,
             robust="Krum" if reweighs else "Off",
             reweighs=reweighs,
@@ -82,7 +88,9 @@ def makes_sense(c):
     }[c.reducer]
     of_strategy = True
     if c.moments:
-        of_strategy = c.gauge in ("as_is", "procrustes") and c.residual == "dropped"
+        of_strategy = c.gauge in ("as_is", "procrustes")
+    if not c.sends_mean:
+        of_strategy = of_strategy and c.residual == "dropped"
     if c.foreign:
         of_strategy = (c.reducer, c.residual, c.gauge, c.reweighs) == ("factors", "dropped", "as_is", False)
         of_strategy = of_strategy and c.mask != "alternate"
@@ -203,6 +211,14 @@ REFUSED = {
             ("balanced", "orthonormal"),
         )
     },
+    "one's own, sidecar": (
+        ["strategy._target_=helpers_components.Signs", "aggregation=fedex"],
+        r"strategy Signs beside aggregation\.residual=sidecar: what is left over belongs to the mean itself.*or residual=dropped \(one of your own that does send it says so by its property sends_mean\)",
+    ),
+    "one's own, feedback": (
+        ["strategy._target_=helpers_components.Signs", "aggregation=flexlora", "aggregation.residual=feedback"],
+        r"strategy Signs beside aggregation\.residual=feedback: what is left over belongs to the mean itself",
+    ),
     "fedadam, sidecar": (
         ["strategy=fedadam", "aggregation=fedex"],
         r"strategy FedAdam beside aggregation\.residual=sidecar: what is left over belongs to the mean itself.*choose fedavg or fedprox, or residual=dropped",
@@ -591,6 +607,7 @@ def combination_of(name, strategy):
         **{key: getattr(chosen, key) for key in WORDS},
         strategy=word if foreign else kinds[word],
         moments=word in ("fedavgm", "fedadam", "fedyogi", "fedadagrad"),
+        sends_mean=word in ("fedavg", "fedprox"),
         foreign=foreign,
         robust="Off",
         reweighs=False,
@@ -626,6 +643,17 @@ def test_how_many_pairs_stand():
     for name in ("fedavgm", "fedadam", "fedyogi", "fedadagrad"):
         assert stands[f"strategy={name}"] == {"fedit", "fedrot", "ffa", "hetlora", "rolora"}
     assert stands[KRUM] == stands[MEDIAN] == {"fedit", "ffa"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_strategy_of_the_users_goes_with_every_preset_where_it_says_that_it_sends_the_mean(name):
+    for word, stands in (("Mean", True), ("Signs", preset(name).residual == "dropped")):
+        plain = {**composed(f"aggregation={name}").plain, "strategy": {"_target_": f"helpers_components.{word}"}}
+        if stands:
+            assert parse_config(plain).strategy.sends_mean == (word == "Mean")
+        else:
+            with pytest.raises(UserError, match=r"^strategy Signs beside aggregation\.residual=sidecar"):
+                parse_config(plain)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -39,7 +39,15 @@ class ServerOptimizer(ABC):
     @property
     @abstractmethod
     def moment_names(self) -> tuple[str, ...]:
-        """The moments kept from round to round, in name order; empty where the step gives the mean itself."""
+        """The moments kept from round to round, in name order; empty where there are none."""
+
+    @property
+    def sends_mean(self) -> bool:
+        """Whether the step gives the mean itself, cast once, as step_to_mean does: only then can what the mean misses go into a side-car or the next round.
+
+        A class that says nothing does not.
+        """
+        return False
 
     @abstractmethod
     def step(self, state: ServerState, mean: Tensors) -> ServerState:

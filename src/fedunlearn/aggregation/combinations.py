@@ -8,7 +8,8 @@ from fedunlearn.aggregation.names import GaugeName, Mask, ReducerName, Residual
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:
-    """The choices of one run. strategy: its class name; moments: whether it keeps some; foreign: whether it is Flower's.
+    """The choices of one run. strategy: its class name; moments: whether it keeps some; sends_mean: whether its step gives the mean itself;
+    foreign: whether it is Flower's, of which neither of the two is asked.
 
     robust: its class name; reweighs: whether it does anything. ranks_differ: clients have ranks or scales of their own.
     """
@@ -20,6 +21,7 @@ class Combination:
     gauge: GaugeName
     strategy: str
     moments: bool
+    sends_mean: bool
     foreign: bool
     robust: str
     reweighs: bool
@@ -95,8 +97,9 @@ def _server(c: Combination) -> list[tuple[bool, str]]:
             "choose fedavg or fedprox, or aggregation=fedit",
         ),
         (
-            not (c.moments and c.residual != "dropped"),
-            f"{at} beside aggregation.residual={c.residual}: what is left over belongs to the mean itself, which this strategy does not send; choose fedavg or fedprox, or residual=dropped",
+            c.sends_mean or c.foreign or c.residual == "dropped",
+            f"{at} beside aggregation.residual={c.residual}: what is left over belongs to the mean itself, which this strategy does not send; choose fedavg or fedprox, or residual=dropped "
+            "(one of your own that does send it says so by its property sends_mean)",
         ),
         (
             not c.foreign or (c.reducer, c.residual, c.gauge, c.reweighs) == ("factors", "dropped", "as_is", False),

@@ -15,6 +15,11 @@ class FedAvg(ServerOptimizer):
         """None: gives the mean itself."""
         return ()
 
+    @property
+    def sends_mean(self) -> bool:
+        """Yes."""
+        return True
+
     def step(self, state: ServerState, mean: Tensors) -> ServerState:
         """See ServerOptimizer.step."""
         return step_to_mean(self, state, mean)

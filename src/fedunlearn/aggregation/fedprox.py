@@ -34,6 +34,11 @@ class FedProx(ServerOptimizer):
         """None: gives the mean itself."""
         return ()
 
+    @property
+    def sends_mean(self) -> bool:
+        """Yes."""
+        return True
+
     def step(self, state: ServerState, mean: Tensors) -> ServerState:
         """See ServerOptimizer.step."""
         return step_to_mean(self, state, mean)

@@ -81,6 +81,7 @@ class TrainRun:
             if isinstance(self.strategy, FlowerStrategy)
             else type(self.strategy).__name__,
             moments=not isinstance(self.strategy, FlowerStrategy) and bool(self.strategy.moment_names),
+            sends_mean=not isinstance(self.strategy, FlowerStrategy) and self.strategy.sends_mean,
             foreign=foreign,
             robust=type(self.robust).__name__,
             reweighs=self.robust.reads_gram,
