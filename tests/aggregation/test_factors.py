@@ -1,6 +1,8 @@
 """LoRA factors by module: pairing, scales as PEFT has them, cutting to a client's rank and padding back."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -113,6 +115,20 @@ def test_factors_of_one_module():
     assert factors.b is tensors[Q.b]
     assert factors.a is tensors[Q.a]
     assert (factors.double.a.dtype, factors.double.b.dtype, factors.double.scale) == (torch.float64, torch.float64, 2.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_factors_are_freed_with_their_last_name(dtype):
+    """One that names itself waits for the collector: twice the memory of a reduction, in benchmarks/aggregation.py."""
+    gc.disable()
+    try:
+        factors = read_factors(adapter(dtype=dtype), Q, 2.5)
+        assert factors.double.double is factors.double
+        gone = [weakref.ref(factors), weakref.ref(factors.double)]
+        del factors
+        assert [ref() for ref in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_cutting_by_hand():

@@ -36,11 +36,13 @@ class Factors:
         """R."""
         return int(self.a.shape[0])
 
-    @cached_property
+    @property
     def double(self) -> "Factors":
-        """The same in float64; itself where it is so already."""
-        if self.b.dtype == self.a.dtype == torch.float64:
-            return self
+        """The same in float64, made once; itself where it is so already (not cached: what names itself is freed by the collector alone, too late)."""
+        return self if self.b.dtype == self.a.dtype == torch.float64 else self._cast
+
+    @cached_property
+    def _cast(self) -> "Factors":
         return Factors(self.b.double(), self.a.double(), self.scale)
 
 
