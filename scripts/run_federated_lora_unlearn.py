@@ -1,6 +1,8 @@
 """Federated LoRA unlearning with the usual defaults; takes the same arguments as src/fed_train.py, which win.
 
-python scripts/run_federated_lora_unlearn.py task_name=NAME model.model_args.pretrained_model_name_or_path=RUN
+python scripts/run_federated_lora_unlearn.py task_name=npo model.model_args.pretrained_model_name_or_path=saves/finetune/ft
+
+saves/finetune/ft: a fine-tuning run with the same model; task_name: the folder of the result, saves/unlearn/npo.
 """
 
 import sys

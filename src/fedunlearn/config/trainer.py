@@ -14,7 +14,7 @@ class TrainArgs:
 
     num_train_epochs, max_steps (-1: by epochs), warm-up and schedule count per client and round and start anew each round.
     An epoch of unlearning is one pass over the forget rows. warmup_steps below 1 is a fraction of the steps; warmup_epochs
-    counts epochs; both at once are refused. max_steps, where it is set, holds for every role, whatever epochs say.
+    counts epochs; both at once are refused. max_steps, where it is set, is what every working client does, in every role; epochs then have no say.
     logging_steps: the mean loss of every so many optimiser steps goes into the history.
     """
 
