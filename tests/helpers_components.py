@@ -163,7 +163,7 @@ class Lists(Partitioner):
 
     shares: list[float] = field(default_factory=list)
     pairs: tuple[int, ...] = ()
-    table: dict[str, float] = field(default_factory=dict)
+    table: frozenset[float] = field(default_factory=frozenset)
 
     def deal(self, num_authors, num_clients):
         return ()

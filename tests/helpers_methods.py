@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from fedunlearn.methods.base import Method, Need, RetainTerm, StepTotals, TokenLosses
+from fedunlearn.methods.base import Method, RetainTerm
+from fedunlearn.methods.tokens import Need, StepTotals, TokenLosses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class RetainOnly(Method):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset()
+        return frozenset({Need.NLL})
 
     def forget(self, batch: TokenLosses, totals: StepTotals) -> torch.Tensor:
         return 0.0 * batch.nll.sum()

@@ -17,6 +17,7 @@ from fedunlearn.data.ownership import FILE
 from fedunlearn.data.pocket.build import PocketRecipe, ensure_pocket
 from fedunlearn.data.pocket.pretrain import BaseRecipe
 from fedunlearn.data.pocket.world import WorldSize
+from fedunlearn.data.requests import FILE as REQUEST
 from fedunlearn.doors.compose import ComposedConfig, compose
 from fedunlearn.doors.prepare import prepare
 from fedunlearn.federation.checkpoint import ADAPTER, round_folder
@@ -81,7 +82,7 @@ class Recorded:
     def begin(self, folder: Path) -> None:
         """Makes the folder of a run that begins where the record does."""
         shutil.copytree(self.folder / START, folder / START)
-        for name in (FILE, BEGAN):
+        for name in (FILE, REQUEST, BEGAN):
             shutil.copy(self.folder / name, folder / name)
 
 
@@ -137,7 +138,7 @@ def record(place: Path) -> Recorded:
 def _keep(grid: RecordingGrid, run: Path, folder: Path) -> Recorded:
     before, _ = load_adapter(round_folder(run, 1) / ADAPTER)
     save_adapter(folder / START, before)
-    for name in (FILE, BEGAN):
+    for name in (FILE, REQUEST, BEGAN):
         shutil.copy(run / name, folder / name)
     flat, said, declared = {}, [], []
     for client in range(NUM_CLIENTS):

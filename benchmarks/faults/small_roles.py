@@ -16,6 +16,7 @@ from flwr.app import Error
 
 from fedunlearn.config.run import TrainRun
 from fedunlearn.data.ownership import FILE
+from fedunlearn.data.requests import FILE as REQUEST
 from fedunlearn.federation.faults import CLIENT_TIMEOUT
 from fedunlearn.federation.site import client_shapes
 from fedunlearn.federation.start import BEGAN, START
@@ -46,7 +47,8 @@ def recorded_for(recorded: Recorded, place: Path, owners: tuple[int, ...], count
     """The same record with `count` clients, of which `owners` own forget rows. place: what a run's folder then begins as."""
     declared = {k: _owning(recorded.declared[k], k in owners) for k in range(count)}
     shutil.copytree(recorded.folder / START, place / START)
-    shutil.copy(recorded.folder / FILE, place / FILE)
+    for name in (FILE, REQUEST):
+        shutil.copy(recorded.folder / name, place / name)
     rows = [asdict(declared[k].rows) for k in range(count)]
     (place / BEGAN).write_text(json.dumps({"sidecar": [], "rows": rows}), encoding="utf-8")
     return replace(recorded, folder=place, declared=declared)

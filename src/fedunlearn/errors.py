@@ -19,3 +19,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Gives `; did you mean 'x'?` for the nearest known word, or an empty string where none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+class NotApplicableError(UserError):
+    """A method cannot serve a request because of who owns what, however it is set."""

@@ -30,6 +30,7 @@ EXPECTED = Expected(
     run_id="run",
     base_fingerprint="base",
     num_examples=20,
+    max_trained=20,
 )
 GOOD = ClientUpdate(
     client_id=1,

@@ -23,7 +23,8 @@ from fedunlearn.doors.main import guarded, hydra_door
 from fedunlearn.doors.stages import run_evaluation, run_federated
 from fedunlearn.errors import UserError
 from fedunlearn.files import append_line
-from fedunlearn.training.client_update import LocalData, LocalSettings, client_update
+from fedunlearn.training.client_update import client_update
+from fedunlearn.training.local import LocalData, LocalSettings
 
 BASE = "model.model_args.pretrained_model_name_or_path"
 LORA = "model.model_args.lora_model_path"
@@ -135,7 +136,7 @@ def evaluation(pocket, saves, *overrides) -> ComposedConfig:
         ("finetune", "trainer.federated.num_clients=21", "num_clients=21 exceeds the 20 authors"),
         ("finetune", "forget_split=forget01 retain_split=retain99", "has no split 'forget01': 1 % of its 20 authors is no whole number"),
         ("finetune", "forget_split=forget05", "forget_split='forget05' and retain_split='retain90' are no pair"),
-        ("unlearn", "partition=by_author trainer.federated.num_clients=10", "client 9 of 10 owns forget rows only (8 of forget10), but method NPO"),
+        ("unlearn", "partition=by_author trainer.federated.num_clients=10", "client 9 of 10 owns forget rows only (8 of the request), but method NPO"),
         ("finetune", f"{BASE}=/nowhere/model", "'/nowhere/model' does not exist: give a folder that does, a hub id"),
         ("finetune", f"{LORA}=/nowhere/adapter", "'/nowhere/adapter' does not exist: give a model folder, a PEFT adapter"),
         ("finetune", f"{TARGETS}=[q_prj]", "target_modules: 'q_prj' matches no module of this base; linear ones are down_proj"),

@@ -128,7 +128,7 @@ def test_a_parameter_that_no_yaml_names_needs_no_plus():
         ("strategy=fedprx", "strategy='fedprx' is unknown; did you mean 'fedprox'? Known: fedadagrad, fedadam, fedavg, fedavgm, fedprox, fedyogi (configs/strategy/)"),
         ("aggregation=flra", "aggregation='flra' is unknown; did you mean 'flora'? Known: fedex, fedit, fedrot, fedsvd, ffa, flexlora, flora, hetlora, rolora (configs/aggregation/)"),
         ("robust=kram", "robust='kram' is unknown; did you mean 'krum'? Known: geometric_median, krum, multi_krum, norm_clipping, off (configs/robust/)"),
-        ("partition=by_autor", "partition='by_autor' is unknown; did you mean 'by_author'? Known: by_author, iid, inherit, round_robin (configs/partition/)"),
+        ("partition=by_autor", "partition='by_autor' is unknown; did you mean 'by_author'? Known: by_author, dirichlet, iid, inherit, quantity_skew, round_robin (configs/partition/)"),
         ("--config-name=unlearn-lora.yaml method=nppo", "method='nppo' is unknown; did you mean 'npo'?"),
         ("experiment=finetune/tofu/pockt", "did you mean 'finetune/tofu/pocket'? Known: eval/tofu/default, "),
         ("model=null", "model='null' is unknown. Known: Llama-3.1-8B-Instruct-lora, "),

@@ -129,7 +129,10 @@ def test_help_lists_the_groups(door, capsys):
         door("--help")
     said = capsys.readouterr().out
     assert said.startswith("fed_train is powered by Hydra")
-    assert "method: grad_ascent, grad_diff, npo, simnpo" in said
+    assert (
+        "method: altpo, ceu, dpo, federaser, fedosd, fused, grad_ascent, grad_diff, idk_dpo, ihl, msa, negation, npo, pdu, pgd, rmu, rollback, satimp, simnpo, uce, undial, wga"
+        in said
+    )
     assert "strategy: fedadagrad, fedadam, fedavg, fedavgm, fedprox, fedyogi" in said
     assert "aggregation: fedex, fedit, fedrot, fedsvd, ffa, flexlora, flora, hetlora, rolora" in said
     assert "robust: geometric_median, krum, multi_krum, norm_clipping, off" in said

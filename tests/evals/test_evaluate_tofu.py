@@ -15,7 +15,8 @@ from fedunlearn.evals.files import read_log, write_log
 from fedunlearn.evals.generation import clean, decode
 from fedunlearn.evals.retain_log import check_retain_log
 from fedunlearn.evals.scoring import score_rows
-from fedunlearn.evals.tofu import evaluate_tofu, read_sets
+from fedunlearn.evals.sets import read_sets
+from fedunlearn.evals.tofu import evaluate_tofu
 
 SETTINGS = EvalConfig(max_new_tokens=4)
 COMPAT = EvalConfig(max_new_tokens=4, compat="open-unlearning")
@@ -24,6 +25,10 @@ COMPAT = EvalConfig(max_new_tokens=4, compat="open-unlearning")
 @pytest.fixture(scope="module")
 def tofu(tmp_path_factory):
     return load_tofu(str(write_folder(tmp_path_factory.mktemp("tofu"))))
+
+
+def forget_set(tofu, split):
+    return read_sets(tofu, split, None)["forget"]
 
 
 def evaluate(tofu, settings=SETTINGS, retain_log=None, seed=0, forget_split="forget10"):
@@ -141,21 +146,21 @@ def test_another_forget_split_or_other_data_is_refused(log, tofu, tmp_path):
     with pytest.raises(UserError, match="the log is of forget_split='forget05', this evaluation of 'forget10'"):
         evaluate(tofu, retain_log=evaluate(tofu, forget_split="forget05"))
     other = load_tofu(str(write_folder(tmp_path / "other", authors=40, rows_per_author=1)))
-    with pytest.raises(UserError, match="other rows of forget10_perturbed than those of tofu_path="):
-        check_retain_log(log, other, "forget10", SETTINGS)
+    with pytest.raises(UserError, match="other rows of forget10_perturbed than these"):
+        check_retain_log(log, forget_set(other, "forget10"), SETTINGS)
 
 
 def test_a_foreign_log_is_told_by_its_row_count(log, tofu):
     ratio = replace(log.metrics["forget_truth_ratio"], definition="open-unlearning")
     foreign = replace(log, provenance={}, metrics={"forget_truth_ratio": ratio})
-    check_retain_log(foreign, tofu, "forget10", COMPAT)
+    check_retain_log(foreign, forget_set(tofu, "forget10"), COMPAT)
     short = replace(foreign, metrics={"forget_truth_ratio": replace(ratio, value_by_index=ratio.value_by_index[:3])})
     with pytest.raises(
         UserError, match=r"the log has 3 forget rows, forget_split='forget10' has 4; give the log .* retain90"
     ):
-        check_retain_log(short, tofu, "forget10", COMPAT)
+        check_retain_log(short, forget_set(tofu, "forget10"), COMPAT)
     with pytest.raises(UserError, match="the log has no forget_truth_ratio with a score a row"):
-        check_retain_log(replace(foreign, metrics={"model_utility": ratio}), tofu, "forget10", COMPAT)
+        check_retain_log(replace(foreign, metrics={"model_utility": ratio}), forget_set(tofu, "forget10"), COMPAT)
 
 
 def test_a_retain_log_is_checked_before_the_model_is_asked(log, tofu):
@@ -185,9 +190,9 @@ def test_forget_rows_without_paraphrase_are_refused(tmp_path):
 def test_a_published_log_serves_as_retain_log_of_its_split_only():
     tofu = load_tofu(str(SHARED / "tofu"))
     published = read_log(SHARED / "golden/tofu_Llama-3.2-1B-Instruct_retain95/TOFU_EVAL.json")
-    check_retain_log(published, tofu, "forget05", COMPAT)
+    check_retain_log(published, forget_set(tofu, "forget05"), COMPAT)
     with pytest.raises(UserError, match="the log has 200 forget rows, forget_split='forget10' has 400"):
-        check_retain_log(published, tofu, "forget10", COMPAT)
+        check_retain_log(published, forget_set(tofu, "forget10"), COMPAT)
 
 
 @needs_shared

@@ -53,9 +53,12 @@ def good_reply(request, **changes):
         num_trained=OWNED,
         num_steps=3,
         num_tokens=99,
+        num_reference_tokens=0,
         seconds=0.1,
         loss=1.0,
         loss_trace=(1.0,),
+        memory={},
+        stopped="",
         missing=(),
     )
     return replace(said, **changes)
@@ -122,11 +125,13 @@ def _member(client, forget):
         version="1",
         base_fingerprint="base",
         partition_hash="p",
+        request_hash="r",
         num_owned=OWNED,
         num_forget=forget,
         num_retain=OWNED - forget,
         rank=2,
         lora_alpha=2.0,
+        joins=1,
     )
     return Member(node_id=FIRST_NODE + client, declared=declared, bytes_up=0)
 

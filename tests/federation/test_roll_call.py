@@ -29,11 +29,13 @@ EXPECTED = Expectation(
     version="1",
     base_fingerprint="b",
     partition_hash="p",
+    request_hash="r",
+    joins=(1, 1, 1),
     min_clients=1,
 )
 GOOD = RollCallReply(
-    client_id=0, version="1", base_fingerprint="b", partition_hash="p", num_owned=10, num_forget=4, num_retain=6,
-    rank=4, lora_alpha=8.0,
+    client_id=0, version="1", base_fingerprint="b", partition_hash="p", request_hash="r", num_owned=10, num_forget=4, num_retain=6,
+    rank=4, lora_alpha=8.0, joins=1,
 )  # fmt: skip
 SECOND = replace(GOOD, client_id=1, num_owned=20, num_forget=0, num_retain=20)
 THIRD = replace(GOOD, client_id=2, num_owned=30, num_forget=0, num_retain=30, rank=2, lora_alpha=4.0)

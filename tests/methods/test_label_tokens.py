@@ -8,11 +8,11 @@ from peft import LoraConfig
 from fedunlearn.config.data import CollatorConfig
 from fedunlearn.data.chat import EncodedRow
 from fedunlearn.data.collator import collate
-from fedunlearn.methods.base import Need, StepTotals
 from fedunlearn.methods.grad_diff import GradDiff
 from fedunlearn.methods.npo import NPO
 from fedunlearn.methods.retain import retain_loss
 from fedunlearn.methods.simnpo import SimNPO
+from fedunlearn.methods.tokens import Need, StepTotals
 from fedunlearn.models.lora import attach_lora, draw_fresh, hold_reference, live_parameters, read_tensors
 from fedunlearn.records.adapter import Weights
 from fedunlearn.training.forward import token_losses
@@ -23,8 +23,8 @@ ROWS = (
     EncodedRow((256, 20, 265), 2),
     EncodedRow((256, 265, 31, 32, 33, 34, 50, 51, 52, 265), 6),
 )
-TOTALS = StepTotals(num_rows=3, num_tokens=8)
-KL_NEEDS = frozenset({Need.LOGITS, Need.REFERENCE_LOGITS})
+TOTALS = StepTotals(num_labels=(3, 1, 4))
+KL_NEEDS = frozenset({Need.NLL, Need.LOGITS, Need.REFERENCE_LOGITS})
 RIGHT = CollatorConfig()
 VARIANTS = [
     pytest.param(CollatorConfig(padding_side="left"), 0, id="left"),
@@ -50,9 +50,9 @@ def model():
     return made.eval()
 
 
-def losses_of(model, rows, config, pad, needs=frozenset()):
+def losses_of(model, rows, config, pad, needs=frozenset({Need.NLL})):
     sums = torch.tensor([9.0, 4.0, 30.0])[: len(rows)]
-    return token_losses(model, collate(rows, config, pad, CPU), needs, sums)
+    return token_losses(model, collate(rows, config, pad, CPU), needs, reference_sums=sums)
 
 
 def test_token_losses_are_those_of_each_row_alone(model):

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from fedunlearn.methods.base import StepTotals, TokenLosses
 from fedunlearn.methods.grad_ascent import GradAscent
 from fedunlearn.methods.grad_diff import GradDiff
 from fedunlearn.methods.npo import NPO
 from fedunlearn.methods.simnpo import SimNPO
+from fedunlearn.methods.tokens import StepTotals, TokenLosses
 
 LN2, LN3 = math.log(2.0), math.log(3.0)
 LENGTHS = (3, 1, 4, 2, 5, 2, 1, 3)
@@ -27,6 +27,7 @@ def tokens_of(nll, lengths, reference=None):
     return TokenLosses(
         nll=nll,
         row=torch.arange(len(lengths)).repeat_interleave(num_labels),
+        labels=torch.zeros(sum(lengths), dtype=torch.int64),
         num_labels=num_labels,
         reference_sums=None if reference is None else torch.as_tensor(reference, dtype=torch.float32),
     )
@@ -35,7 +36,7 @@ def tokens_of(nll, lengths, reference=None):
 def value_and_gradient(method, rows, reference=None):
     """F of the rows as one step, and its gradient by token."""
     batch, nll = batch_of(rows, reference)
-    loss = method.forget(batch, StepTotals(num_rows=len(rows), num_tokens=sum(map(len, rows))))
+    loss = method.forget(batch, StepTotals(num_labels=tuple(map(len, rows))))
     loss.backward()
     return loss.item(), nll.grad.tolist()
 
@@ -136,7 +137,7 @@ def drawn():
 def test_value_and_gradient_equal_the_slow_formula(method, slow):
     nll, reference = drawn()
     leaf = nll.clone().requires_grad_()
-    loss = method.forget(tokens_of(leaf, LENGTHS, reference), StepTotals(num_rows=8, num_tokens=sum(LENGTHS)))
+    loss = method.forget(tokens_of(leaf, LENGTHS, reference), StepTotals(num_labels=LENGTHS))
     loss.backward()
     exact = nll.double().requires_grad_()
     wanted = slow(method, [list(part) for part in exact.split(LENGTHS)], reference.double())
@@ -152,7 +153,7 @@ def test_value_and_gradient_equal_the_slow_formula(method, slow):
 def test_micro_batches_add_up_to_the_step(method, slow):
     """8 x 1, 2 x 4, 4 x 2 and 1 x 8 rows under the same totals: one gradient, to 1e-6 of its largest entry, and one value."""
     nll, reference = drawn()
-    totals = StepTotals(num_rows=8, num_tokens=sum(LENGTHS))
+    totals = StepTotals(num_labels=LENGTHS)
     results = {}
     for size in (8, 4, 2, 1):
         leaf = nll.clone().requires_grad_()
@@ -171,7 +172,7 @@ def test_micro_batches_add_up_to_the_step(method, slow):
 
 def test_the_mean_of_micro_batch_means_would_be_another_number():
     """Tokens 1, 2 | 3 in two micro-batches: shares -1 and -1 of the step's CE; their own means are -1.5 and -3."""
-    totals = StepTotals(num_rows=2, num_tokens=3)
+    totals = StepTotals(num_labels=(2, 1))
     first, second = batch_of([[1.0, 2.0]])[0], batch_of([[3.0]])[0]
     shares = [GradAscent().forget(batch, totals).item() for batch in (first, second)]
     assert shares == pytest.approx([-1.0, -1.0], abs=1e-6)
@@ -199,6 +200,6 @@ def test_row_sums_carry_the_gradient_back_to_their_tokens():
 def test_a_loss_changes_none_of_its_inputs():
     batch, nll = batch_of([[1.0, 2.0], [3.0]], [2.0, 2.0])
     before = nll.detach().clone(), batch.reference_sums.clone()
-    NPO().forget(batch, StepTotals(num_rows=2, num_tokens=3)).backward()
+    NPO().forget(batch, StepTotals(num_labels=(2, 1))).backward()
     assert torch.equal(nll.detach(), before[0])
     assert torch.equal(batch.reference_sums, before[1])

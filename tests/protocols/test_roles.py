@@ -3,6 +3,7 @@
 import pytest
 
 from fedunlearn.errors import UserError
+from fedunlearn.protocols.base import Stage
 from fedunlearn.protocols.finetune import Finetune
 from fedunlearn.protocols.in_round import InRound
 from fedunlearn.protocols.target_then_repair import TargetThenRepair
@@ -25,8 +26,11 @@ PROTOCOLS = [
 ]
 
 
-def roles(protocol, round, cohort=COHORT, epochs=2.0):
-    return [(a.client_id, a.role, a.epochs) for a in protocol.assign(round, cohort, epochs)]
+def roles(protocol, round, cohort=COHORT, epochs=2.0, num_rounds=2):
+    return [
+        (a.client_id, a.role, a.epochs)
+        for a in protocol.assign(Stage(round=round, num_rounds=num_rounds), cohort, epochs)
+    ]
 
 
 def test_finetune_trains_whoever_has_rows():
@@ -60,7 +64,7 @@ def test_target_then_repair_by_rounds():
 
 
 def test_target_then_repair_defaults_to_one_round_and_the_trainer_s_epochs():
-    assert roles(TargetThenRepair(), 1)[3] == (9, UNLEARN, 2.0)
+    assert roles(TargetThenRepair(), 1, num_rounds=1)[3] == (9, UNLEARN, 2.0)
     assert roles(TargetThenRepair(), 2) == [(2, FINETUNE, 2.0), (5, IDLE, 0.0), (7, IDLE, 0.0), (9, FINETUNE, 2.0)]
 
 

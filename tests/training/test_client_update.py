@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from helpers_methods import RetainOnly
-from helpers_training import DATA, FORGET, RETAIN, SUMS, equal, flat, made_model, rows, train
+from helpers_training import DATA, FORGET, RETAIN, SUMS, FixedSums, equal, flat, made_model, rows, train
 
 from fedunlearn.methods.grad_ascent import GradAscent
 from fedunlearn.methods.grad_diff import GradDiff
 from fedunlearn.methods.npo import NPO
 from fedunlearn.models.lora import check_trainable, hold_reference, read_tensors
 from fedunlearn.records.rounds import Role
-from fedunlearn.training.client_update import LocalData
+from fedunlearn.training.local import LocalData
 
 METHODS = [
     pytest.param(None, id="finetune"),
@@ -42,7 +42,7 @@ class TestLaws:
     def test_another_client_before_it_changes_nothing(self, made, method):
         """A fresh optimiser each time: AdamW's moments of client 1 must not reach client 2."""
         alone = train(made, method, epochs=2)
-        other = LocalData(forget=rows(6, 11), retain=rows(6, 12), reference_sums=SUMS[:6])
+        other = LocalData(forget=rows(6, 11), retain=rows(6, 12), reference=FixedSums(SUMS[:6], rows(6, 11)))
         before = train(made, method, other, seed=99, epochs=3, learning_rate=0.1)
         again = train(made, method, epochs=2)
         assert not equal(before, alone)
@@ -96,7 +96,7 @@ class TestLaws:
 
 class TestRows:
     def test_fine_tuning_sees_retain_rows_alone(self, made):
-        other = replace(DATA, forget=rows(3, 40), reference_sums=None)
+        other = replace(DATA, forget=rows(3, 40), reference=None)
         assert equal(train(made, None, other), train(made))
 
     def test_ascent_sees_forget_rows_alone(self, made):

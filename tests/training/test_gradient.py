@@ -11,6 +11,7 @@ from helpers_training import (
     RATE,
     RETAIN,
     SUMS,
+    FixedSums,
     flat,
     gradient,
     made_model,
@@ -20,12 +21,12 @@ from helpers_training import (
 
 from fedunlearn.config.data import CollatorConfig
 from fedunlearn.data.collator import collate
-from fedunlearn.methods.base import StepTotals
 from fedunlearn.methods.grad_ascent import GradAscent
 from fedunlearn.methods.grad_diff import GradDiff
 from fedunlearn.methods.npo import NPO
 from fedunlearn.methods.retain import retain_loss, retain_needs
 from fedunlearn.methods.simnpo import SimNPO
+from fedunlearn.methods.tokens import Need, StepTotals
 from fedunlearn.models.lora import (
     REFERENCE,
     check_trainable,
@@ -36,11 +37,12 @@ from fedunlearn.models.lora import (
     write_tensors,
 )
 from fedunlearn.records.adapter import Weights
-from fedunlearn.training.client_update import LocalData
 from fedunlearn.training.forward import batch_logits, token_losses
-from fedunlearn.training.steps import plan_steps
+from fedunlearn.training.local import LocalData
+from fedunlearn.training.steps import Supply, plan_steps
 
 CPU = torch.device("cpu")
+NLL = frozenset({Need.NLL})
 WHOLE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 METHODS = [
     pytest.param(None, id="finetune"),
@@ -63,22 +65,26 @@ def made():
 
 
 def totals(rows):
-    return StepTotals(num_rows=len(rows), num_tokens=sum(row.num_labels for row in rows))
+    return StepTotals(num_labels=tuple(row.num_labels for row in rows))
 
 
 def by_autograd(made, method):
     """L = gamma F + alpha R over the whole step in one batch and one backward, outside the loop; value and gradient."""
     num_rows = len(RETAIN if method is None else FORGET)
     per_row = 1 if method is not None and method.retain != "none" else 0
-    (part,) = next(plan_steps(num_rows, len(RETAIN), per_row, 1, train_args(**{**GRADIENT, **WHOLE}), 7))
+    (part,) = next(
+        plan_steps(
+            Supply(rows=num_rows, retain=len(RETAIN), per_row=per_row), 1, train_args(**{**GRADIENT, **WHOLE}), 7
+        )
+    )
     rows = [(RETAIN if method is None else FORGET)[index] for index in part.rows]
 
     def losses(chosen, needs, sums=None):
-        return token_losses(made.model, collate(chosen, CollatorConfig(), 0, CPU), needs, sums)
+        return token_losses(made.model, collate(chosen, CollatorConfig(), 0, CPU), needs, reference_sums=sums)
 
     write_tensors(made.model, made.start.tensors)
     if method is None:
-        loss = losses(rows, frozenset()).nll.sum() / totals(rows).num_tokens
+        loss = losses(rows, NLL).nll.sum() / totals(rows).num_tokens
     else:
         loss = method.gamma * method.forget(losses(rows, method.needs, SUMS[list(part.rows)]), totals(rows))
     if per_row:
@@ -132,8 +138,8 @@ def test_npo_at_the_reference_by_hand(made):
     """Reference sums of the start itself: F = (2/beta) ln 2 = 20 ln 2 whatever the rows, and the gradient is -1/8 of that of the sums."""
     write_tensors(made.model, made.start.tensors)
     with torch.no_grad():
-        sums = token_losses(made.model, collate(FORGET, CollatorConfig(), 0, CPU), frozenset(), None).row_sums()
-    data = LocalData(forget=FORGET, retain=RETAIN, reference_sums=sums)
+        sums = token_losses(made.model, collate(FORGET, CollatorConfig(), 0, CPU), NLL).row_sums()
+    data = LocalData(forget=FORGET, retain=RETAIN, reference=FixedSums(sums))
     result = train(made, NPO(alpha=0.0, retain="none"), data, **GRADIENT, **WHOLE)
     ascent = gradient(made, GradAscent(), **WHOLE)
     found = (flat(made.start.tensors) - flat(result.tensors)) / RATE
@@ -160,7 +166,7 @@ def test_the_reference_of_kl_knows_no_dropout():
     data = LocalData(forget=FORGET, retain=RETAIN[:1])
     told = train(made, RetainOnly(retain="kl"), data, **GRADIENT, **WHOLE).loss
     write_tensors(made.model, made.start.tensors)
-    (part,) = next(plan_steps(8, 1, 1, 1, train_args(**GRADIENT, **WHOLE), 7))
+    (part,) = next(plan_steps(Supply(rows=8, retain=1, per_row=1), 1, train_args(**GRADIENT, **WHOLE), 7))
     batches = [
         collate([FORGET[i] for i in part.rows], CollatorConfig(), 0, CPU),
         collate(RETAIN[:1] * 8, CollatorConfig(), 0, CPU),

@@ -1,18 +1,17 @@
 """Reference sums: slow sums row by row, kept by what they depend on, and nothing of the model moved."""
 
+import json
 from dataclasses import replace
 
 import pytest
-import safetensors.torch
 import torch
-from helpers_training import FORGET, made_model, rows
-from safetensors.torch import load_file, save_file
+from helpers_training import FORGET, RETAIN, made_model, rows
 
 from fedunlearn.models.lora import check_trainable, read_tensors
 from fedunlearn.models.ranks import scaled_for
 from fedunlearn.records.adapter import Weights
 from fedunlearn.records.shape import ClientShape
-from fedunlearn.training.reference import BATCH_ROWS, reference_sums
+from fedunlearn.training.reference import BATCH_ROWS, ReferenceSums
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,14 @@ def reference(made):
 
 
 def sums_of(made, reference, chosen, cache, bf16=False):
-    return reference_sums(made, reference, chosen, cache, bf16)
+    """The sums as a fresh process would have them: what is known comes from the cache."""
+    sums = ReferenceSums(made, reference, cache, bf16)
+    sums.prepare(chosen)
+    return sums.of(chosen)
+
+
+def tokens_of(chosen):
+    return sum(len(row.input_ids) for row in chosen)
 
 
 def sidecar_of(made, seed=5):
@@ -41,8 +47,18 @@ def sidecar_of(made, seed=5):
     }
 
 
-def kept(cache):
+def models(cache):
+    """A folder for each model that has sums."""
     return sorted((cache / "reference_sums").iterdir())
+
+
+def files(cache):
+    return sorted((cache / "reference_sums").glob("*/*.json"))
+
+
+def known(cache):
+    """All kept sums of all models, by model and row."""
+    return {(path.parent.name, name): v for path in files(cache) for name, v in json.loads(path.read_text()).items()}
 
 
 def slow_sums(reference, chosen):
@@ -76,37 +92,89 @@ def test_the_order_of_rows_is_the_caller_s(made, reference, tmp_path):
 
 
 def test_they_are_read_again_from_the_cache(made, reference, tmp_path):
+    """What stands in the file is what is given, whatever it is: there is no second forward."""
     first = sums_of(made, reference, FORGET, tmp_path)
-    (path,) = kept(tmp_path)
-    assert torch.equal(load_file(path)["sums"], first)
-    save_file({"sums": torch.arange(8.0)}, path)
-    assert sums_of(made, reference, FORGET, tmp_path).tolist() == list(range(8))
-    assert kept(tmp_path) == [path]
+    (path,) = files(tmp_path)
+    saved = json.loads(path.read_text())
+    assert sorted(saved.values()) == pytest.approx(sorted(first.tolist()), rel=1e-6)
+    path.write_text(json.dumps({name: float(number) for number, name in enumerate(saved)}))
+    assert sorted(sums_of(made, reference, FORGET, tmp_path).tolist()) == list(range(8))
+    assert files(tmp_path) == [path]
 
 
-def test_what_they_depend_on_makes_another_file(made, reference, tmp_path):
-    """Base, its dtype, reference, its side-car, token ids, prompt length: each with the same reference tensors otherwise."""
-    shorter = (replace(FORGET[0], num_prompt=FORGET[0].num_prompt - 1), *FORGET[1:])
+def test_each_row_s_forward_is_run_once_and_its_tokens_counted(made, reference, tmp_path):
+    """8 rows, then 3 of them with 5 new ones, then all 13 again: the tokens of 8, of 5, of none; a new process runs none either."""
+    sums = ReferenceSums(made, reference, tmp_path, False)
+    assert sums.tokens == 0
+    sums.prepare(FORGET)
+    assert sums.tokens == tokens_of(FORGET)
+    sums.prepare((*FORGET[:3], *RETAIN))
+    assert sums.tokens == tokens_of((*FORGET, *RETAIN))
+    sums.prepare((*FORGET, *RETAIN))
+    assert sums.tokens == tokens_of((*FORGET, *RETAIN))
+    assert len(known(tmp_path)) == 13
+    later = ReferenceSums(made, reference, tmp_path, False)
+    later.prepare((*FORGET, *RETAIN))
+    assert later.tokens == 0
+    assert torch.equal(later.of((*RETAIN, *FORGET)), sums.of((*RETAIN, *FORGET)))
+
+
+def test_a_row_that_occurs_twice_is_run_once(made, reference, tmp_path):
+    sums = ReferenceSums(made, reference, tmp_path, False)
+    sums.prepare((FORGET[0], FORGET[1], FORGET[0]))
+    assert sums.tokens == tokens_of(FORGET[:2])
+    first, second, third = sums.of((FORGET[0], FORGET[1], FORGET[0])).tolist()
+    assert first == third != second
+
+
+def test_a_row_that_was_not_prepared_has_no_sum(made, reference, tmp_path):
+    sums = ReferenceSums(made, reference, tmp_path, False)
+    sums.prepare(FORGET[:2])
+    with pytest.raises(KeyError, match=r"[0-9a-f]{64}"):
+        sums.of(FORGET[:3])
+
+
+def test_the_rows_beside_a_row_do_not_change_its_sum(made, reference, tmp_path):
+    """Padding beside a row of 13 ids or alone: the same to float32's rounding."""
+    together = sums_of(made, reference, FORGET, tmp_path / "all")
+    alone = torch.cat([sums_of(made, reference, [row], tmp_path / "one") for row in FORGET])
+    assert torch.allclose(together, alone, rtol=1e-6)
+    assert len(files(tmp_path / "one")) == 8
+
+
+def test_what_they_depend_on_makes_other_sums(made, reference, tmp_path):
+    """Base, its dtype, reference, its side-car: another folder, with the same reference tensors otherwise."""
     cases = [
-        (made, reference, FORGET),
-        (replace(made, fingerprint="another"), reference, FORGET),
-        (made_model(dropout=0.5, dtype=torch.bfloat16), reference, FORGET),
-        (made, Weights({n: 2 * t for n, t in reference.factors.items()}), FORGET),
-        (made, Weights(reference.factors, sidecar_of(made)), FORGET),
-        (made, reference, FORGET[:-1]),
-        (made, reference, shorter),
+        (made, reference),
+        (replace(made, fingerprint="another"), reference),
+        (made_model(dropout=0.5, dtype=torch.bfloat16), reference),
+        (made, Weights({n: 2 * t for n, t in reference.factors.items()})),
+        (made, Weights(reference.factors, sidecar_of(made))),
     ]
     for number, case in enumerate(cases, start=1):
-        sums_of(*case, tmp_path)
-        assert len(kept(tmp_path)) == number
+        sums_of(*case, FORGET, tmp_path)
+        assert len(models(tmp_path)) == len(files(tmp_path)) == number
+        assert len(known(tmp_path)) == 8 * number
 
 
-def test_a_client_s_own_scale_acts_and_makes_another_file(made, reference, tmp_path):
+def test_token_ids_and_prompt_length_make_another_row(made, reference, tmp_path):
+    """The same ids with one more of them as a label are another sum: the missing row is run, the others are not."""
+    shorter = replace(FORGET[1], num_prompt=FORGET[1].num_prompt - 1)
+    other = replace(FORGET[1], input_ids=(*FORGET[1].input_ids[:-1], 3))
+    sums = ReferenceSums(made, reference, tmp_path, False)
+    for number, row in enumerate((FORGET[1], shorter, other), start=1):
+        sums.prepare([FORGET[0], row])
+        assert len(known(tmp_path)) == 1 + number
+    assert sums.of([shorter]) > sums.of([FORGET[1]])
+    assert len(models(tmp_path)) == 1
+
+
+def test_a_client_s_own_scale_acts_and_makes_another_folder(made, reference, tmp_path):
     """The model's is 4 / 2; at rank 2 and alpha 8 every B A counts twice, as B times 2 does under the model's own."""
     plain = sums_of(made, reference, FORGET, tmp_path)
     with scaled_for(made.model, ClientShape(rank=2, lora_alpha=8.0)):
         scaled = sums_of(made, reference, FORGET, tmp_path)
-        assert len(kept(tmp_path)) == 2
+        assert len(models(tmp_path)) == 2
         assert torch.equal(sums_of(made, reference, FORGET, tmp_path), scaled)
     doubled = {n: 2 * t if ".lora_B." in n else t for n, t in reference.factors.items()}
     assert (scaled - plain).abs().max() > 0.1
@@ -146,18 +214,45 @@ def test_they_carry_no_gradient(made, reference, tmp_path):
     assert all(parameter.grad is None for parameter in made.model.parameters())
 
 
-def test_under_bf16_they_are_those_of_the_training_forward_and_another_file(made, reference, tmp_path):
+def test_under_bf16_they_are_those_of_the_training_forward_and_in_another_folder(made, reference, tmp_path):
     plain, cast = sums_of(made, reference, FORGET, tmp_path), sums_of(made, reference, FORGET, tmp_path, bf16=True)
-    assert len(list((tmp_path / "reference_sums").iterdir())) == 2
+    assert len(models(tmp_path)) == 2
     assert not torch.equal(plain, cast)
     assert torch.allclose(plain, cast, rtol=0.05)
 
 
-@pytest.mark.parametrize("damage", [b"", b"nothing of the kind", safetensors.torch.save({"sums": torch.zeros(1)})])
+DAMAGE = [b"", b"nothing of the kind", b"\xff\xfe", b"[1.0]", b"3", b'{"row": "far"}', b'{"row": null}']
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_file_is_computed_anew_and_told(made, reference, tmp_path, caplog, damage):
     good = sums_of(made, reference, FORGET, tmp_path)
-    file = next((tmp_path / "reference_sums").iterdir())
+    (file,) = files(tmp_path)
+    saved = json.loads(file.read_text())
     file.write_bytes(damage)
     assert torch.equal(sums_of(made, reference, FORGET, tmp_path), good)
+    assert f"{file} is damaged" in caplog.text
+    assert json.loads(file.read_text()) == saved
+
+
+def test_half_a_file_costs_its_own_rows_alone(made, reference, tmp_path, caplog):
+    """Two files, one of them cut off: its rows are run again, those of the other are not."""
+    sums = ReferenceSums(made, reference, tmp_path, False)
+    sums.prepare(FORGET)
+    (first,) = files(tmp_path)
+    sums.prepare(RETAIN)
+    first.write_bytes(first.read_bytes()[:40])
+    again = ReferenceSums(made, reference, tmp_path, False)
+    again.prepare((*FORGET, *RETAIN))
+    assert again.tokens == tokens_of(FORGET)
+    assert torch.equal(again.of((*FORGET, *RETAIN)), sums.of((*FORGET, *RETAIN)))
     assert "is damaged" in caplog.text
-    assert torch.equal(safetensors.torch.load_file(file)["sums"], good)
+
+
+def test_they_are_in_eval_mode_from_a_model_in_train_mode(made, reference, tmp_path):
+    """Dropout of one half would be seen: the sums are those of a model without dropout, and the same at every call."""
+    made.model.train()
+    found = [sums_of(made, reference, FORGET, tmp_path / str(number)) for number in range(2)]
+    made.model.eval()
+    assert torch.equal(*found)
+    assert found[0].tolist() == pytest.approx(slow_sums(reference, FORGET), rel=1e-5)

@@ -9,7 +9,7 @@ from fedunlearn.methods.npo import NPO
 from fedunlearn.models.lora import ACTIVE, check_trainable, hold_reference
 from fedunlearn.models.sidecar import put_sidecar
 from fedunlearn.records.adapter import Weights
-from fedunlearn.training.reference import reference_sums
+from fedunlearn.training.reference import ReferenceSums
 
 METHODS = [
     pytest.param(None, id="finetune"),
@@ -71,11 +71,17 @@ def test_bf16_runs_near_float32(models):
     assert torch.cosine_similarity(found, gradient(made, None), dim=0) > 0.98
 
 
+def reference_sums(made, reference, cache):
+    sums = ReferenceSums(made, reference, cache, bf16=False)
+    sums.prepare(FORGET)
+    return sums.of(FORGET)
+
+
 def test_reference_sums_are_those_of_the_dense_base(models, tmp_path):
     made, beneath, beside = models
-    found = reference_sums(made, Weights(made.start.tensors, beside), FORGET, tmp_path / "a", False)
-    wanted = reference_sums(beneath, beneath.start.weights, FORGET, tmp_path / "b", False)
-    bare = reference_sums(made, made.start.weights, FORGET, tmp_path / "a", False)
+    found = reference_sums(made, Weights(made.start.tensors, beside), tmp_path / "a")
+    wanted = reference_sums(beneath, beneath.start.weights, tmp_path / "b")
+    bare = reference_sums(made, made.start.weights, tmp_path / "a")
     assert torch.allclose(found, wanted, rtol=1e-5)
     assert (found - bare).abs().max() > 0.01
     assert len(list((tmp_path / "a" / "reference_sums").iterdir())) == 2

@@ -5,11 +5,13 @@ from collections import Counter
 import pytest
 from helpers_training import train_args
 
-from fedunlearn.training.steps import count_steps, plan_steps, warmup_of
+from fedunlearn.training.steps import Supply, count_steps, plan_steps, warmup_of
 
 
 def plan(num_rows=10, num_retain=30, per_row=1, num_steps=6, seed=0, **args):
-    return list(plan_steps(num_rows, num_retain, per_row, num_steps, train_args(**args), seed))
+    return list(
+        plan_steps(Supply(rows=num_rows, retain=num_retain, per_row=per_row), num_steps, train_args(**args), seed)
+    )
 
 
 def flat_rows(steps):

@@ -15,7 +15,7 @@ from fedunlearn.models.lora import (
 )
 from fedunlearn.records.adapter import Weights
 from fedunlearn.records.rounds import Trained
-from fedunlearn.training import client_update as loop
+from fedunlearn.training import loop
 
 METHODS = [
     pytest.param(None, id="finetune"),

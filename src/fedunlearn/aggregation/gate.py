@@ -1,7 +1,7 @@
 """The gate every client update passes before it counts: what it is, then how far it goes beside the others of its role."""
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass
 from statistics import median
 
@@ -23,7 +23,7 @@ class Expected:
     """What the server knows of one client's reply before it comes.
 
     tensors: those it was sent that it was to train, in the dtype and shapes they must come back in. num_examples: rows it declared at
-    the roll call.
+    the roll call; max_trained: distinct rows it can have trained on. memory: names of what its method remembers.
     """
 
     client_id: int
@@ -32,12 +32,14 @@ class Expected:
     run_id: str
     base_fingerprint: str
     num_examples: int
+    max_trained: int
+    memory: Collection[str] = ()
 
 
 @dataclass(frozen=True)
 class Verdict:
     """reason: empty where the update counts, else the gate's code: `stale_round`, `base_mismatch`, `num_examples`, `missing_key`,
-    `extra_key`, `shape`, `dtype`, `nan`, `norm`, `loss`; before the gate `wire_size`, `unreadable`, `extra_metric`, `missing_part`, `crashed`, `timeout`.
+    `extra_key`, `shape`, `dtype`, `nan`, `memory`, `norm`, `loss`; before the gate `wire_size`, `unreadable`, `extra_metric`, `missing_part`, `crashed`, `timeout`.
 
     detail: the first offender, for the history.
     """
@@ -58,14 +60,24 @@ def check_update(update: ClientUpdate, expected: Expected) -> Verdict:
     if update.base_fingerprint != expected.base_fingerprint:
         return Verdict("base_mismatch", f"trained on the base {update.base_fingerprint[:40]!r}")
     whole = type(update.num_examples) is int and type(update.num_trained) is int
-    if not whole or update.num_examples != expected.num_examples or not 0 < update.num_trained <= expected.num_examples:
+    if not whole or update.num_examples != expected.num_examples or not 0 < update.num_trained <= expected.max_trained:
         return Verdict(
             "num_examples",
-            f"{update.num_examples} owned and {update.num_trained} trained, {expected.num_examples} declared",
+            f"{update.num_examples} owned and {update.num_trained} trained, {expected.num_examples} declared, {expected.max_trained} to train on",
         )
     return (
-        _check_names(update.tensors, expected.tensors) or _check_values(update.tensors, expected.tensors) or Verdict()
+        _check_names(update.tensors, expected.tensors)
+        or _check_values(update.tensors, expected.tensors)
+        or _check_memory(update.memory, expected.memory)
+        or Verdict()
     )
+
+
+def _check_memory(memory: Mapping[str, float], names: Collection[str]) -> Verdict | None:
+    if set(memory) != set(names):
+        return Verdict("memory", f"remembers {sorted(memory)}, its method {sorted(names)}")
+    odd = [name for name, value in memory.items() if not abs(value) < LARGEST_ENTRY]
+    return Verdict("memory", f"{odd[0]}={memory[odd[0]]}") if odd else None
 
 
 def judge_norms(norms: Mapping[int, float], max_ratio: float) -> dict[int, Verdict]:

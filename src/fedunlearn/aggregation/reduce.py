@@ -87,15 +87,27 @@ class Reduced:
     norm: float = 0.0
 
 
-def reduce_round(choices: Choices, cohort: Cohort) -> Reduced:
-    """Gives the mean, the weights that were used, what goes beside the factors, and what was lost on the way."""
-    weighting = _weighting(choices.robust, cohort)
+ModuleWeights = Mapping[str, Mapping[int, float]]
+"""By module name: client -> what it counts for there; the old adapter counts for what is left to 1."""
+
+
+def reduce_round(choices: Choices, cohort: Cohort, weights: ModuleWeights | None = None) -> Reduced:
+    """Gives the mean, the weights that were used, what goes beside the factors, and what was lost on the way.
+
+    weights: where each module has weights of its own; robust weights do not act then.
+    """
+    weighting = (
+        _weighting(choices.robust, cohort)
+        if weights is None
+        else Weighting(tuple(cohort.weights[k] for k in sorted(cohort.weights)))
+    )
     moment = Moment(
         round=cohort.round, generator=torch.Generator().manual_seed(seed_of("lora reset", cohort.seed, cohort.round))
     )
     tally = _Tally(replaces=choices.sidecar and _replaces(choices, cohort))
     for module in modules_of(cohort.adapter):
-        _reduce_module(choices, cohort, module, weighting, moment, tally)
+        own = weighting if weights is None else _own_weighting(cohort, weights[module.name])
+        _reduce_module(choices, cohort, module, own, moment, tally)
     names = tally.mean if not choices.gauge.keeps_place else _trained_names(tally.mean, cohort)
     exact = tally.exact**0.5
     return Reduced(
@@ -203,6 +215,11 @@ def _members(cohort: Cohort, module: Module, weighting: Weighting) -> ModuleCoho
     )
 
 
+def _own_weighting(cohort: Cohort, weights: Mapping[int, float]) -> Weighting:
+    shares = tuple(weights[client] for client in sorted(cohort.weights))
+    return Weighting(shares, old=1.0 - sum(shares))
+
+
 def _old(cohort: Cohort, module: Module) -> Factors:
     return read_factors(cohort.adapter, module, cohort.scales[module.name]).double
 
@@ -254,23 +271,26 @@ def _squared_distance(products: torch.Tensor) -> float:
 class UpdateNorms:
     """update: ||U_k||, what the client changed, as a product; factors: what it changed in A and B by themselves, which a mean of factors sees
     (c A and B / c are the same product); product: ||s_k B_k A_k||, what it holds; start: A and B by themselves, as it was sent them. Pooled over
-    modules (root of the sum of squares).
+    modules (root of the sum of squares). by_module: ||U_k|| of each, by module name.
     """
 
     update: float
     factors: float
     product: float
     start: float
+    by_module: Mapping[str, float]
 
 
 def update_norms(tensors: Tensors, start: Tensors, scales: Mapping[str, float]) -> UpdateNorms:
     """Measures one client's adapter against the one it was sent, both whole and of the same ranks. scales: by module name."""
-    update = factors = product = sent = 0.0
+    factors = product = sent = 0.0
+    by_module: dict[str, float] = {}
     for module in modules_of(start):
         new = read_factors(tensors, module, scales[module.name]).double
         old = read_factors(start, module, scales[module.name]).double
-        update += squared_norm(update_of(new, old))
+        by_module[module.name] = squared_norm(update_of(new, old)) ** 0.5
         product += squared_norm(product_of(new))
         factors += float((new.a - old.a).square().sum() + (new.b - old.b).square().sum())
         sent += float(old.a.square().sum() + old.b.square().sum())
-    return UpdateNorms(update**0.5, factors**0.5, product**0.5, sent**0.5)
+    update = sum(norm * norm for norm in by_module.values())
+    return UpdateNorms(update**0.5, factors**0.5, product**0.5, sent**0.5, by_module)

@@ -71,7 +71,8 @@ def component_class(target: object, base: type, key: str, adopters: Sequence[typ
 
 def not_wanted(target: object, base: type, key: str, adopters: Sequence[type[Adopter]] = ()) -> str:
     """The fault of a class that is neither a member of the interface nor taken in by an adopter."""
-    wanted = " or ".join([f"a {base.__name__}", *(adopter.described for adopter in adopters)])
+    article = "an" if base.__name__[0] in "AEIOU" else "a"
+    wanted = " or ".join([f"{article} {base.__name__}", *(adopter.described for adopter in adopters)])
     return f"{key}={target!r} is not {wanted}: {_way_out(base, adopters)}"
 
 

@@ -16,12 +16,16 @@ class DataConfig:
     max_length: tokens of a row; a row that does not fit is an error, never cut. retain_per_forget: retain rows that meet
     each forget row in a step, drawn with replacement from the client's own.
     allow_empty_clients: let clients without a row to train on stand idle; else they are refused.
+    idk_path: refusals, one a line (JSON lines with the key `idk`, or text), for methods that want some; `builtin` is a short list of ours.
+    alternates_path: the user's other answers, JSON lines with `row` (of full) and `alternate`, for methods that want pairs.
     """
 
     rows: Literal["full", "retain", "forget_and_retain"]
     max_length: int = 512
     retain_per_forget: int = 1
     allow_empty_clients: bool = False
+    idk_path: str | None = None
+    alternates_path: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -78,12 +82,14 @@ class PartitionConfig:
     by_author where one has to be made.
     ranks, lora_alphas: LoRA rank r_k and alpha_k of each client, in client order, where they differ from the model's; the adapter of the model has
     the largest rank there can be. Null: all have the model's.
+    joins: client -> the round from which it is there; null: all from the first.
     """
 
     scheme: Partitioner | None = None
     path: str | None = None
     ranks: tuple[int, ...] | None = None
     lora_alphas: tuple[float, ...] | None = None
+    joins: dict[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.ranks is not None and min(self.ranks, default=0) < 1:
@@ -91,6 +97,12 @@ class PartitionConfig:
         alphas = self.lora_alphas
         if alphas is not None and not (alphas and SMALLEST <= min(alphas) <= max(alphas) <= LARGEST):
             raise UserError(f"partition.lora_alphas={list(alphas)} must be numbers from 1e-6 to 1e6, one a client")
+        if self.joins is not None and min(self.joins.values(), default=1) < 1:
+            raise UserError(f"partition.joins={self.joins}: rounds count from 1")
+
+    def joins_at(self, client: int) -> int:
+        """The round from which a client is there."""
+        return (self.joins or {}).get(client, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,6 +114,8 @@ class _Reader:
         for option in options:
             if get_origin(option) in _LISTS and isinstance(value, list | tuple):
                 return self._items(option, value, key)
+            if get_origin(option) is dict and isinstance(value, Mapping):
+                return self._entries(get_args(option), value, key)
             read = _scalar(option, value)
             if read is not _BAD:
                 return read
@@ -124,6 +126,15 @@ class _Reader:
         of_each = get_args(hint)[0]
         read = [self.value(of_each, value, f"{key}[{index}]") for index, value in enumerate(values)]
         return _BAD if _BAD in read else cast("type", get_origin(hint))(read)
+
+    def _entries(self, hints: tuple[object, ...], values: Mapping[object, object], key: str) -> object:
+        """A mapping; whole numbers as keys may come as text, for YAML and JSON make it so."""
+        before = len(self.faults)
+        read = {
+            self.value(hints[0], _whole(name), f"{key} (its key)"): self.value(hints[1], value, f"{key}.{name}")
+            for name, value in values.items()
+        }
+        return read if len(self.faults) == before else _BAD
 
     def _component(self, options: Sequence[type], data: Mapping[str, object], key: str) -> object:
         """A record; or where the first option is an interface, what `_target_` names: a dataclass of it, or what an adopter takes."""
@@ -199,6 +210,10 @@ def _scalar(option: object, value: object) -> object:
     return value if option in _EXPECTED and type(value) is option else _BAD
 
 
+def _whole(name: object) -> object:
+    return int(name) if isinstance(name, str) and name.isdecimal() else name
+
+
 def _number(value: object) -> float | _Bad:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return _BAD
@@ -222,6 +237,9 @@ def _expected(option: object) -> str:
         return ", ".join(map(str, get_args(option)))
     if get_origin(option) in _LISTS:
         return f"a list, each {_expected(get_args(option)[0])}"
+    if get_origin(option) is dict:
+        names, values = (_expected(part) for part in get_args(option))
+        return f"a mapping of {names} to {values}"
     if get_origin(option) is not None:
         return f"{option}, which a config cannot hold"
     if option in _EXPECTED:

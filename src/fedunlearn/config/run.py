@@ -1,6 +1,7 @@
 """The whole configuration of a run, as the doors hand it on: one frozen record a kind of run."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,12 +18,17 @@ from fedunlearn.config.data import (
     PathsConfig,
 )
 from fedunlearn.config.launcher import Launcher
+from fedunlearn.config.ledger import LedgerConfig
 from fedunlearn.config.model import ModelConfig
+from fedunlearn.config.requests import RequestConfig
 from fedunlearn.config.server import AggregationConfig, GateConfig
 from fedunlearn.config.trainer import TrainerConfig
 from fedunlearn.errors import UserError
-from fedunlearn.methods.base import Method
-from fedunlearn.protocols.base import Protocol
+from fedunlearn.methods.base import Method, Unlearner
+from fedunlearn.protocols.base import Assignment, Protocol, Stage
+from fedunlearn.protocols.by_method import ByMethod
+from fedunlearn.records.rounds import ClientRows
+from fedunlearn.server_methods.base import ServerMethod
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +36,8 @@ class TrainRun:
     """Fine-tuning, the retrain oracle (mode `train`) or unlearning (mode `unlearn`).
 
     tofu_path: hub id, folder or `pocket:SEED`. retain_logs_path: TOFU_EVAL.json of the oracle, for forget_quality.
-    task_name: folder under saves/<finetune|unlearn>/; a name, no path.
+    task_name: folder under saves/<finetune|unlearn>/; a name, no path. requests: what is to be forgotten, in sequence; null: the rows of
+    forget_split.
     """
 
     task_name: str
@@ -45,10 +52,12 @@ class TrainRun:
     partition: PartitionConfig
     launcher: Launcher
     data: DataConfig
-    method: Method | None = None
+    method: Unlearner | None = None
+    requests: tuple[RequestConfig, ...] | None = None
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     robust: Robust = field(default_factory=Off)
     gate: GateConfig = field(default_factory=GateConfig)
+    ledger: LedgerConfig = field(default_factory=LedgerConfig)
     collator: CollatorConfig = field(default_factory=CollatorConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
@@ -63,6 +72,39 @@ class TrainRun:
         faults += self.protocol.faults(self.trainer.federated.num_rounds)
         if faults:
             raise UserError(*faults)
+
+    @property
+    def server_method(self) -> ServerMethod | None:
+        """The method, where it is the server's."""
+        return self.method if isinstance(self.method, ServerMethod) else None
+
+    @property
+    def local_method(self) -> Method | None:
+        """The loss that clients minimise where they unlearn; None where nobody does."""
+        if isinstance(self.method, ServerMethod):
+            return self.method.local
+        return self.method if isinstance(self.method, Method) else None
+
+    @property
+    def total_rounds(self) -> int:
+        """How many rounds there are: trainer.federated.num_rounds, but for methods that replay some of them."""
+        num_rounds = self.trainer.federated.num_rounds
+        return num_rounds if self.server_method is None else self.server_method.rounds(num_rounds)
+
+    def radius(self, number: int) -> float:
+        """How far an owner's product may go in a round that it unlearns in; 0: no bound."""
+        stage = Stage(round=number, num_rounds=self.total_rounds)
+        return 0.0 if self.server_method is None else self.server_method.bound(stage)
+
+    @property
+    def replays(self) -> bool:
+        """Whether its rounds are those of fine-tuning over again."""
+        return self.server_method is not None and self.server_method.replays
+
+    def assign(self, number: int, cohort: Sequence[ClientRows]) -> tuple[Assignment, ...]:
+        """Gives the roles of a round."""
+        who = self.protocol if self.server_method is None else self.server_method
+        return who.assign(Stage(round=number, num_rounds=self.total_rounds), cohort, self.trainer.args.num_train_epochs)
 
     @property
     def ranks_differ(self) -> bool:
@@ -102,6 +144,20 @@ class TrainRun:
                 "trainer.federated.force_owners=true: nobody owns forget rows where nothing is unlearned; leave it false",
             ),
         ]
+        joins = self.partition.joins or {}
+        rules += [
+            (
+                all(
+                    0 <= client < federated.num_clients and turn <= federated.num_rounds
+                    for client, turn in joins.items()
+                ),
+                f"partition.joins={joins}: clients are 0 to {federated.num_clients - 1}, rounds 1 to {federated.num_rounds}",
+            ),
+            (
+                federated.num_clients - sum(turn > 1 for turn in joins.values()) >= federated.min_clients,
+                f"partition.joins={joins} leaves fewer clients in round 1 than trainer.federated.min_clients={federated.min_clients}: let more be there from the first",
+            ),
+        ]
         for key in ("ranks", "lora_alphas"):
             given = getattr(self.partition, key)
             rules.append(
@@ -111,6 +167,67 @@ class TrainRun:
                 )
             )
         return rules
+
+    def _alternate_rules(self) -> list[tuple[bool, str]]:
+        wanted = None if self.local_method is None else self.local_method.alternates
+        name = type(self.method).__name__
+        return [
+            (
+                (self.data.idk_path is not None) == (wanted == "idk"),
+                f"method {name} needs refusals and data.idk_path is null: name a file of them, one a line, or data.idk_path=builtin (a short list of ours)"
+                if wanted == "idk"
+                else f"data.idk_path={self.data.idk_path!r} beside method {name}, which reads no refusals: leave it null, or choose method=idk_dpo",
+            ),
+            (
+                (self.data.alternates_path is not None) == (wanted == "pairs"),
+                f"method {name} needs alternate answers and data.alternates_path is null: name a file of JSON lines with row and alternate"
+                if wanted == "pairs"
+                else f"data.alternates_path={self.data.alternates_path!r} beside method {name}, which reads no such answers: leave it null, or choose method=dpo",
+            ),
+        ]
+
+    def _request_rules(self) -> list[tuple[bool, str]]:
+        several = self.requests is not None and len(self.requests) > 1
+        return [
+            (
+                self.requests != (),
+                "requests=[] asks for nothing: name at least one, or null (the rows of forget_split)",
+            ),
+            (
+                self.requests is None or self.data.rows != "full",
+                "requests are given, but fine-tuning on data.rows='full' leaves nothing out: they belong to unlearning, and to the oracle (data=retain)",
+            ),
+            (
+                not (several and self.mode == "unlearn" and self.retain_logs_path),
+                f"retain_logs_path={self.retain_logs_path!r} beside several requests: each has an oracle of its own; leave it null and evaluate each run with its own log",
+            ),
+        ]
+
+    def _server_method_rules(self) -> list[tuple[bool, str]]:
+        server, name = self.server_method, type(self.method).__name__
+        gone = any(request.target == "gone" for request in self.requests or ())
+        return [
+            (
+                server is None or isinstance(self.protocol, ByMethod),
+                f"protocol {type(self.protocol).__name__} beside method {name}, a server-side method that says itself who works: leave protocol out (by_method)",
+            ),
+            (
+                not gone or server is not None or self.mode == "train",
+                f"requests with target=gone beside method {name}: with its owners gone nobody can unlearn their rows; choose a server-side method such as rollback, or target=stays",
+            ),
+            (
+                not gone or server is None or not tuple(server.owner_rounds(self.total_rounds)),
+                f"requests with target=gone beside method {name}, for which the owners must unlearn or ascend themselves: choose rollback, federaser, negation or fused, or target=stays",
+            ),
+            (
+                server is None or not isinstance(self.strategy, FlowerStrategy),
+                f"method {name} beside a strategy of Flower's: the server's steps are not that strategy's; choose one of ours",
+            ),
+            (
+                server is None or not self.ranks_differ,
+                f"method {name} beside partition.ranks or lora_alphas: server-side methods want one rank; leave them null",
+            ),
+        ]
 
     def _trim_rules(self) -> list[tuple[bool, str]]:
         trim, count = self.aggregation.trim, self.trainer.federated.cohort_size
@@ -159,6 +276,9 @@ class TrainRun:
                 self.model.model_args.use_lora,
                 "model.model_args.use_lora=false in a federated run: only adapters travel; set use_lora=true",
             ),
+            *self._alternate_rules(),
+            *self._request_rules(),
+            *self._server_method_rules(),
             (
                 not (self.overwrite and self.resume),
                 "overwrite=true beside resume=true: choose one (start anew, or go on)",
@@ -177,6 +297,7 @@ class EvalRun:
     retain_split: str
     model: ModelConfig
     launcher: Launcher
+    requests: tuple[RequestConfig, ...] | None = None
     eval: EvalConfig = field(default_factory=EvalConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     retain_logs_path: str | None = None

@@ -1,7 +1,7 @@
 """Records of the `trainer` group: the names of transformers' TrainingArguments that are honoured, and the federation's numbers."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from fedunlearn.errors import UserError
@@ -119,7 +119,7 @@ class FederatedArgs:
     round_timeout, roll_call_timeout: seconds; of a round the launcher says whose (launcher=local keeps none, with isolate=true each client's own).
     wire_dtype: what adapters are sent in, both ways; training and sums are not made in it.
     final_lr_ratio: the learning rate of the last round over that of the first, linear between them (1: constant).
-    keep_rounds: checkpoints kept, newest first.
+    keep_rounds: checkpoints kept, newest first, or `all`.
     """
 
     num_clients: int
@@ -132,7 +132,7 @@ class FederatedArgs:
     roll_call_timeout: float = 300.0
     max_retries: int = 1
     final_lr_ratio: float = 1.0
-    keep_rounds: int = 2
+    keep_rounds: int | Literal["all"] = 2
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
@@ -179,9 +179,33 @@ class FederatedArgs:
             ),
             (self.max_retries >= 0, f"{at}max_retries={self.max_retries} must not be negative"),
             (0 < self.final_lr_ratio <= 1, f"{at}final_lr_ratio={self.final_lr_ratio} must lie in (0, 1]"),
-            (self.keep_rounds > 0, f"{at}keep_rounds={self.keep_rounds} must be above 0"),
+            (
+                self.keep_rounds == "all" or self.keep_rounds > 0,
+                f"{at}keep_rounds={self.keep_rounds} must be above 0, or all",
+            ),
         ]
         faults = [fault for holds, fault in rules if not holds]
+        if faults:
+            raise UserError(*faults)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardArgs:
+    """Bounds past which a client ends its epoch: gradient ascent and its kin have no bound of their own. null switches one off.
+
+    max_loss: absolute value of an optimiser step's loss; one that is no number is beyond it, and the step is not made. max_update_ratio: norm of
+    what a client changed this round over the norm of the adapter it began with; the step that passed it was the last.
+    """
+
+    max_loss: float | None = 1e4
+    max_update_ratio: float | None = 5.0
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"trainer.guard.{key}={getattr(self, key)} must be above 0, or null for no bound"
+            for key in ("max_loss", "max_update_ratio")
+            if getattr(self, key) is not None and not getattr(self, key) > 0
+        ]
         if faults:
             raise UserError(*faults)
 
@@ -193,3 +217,4 @@ class TrainerConfig:
     name: Literal["FederatedTrainer", "FederatedUnlearningTrainer"]
     args: TrainArgs
     federated: FederatedArgs
+    guard: GuardArgs = field(default_factory=GuardArgs)

@@ -24,6 +24,11 @@ class Batch:
     row: torch.Tensor
     num_labels: torch.Tensor
 
+    @property
+    def own_positions(self) -> torch.Tensor:
+        """[B, T] bool, where the labels themselves stand; in the order of `labels` too."""
+        return self.positions.roll(1, dims=1)  # a last position predicts nothing, so none comes round
+
 
 def collate(rows: Sequence[EncodedRow], config: CollatorConfig, pad_id: int, device: torch.device) -> Batch:
     """Pads rows (at least one) to one length. The mask goes by length, so a pad id that is also a real token hides nothing."""

@@ -11,11 +11,12 @@ from fedunlearn.config.run import TrainRun
 from fedunlearn.data.chat import ChatFormat, EncodedRow
 from fedunlearn.data.pocket.named import named_pocket
 from fedunlearn.data.tofu import Tofu, load_tofu
-from fedunlearn.errors import UserError
+from fedunlearn.errors import NotApplicableError, UserError
 from fedunlearn.files import write_json
 from fedunlearn.partitions.base import Partitioner
 from fedunlearn.partitions.by_author import ByAuthor
 from fedunlearn.records.partition import OwnedRows, Partition
+from fedunlearn.records.requests import Request
 
 log = logging.getLogger(__name__)
 FILE = "partition.json"
@@ -154,60 +155,55 @@ def encode_rows(chat: ChatFormat, tofu: Tofu, numbers: Sequence[int]) -> tuple[E
     return tuple(chat.encode(full[number].question, full[number].answer, f"full row {number}") for number in numbers)
 
 
-def owned_rows(run: TrainRun, tofu: Tofu, partition: Partition) -> tuple[OwnedRows, ...]:
-    """Gives each client's rows for this run: full or retain rows alone when training, forget and retain rows when unlearning.
+def owned_rows(kind: str, partition: Partition, request: Request, *, replays: bool = False) -> tuple[OwnedRows, ...]:
+    """Gives each client's rows for a run of that kind (data.rows), in the partition's order: to train on, or to forget and to retain.
 
-    The forget rows are the last of `full`. num_owned counts what the client owns in this federation: in the oracle the forget
-    rows do not exist, elsewhere all rows count, whatever the role.
+    Rows of earlier requests are in neither, and a client that is gone has none. num_owned counts what the client owns in this federation: in the
+    oracle, and where fine-tuning is replayed, the forget rows do not exist; elsewhere they count, whatever the role.
     """
-    num_full, num_forget = len(tofu.rows("full")), len(tofu.rows(run.forget_split))
-    first = num_full - num_forget
-    return tuple(_owned(client, rows, first, run.data.rows) for client, rows in enumerate(partition.clients))
+    return tuple(_owned(client, rows, kind, request, replays) for client, rows in enumerate(partition.clients))
 
 
-def _owned(client: int, rows: tuple[int, ...], first_forget: int, kind: str) -> OwnedRows:
-    forget = tuple(row for row in rows if row >= first_forget)
-    retain = tuple(row for row in rows if row < first_forget)
-    if kind == "full":
-        return OwnedRows(client_id=client, forget=(), retain=rows, num_owned=len(rows))
-    if kind == "retain":
-        return OwnedRows(client_id=client, forget=(), retain=retain, num_owned=len(retain))
-    return OwnedRows(client_id=client, forget=forget, retain=retain, num_owned=len(rows))
+def _owned(client: int, rows: tuple[int, ...], kind: str, request: Request, replays: bool) -> OwnedRows:
+    if client in request.gone:
+        return OwnedRows(client_id=client, forget=(), retain=(), num_owned=0)
+    asked = frozenset(request.rows) if kind == "forget_and_retain" else frozenset()
+    forget = tuple(row for row in rows if row in asked)
+    retain = tuple(row for row in rows if row not in request.all)
+    num_owned = len(retain) if replays else len(forget) + len(retain)
+    return OwnedRows(client_id=client, forget=forget, retain=retain, num_owned=num_owned)
 
 
-def check_ownership(run: TrainRun, tofu: Tofu, partition: Partition) -> None:
-    """Raises UserError for all at once: forget rows that nobody owns, owners without retain rows under a retain term, clients without rows."""
-    clients = owned_rows(run, tofu, partition)
-    faults = []
-    num_forget = len(tofu.rows(run.forget_split))
-    first = len(tofu.rows("full")) - num_forget
-    lost = sorted(set(range(first, first + num_forget)) - {row for rows in partition.clients for row in rows})
+def check_ownership(run: TrainRun, tofu: Tofu, partition: Partition, request: Request) -> None:
+    """Raises UserError for clients without rows, NotApplicableError for owners without retain rows under a retain term; all of a kind at once."""
     unowned = len(tofu.rows("full")) - sum(len(rows) for rows in partition.clients)
     if run.mode == "train" and unowned:
         log.warning("%d rows of full belong to no client of the partition: nobody trains on them", unowned)
-    if run.mode == "unlearn" and lost:
-        faults.append(
-            f"forget_split={run.forget_split!r}: {len(lost)} of its rows (first: row {lost[0]} of full) belong to no client of the partition: "
-            "give them to one, or choose another partition or forget_split"
-        )
-    faults += [fault for rows in clients if (fault := _client_fault(run, rows, tofu, partition))]
+    clients = owned_rows(run.data.rows, partition, request, replays=run.replays)
+    faults = [fault for rows in clients if (fault := _empty_fault(run, rows, tofu, partition))]
     if faults:
         raise UserError(*faults)
+    forbidden = [fault for rows in clients if (fault := _retain_fault(run, rows))]
+    if forbidden:
+        raise NotApplicableError(*forbidden)
 
 
-def _client_fault(run: TrainRun, rows: OwnedRows, tofu: Tofu, partition: Partition) -> str:
+def _empty_fault(run: TrainRun, rows: OwnedRows, tofu: Tofu, partition: Partition) -> str:
     where = f"client {rows.client_id} of {run.trainer.federated.num_clients}"
-    gone = run.data.rows == "retain" and bool(
-        partition.clients[rows.client_id]
-    )  # owned forget rows only: idle in the oracle
-    if not rows.forget and not rows.retain and not gone and not run.data.allow_empty_clients:
+    forgotten = bool(partition.clients[rows.client_id])  # it owned forgotten rows only: idle from then on
+    if not rows.forget and not rows.retain and not forgotten and not run.data.allow_empty_clients:
         return (
             f"{where} has no row to train on ({tofu.path}, {run.data.rows}): lower trainer.federated.num_clients, "
             "choose another partition, or set data.allow_empty_clients=true (it then stands idle)"
         )
-    if rows.forget and not rows.retain and run.method is not None and run.method.retain != "none":
+    return ""
+
+
+def _retain_fault(run: TrainRun, rows: OwnedRows) -> str:
+    where = f"client {rows.client_id} of {run.trainer.federated.num_clients}"
+    if rows.forget and not rows.retain and run.local_method is not None and run.local_method.retain != "none":
         return (
-            f"{where} owns forget rows only ({len(rows.forget)} of {run.forget_split}), but method {type(run.method).__name__} has "
-            f"retain={run.method.retain!r}: set method.retain=none and method.alpha=0, or lower trainer.federated.num_clients"
+            f"{where} owns forget rows only ({len(rows.forget)} of the request), but method {type(run.local_method).__name__} has "
+            f"retain={run.local_method.retain!r}: set method.retain=none and method.alpha=0, or lower trainer.federated.num_clients"
         )
     return ""

@@ -6,7 +6,7 @@ A row's place in `full` says whose it is: author = row // rows_per_author. Quest
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from typing import TypeVar
 
@@ -65,11 +65,9 @@ class Tofu:
 
     def hash(self, split: str) -> str:
         """Gives the sha256 of the texts of a split's rows, in order, perturbed answers included for `<name>_perturbed`."""
-        rows = self.perturbed(split.removesuffix("_perturbed")) if split.endswith("_perturbed") else self.rows(split)
-        digest = hashlib.sha256()
-        for row in rows:
-            digest.update(json.dumps(astuple(row), ensure_ascii=False).encode("utf-8") + b"\n")
-        return digest.hexdigest()
+        return hash_rows(
+            self.perturbed(split.removesuffix("_perturbed")) if split.endswith("_perturbed") else self.rows(split)
+        )
 
     def _keep(self, kept: dict[str, tuple[T, ...]], split: str, make: Callable[[RawRow, str], T]) -> tuple[T, ...]:
         if split not in kept:
@@ -106,6 +104,14 @@ class Tofu:
         return UserError(
             f"tofu_path={self.path!r}: {where} needs {kind} in column {column!r}; see the columns of locuslab/TOFU, correct the file or take another tofu_path"
         )
+
+
+def hash_rows(rows: Sequence[QaRow]) -> str:
+    """Gives the sha256 of all texts of the rows, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(astuple(row), ensure_ascii=False).encode("utf-8") + b"\n")
+    return digest.hexdigest()
 
 
 def load_tofu(tofu_path: str) -> Tofu:

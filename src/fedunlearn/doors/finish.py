@@ -1,6 +1,7 @@
 """The end of a run: the adapter with its proof, the account of what it cost, the evaluation."""
 
 import json
+import logging
 import resource
 import sys
 from collections.abc import Iterable, Mapping
@@ -14,32 +15,42 @@ from fedunlearn.doors.prepare import Prepared, load_model
 from fedunlearn.evals.files import write_log
 from fedunlearn.evals.tofu import evaluate_tofu
 from fedunlearn.federation.checkpoint import read_history
+from fedunlearn.federation.ledger import Ledger
+from fedunlearn.federation.past import LEDGER_HEAD, read_parent
 from fedunlearn.federation.rounds import ROLL_CALL
+from fedunlearn.federation.start import load_start
 from fedunlearn.files import write_json
 from fedunlearn.models.adapter_files import save_adapter
 from fedunlearn.models.export import export
 from fedunlearn.models.resident import Resident, take_probe
 from fedunlearn.records.adapter import Adapter
 from fedunlearn.records.evaluation import EvalLog
+from fedunlearn.records.requests import Request
 from fedunlearn.reporting.run_folder import DONE, PACKAGES, versions
 
+log = logging.getLogger(__name__)
 RESULT = "adapter"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """What a run cost: optimiser steps and input tokens of all clients, bytes by direction, peak resident memory of this process.
+    """What a run cost: optimiser steps, input tokens with and without gradient (reference, generation) and seconds of all clients together, bytes by
+    direction, peak resident memory of this process.
 
-    dropped: a sentence for each client whose updates did not all count, and for each that the roll call refused.
+    dropped: a sentence for each client whose updates did not all count, and for each that the roll call refused. stopped: one for each epoch
+    that a client's guard ended.
     """
 
     num_steps: int
     num_tokens: int
+    num_reference_tokens: int
+    seconds: float
     bytes_down: int
     bytes_down_reference: int
     bytes_up: int
     peak_memory_mib: float
     dropped: tuple[str, ...] = ()
+    stopped: tuple[str, ...] = ()
 
 
 def finish(prepared: Prepared, result: Adapter, config_sha: str) -> EvalLog | None:
@@ -53,12 +64,69 @@ def finish(prepared: Prepared, result: Adapter, config_sha: str) -> EvalLog | No
     save_adapter(prepared.folder / RESULT, adapter, take_probe(made), stacked)
     log = None
     if prepared.run.eval.at_end:
-        log = evaluate(prepared.run, made, adapter, prepared.tofu, prepared.retain_log, config_sha)
+        log = evaluate(
+            prepared.run, made, adapter, prepared.tofu, prepared.retain_log, config_sha, _evaluated(prepared)
+        )
         write_log(log, prepared.folder)
-    write_json(
-        prepared.folder / DONE, {"adapter_hash": adapter.tensor_hash, "account": asdict(account(prepared.folder))}
-    )
+    spent = account(prepared.folder)
+    done: dict[str, object] = {"adapter_hash": adapter.tensor_hash, "account": asdict(spent)}
+    oracle = _oracle_account(prepared.run)
+    if oracle is not None:
+        done["of_the_oracle"] = fractions(asdict(spent), oracle)
+    if prepared.run.ledger.enabled:
+        done[LEDGER_HEAD] = Ledger(prepared.folder).head
+    _purge(prepared)
+    write_json(prepared.folder / DONE, done)
     return log
+
+
+COSTS = (
+    "num_steps",
+    "num_tokens",
+    "num_reference_tokens",
+    "seconds",
+    "bytes_down",
+    "bytes_down_reference",
+    "bytes_up",
+    "peak_memory_mib",
+)
+
+
+def _oracle_account(run: TrainRun) -> Mapping[str, float] | None:
+    """Gives what the oracle cost, where retain_logs_path lies in the folder of its run; else None: an evaluation alone knows no cost."""
+    if run.retain_logs_path is None:
+        return None
+    done = Path(run.retain_logs_path).parent / DONE
+    if not done.is_file():
+        return None
+    found: Mapping[str, float] | None = json.loads(done.read_text(encoding="utf-8")).get("account")
+    return found
+
+
+def fractions(spent: Mapping[str, Any], oracle: Mapping[str, Any]) -> dict[str, float | None]:
+    """Gives each cost as a fraction of the oracle's, and `tokens`, those with and without gradient together; None where the oracle's is 0."""
+    tokens = [float(account["num_tokens"]) + float(account["num_reference_tokens"]) for account in (spent, oracle)]
+    pairs = {**{key: (float(spent[key]), float(oracle[key])) for key in COSTS}, "tokens": (tokens[0], tokens[1])}
+    return {key: mine / its if its else None for key, (mine, its) in pairs.items()}
+
+
+def _purge(prepared: Prepared) -> None:
+    """Deletes what owners of the request sent, in this run's ledger and in all that it goes on from."""
+    run, folder = prepared.run, prepared.folder
+    if run.mode != "unlearn" or not run.ledger.purge:
+        return
+    targets = {rows.client_id for rows in load_start(folder).rows if rows.num_forget}
+    next_one: Path | None = folder
+    while next_one is not None:
+        ledger = Ledger(next_one)
+        if ledger.exists:
+            log.info("ledger of %s: %d updates of clients %s purged", next_one, ledger.purge(targets), sorted(targets))
+        next_one = read_parent(next_one)
+
+
+def _evaluated(prepared: Prepared) -> Request | None:
+    """What the forget set is: the request's rows, or where nothing was asked for the forget split."""
+    return prepared.request if prepared.request.rows else None
 
 
 def evaluate(
@@ -68,6 +136,7 @@ def evaluate(
     tofu: Tofu,
     retain_log: EvalLog | None,
     config_sha: str,
+    request: Request | None,
 ) -> EvalLog:
     """Evaluates the model as it is now; the result's provenance names base, adapter, dtype, versions and config."""
     args = run.model.model_args
@@ -79,7 +148,7 @@ def evaluate(
         "versions": versions(PACKAGES),
         "config_hash": config_sha,
     }
-    return evaluate_tofu(made.model, made.chat, tofu, run.forget_split, run.eval, retain_log, known)
+    return evaluate_tofu(made.model, made.chat, tofu, run.forget_split, run.eval, retain_log, known, request)
 
 
 def account(folder: Path) -> Account:
@@ -88,10 +157,17 @@ def account(folder: Path) -> Account:
     clients = [client for line in history for client in line["clients"]]  # type: ignore[attr-defined]
     totals = {
         key: sum(int(client[key]) for client in clients)
-        for key in ("num_steps", "num_tokens", "bytes_down", "bytes_down_reference", "bytes_up")
+        for key in ("num_steps", "num_tokens", "num_reference_tokens", "bytes_down", "bytes_down_reference", "bytes_up")
     }
     dropped = (*_refused(folder), *_dropped(history))
-    return Account(**totals, peak_memory_mib=peak_memory_mib(), dropped=dropped)
+    stopped = tuple(
+        f"client {client['client_id']} in round {line['round']}: {client['stopped']}"
+        for line in history
+        for client in line["clients"]  # type: ignore[attr-defined]
+        if client["stopped"]
+    )
+    seconds = sum(float(client["seconds"]) for client in clients)
+    return Account(**totals, seconds=seconds, peak_memory_mib=peak_memory_mib(), dropped=dropped, stopped=stopped)
 
 
 def _refused(folder: Path) -> tuple[str, ...]:

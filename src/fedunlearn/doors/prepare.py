@@ -1,7 +1,7 @@
 """From a composed config to a run that can start: data, partition and model checked, then the folder made."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -9,6 +9,7 @@ from typing import TypeVar
 from fedunlearn.aggregation.factors import modules_of
 from fedunlearn.aggregation.flower import FlowerStrategy
 from fedunlearn.config.run import EvalRun, TrainRun
+from fedunlearn.data.alternates import given_alternates
 from fedunlearn.data.ownership import (
     FILE,
     check_ownership,
@@ -18,22 +19,28 @@ from fedunlearn.data.ownership import (
     owned_rows,
     write_partition,
 )
+from fedunlearn.data.requests import earlier_request, find_request, write_released, write_request
 from fedunlearn.data.tofu import Tofu, check_splits
 from fedunlearn.doors.compose import ComposedConfig
+from fedunlearn.doors.origin import check_ledger_size, past_of
 from fedunlearn.errors import UserError
 from fedunlearn.evals.files import read_log
 from fedunlearn.evals.retain_log import check_retain_log
-from fedunlearn.evals.tofu import read_sets
+from fedunlearn.evals.sets import read_sets
 from fedunlearn.federation.flower_strategy import WrappedStrategy
 from fedunlearn.federation.launchers import check_launcher
+from fedunlearn.federation.past import write_past
 from fedunlearn.federation.planning import check_plans
 from fedunlearn.federation.start import START, counted, load_start, save_start
 from fedunlearn.files import write_json
+from fedunlearn.methods.tokens import Need
+from fedunlearn.models.hidden_states import num_blocks
 from fedunlearn.models.resident import Resident, resident
 from fedunlearn.models.source import ModelSource, resolve_source
 from fedunlearn.records.adapter import Adapter
 from fedunlearn.records.evaluation import EvalLog
-from fedunlearn.records.partition import Partition
+from fedunlearn.records.partition import OwnedRows, Partition
+from fedunlearn.records.requests import Request
 from fedunlearn.reporting.run_folder import config_hash, judge_folder, make_folder, provenance, run_path
 
 log = logging.getLogger(__name__)
@@ -52,6 +59,7 @@ class Prepared:
     source: ModelSource
     start: Adapter
     retain_log: EvalLog | None
+    request: Request
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -80,16 +88,17 @@ def prepare(composed: ComposedConfig) -> Prepared:
     inputs = find_inputs(run, composed.plain)
     tofu, source = inputs.tofu, inputs.source
     partition = _partition(run, folder, inputs)
-    check_ownership(run, tofu, partition)
-    owned = owned_rows(run, tofu, partition)
+    request = find_request(run, earlier_request(source.run), tofu, partition)
+    _check_data(run, inputs, partition, request)
+    owned = owned_rows(run.data.rows, partition, request, replays=run.replays)
     if composed.plain.get("door") != CENTRAL:  # where there are no rounds there is no plan
         check_plans(run, {rows.client_id: counted(rows) for rows in owned})
-    _warn(run, source, partition)
     made = load_model(run, source)
     if made.start is None:
         raise ValueError("a federated run has an adapter")
     for check in (_check_ranks, _check_sides, _check_export):
         check(run, made.start)
+    _check_method(run, made, tofu, owned)
     for rows in owned:
         encode_rows(made.chat, tofu, (*rows.forget, *rows.retain))
     hashes = {
@@ -97,11 +106,18 @@ def prepare(composed: ComposedConfig) -> Prepared:
         "start_adapter": made.start.tensor_hash,
         "data": tofu.hash("full"),
         "partition": partition.hash,
+        "request": request.hash,
     }
     start = made.start
+    check_ledger_size(run, start, owned)
+    past = past_of(run, composed.plain, source.run, partition.owners(request.all))
 
     def fill(place: Path) -> None:
         write_partition(place / FILE, partition)
+        write_request(place, request)
+        write_past(place, source.run, past)
+        if run.protocol.releases:
+            write_released(place, request, tofu)
         write_json(place / "provenance.json", {**provenance(run, hashes), "config_hash": config_hash(composed.plain)})
         save_start(place, start, owned)
 
@@ -117,10 +133,28 @@ def prepare(composed: ComposedConfig) -> Prepared:
         source=source,
         start=start,
         retain_log=inputs.retain_log,
+        request=request,
     )
 
 
-def _warn(run: TrainRun, source: ModelSource, partition: Partition) -> None:
+def check_requests(run: TrainRun) -> None:
+    """Raises UserError for the first of several requests that cannot be served once those in front of it are."""
+    tofu, _ = open_data(run)
+    source = resolve_source(run.model.model_args, Path(run.paths.pocket_dir))
+    partition = find_partition(run.partition, source.run, tofu, run.trainer.federated.num_clients)
+    earlier = earlier_request(source.run)
+    for wanted in run.requests or ():
+        alone = replace(run, requests=(wanted,))
+        earlier = find_request(alone, earlier, tofu, partition)
+        check_ownership(alone, tofu, partition, earlier)
+
+
+def _check_data(run: TrainRun, inputs: Inputs, partition: Partition, request: Request) -> None:
+    """Raises UserError for what ownership or the evaluation forbids; warns where the adapter is not what one would expect."""
+    source = inputs.source
+    check_ownership(run, inputs.tofu, partition, request)
+    if run.eval.at_end or inputs.retain_log is not None:
+        check_evaluation(run, inputs.tofu, request if request.rows else None, inputs.retain_log)
     if run.mode == "unlearn" and source.adapter is None:
         log.warning(
             "unlearning begins with a fresh adapter: nothing was fine-tuned (name an adapter or a run as lora_model_path)"
@@ -144,6 +178,20 @@ def _check_ranks(run: TrainRun, start: Adapter) -> None:
         raise UserError(
             "partition.ranks or lora_alphas beside an adapter whose modules have ranks of their own (rank_pattern): leave them null"
         )
+
+
+def _check_method(run: TrainRun, made: Resident, tofu: Tofu, owned: Sequence[OwnedRows]) -> None:
+    """Raises UserError for a layer that the model lacks, and for forget rows whose alternate answers are missing or too long."""
+    if run.local_method is None:
+        return
+    if {Need.HIDDEN, Need.REFERENCE_HIDDEN} & (run.local_method.needs | run.local_method.retain_needs):
+        run.local_method.hidden_layer(num_blocks(made.model))
+    if run.local_method.alternates in ("idk", "pairs"):
+        numbers = [number for rows in owned for number in rows.forget]
+        texts, full = given_alternates(run.data, numbers), tofu.rows("full")
+        for number in numbers:
+            longest = max(texts[number], key=len)
+            made.chat.encode(full[number].question, longest, f"alternate of full row {number}")
 
 
 def _check_sides(run: TrainRun, start: Adapter) -> None:
@@ -176,7 +224,7 @@ def _check_export(run: TrainRun, start: Adapter) -> None:
 
 def _has_sidecar(run: TrainRun, start: Adapter) -> bool:
     """Whether the result will have one: from this run, or as the stack that its adapter came as."""
-    return run.aggregation.residual == "sidecar" or bool(start.sidecar)
+    return run.aggregation.residual == "sidecar" or bool(start.sidecar) or run.server_method is not None
 
 
 def find_inputs(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> Inputs:
@@ -208,12 +256,17 @@ def open_data(run: TrainRun | EvalRun) -> tuple[Tofu, EvalLog | None]:
     """Opens TOFU, checks that the splits are a pair, that what will be evaluated is there, and the retain log where one is named."""
     tofu = open_tofu(run.tofu_path, Path(run.paths.pocket_dir))
     check_splits(tofu, run.forget_split, run.retain_split)
-    if isinstance(run, EvalRun) or run.eval.at_end:
-        read_sets(tofu, run.forget_split, run.eval.max_rows)
     retain_log = None if run.retain_logs_path is None else read_log(Path(run.retain_logs_path))
-    if retain_log is not None:
-        check_retain_log(retain_log, tofu, run.forget_split, run.eval)
+    if run.requests is None and (isinstance(run, EvalRun) or run.eval.at_end or retain_log is not None):
+        check_evaluation(run, tofu, None, retain_log)
     return tofu, retain_log
+
+
+def check_evaluation(run: TrainRun | EvalRun, tofu: Tofu, request: Request | None, retain_log: EvalLog | None) -> None:
+    """Raises UserError where rows that will be evaluated are missing, or the retain log speaks of others."""
+    sets = read_sets(tofu, run.forget_split, run.eval.max_rows, request)
+    if retain_log is not None:
+        check_retain_log(retain_log, sets["forget"], run.eval)
 
 
 def _partition(run: TrainRun, folder: Path, inputs: Inputs) -> Partition:

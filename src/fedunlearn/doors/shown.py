@@ -10,11 +10,15 @@ Stage = Literal["federated", "central", "evaluation"]
 
 def run_shown(stage: Stage, composed: "ComposedConfig") -> None:
     """Does what a door is for. Imports torch inside, after the door has set the environment."""
-    from fedunlearn.doors.stages import run_central, run_evaluation, run_federated
+    from fedunlearn.doors.sequence import run_served
+    from fedunlearn.doors.stages import run_central, run_evaluation
     from fedunlearn.reporting.console import set_logging, show_config, show_result
     from fedunlearn.reporting.run_folder import run_path
 
-    work = {"federated": run_federated, "central": run_central, "evaluation": run_evaluation}[stage]
     set_logging()
     show_config(composed.plain)
-    show_result(run_path(composed.run), work(composed))
+    if stage == "federated":
+        show_result(*run_served(composed))
+    else:
+        work = {"central": run_central, "evaluation": run_evaluation}[stage]
+        show_result(run_path(composed.run), work(composed))

@@ -6,15 +6,16 @@ from pathlib import Path
 
 from fedunlearn.aggregation.choices import trained_in
 from fedunlearn.config.run import EvalRun, TrainRun
+from fedunlearn.data.requests import evaluated_request
 from fedunlearn.doors.compose import ComposedConfig
 from fedunlearn.doors.finish import evaluate, finish
-from fedunlearn.doors.prepare import CENTRAL, find_inputs, load_model, prepare
+from fedunlearn.doors.prepare import CENTRAL, check_evaluation, find_inputs, load_model, prepare
 from fedunlearn.errors import UserError
 from fedunlearn.evals.files import write_log
 from fedunlearn.federation.block_store import FOLDER, BlockStore
 from fedunlearn.federation.checkpoint import append_history, latest_checkpoint
 from fedunlearn.federation.launchers import launch
-from fedunlearn.federation.site import Site, reference_needs, set_threads
+from fedunlearn.federation.site import Site, reads_reference, set_threads
 from fedunlearn.files import write_json
 from fedunlearn.records.adapter import Adapter, Tensors
 from fedunlearn.records.evaluation import EvalLog
@@ -23,7 +24,7 @@ from fedunlearn.records.rounds import ClientOutcome, ClientTask, Role, RoundResu
 from fedunlearn.reporting.curves import open_curves
 from fedunlearn.reporting.run_folder import DONE, config_hash, make_folder, provenance
 from fedunlearn.seeds import seed_of
-from fedunlearn.training.client_update import LocalResult
+from fedunlearn.training.local import LocalResult
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def run_federated(composed: ComposedConfig) -> EvalLog | None:
     prepared = prepare(composed)
     launch(prepared.run.launcher, composed.plain)
     last = latest_checkpoint(prepared.folder)
-    if last is None or last.state.round != prepared.run.trainer.federated.num_rounds:
+    if last is None or last.state.round != prepared.run.total_rounds:
         raise UserError(
             f"the run stopped before its last round: see the log, then go on with resume=true ({str(prepared.folder)!r})"
         )
@@ -54,6 +55,10 @@ def run_central(composed: ComposedConfig) -> EvalLog | None:
         raise UserError(
             "partition.ranks and lora_alphas belong to clients, of which the central baseline has none: leave them null"
         )
+    if isinstance(composed.run, TrainRun) and (composed.run.server_method or composed.run.ledger.enabled):
+        raise UserError(
+            "method and ledger: a server-side method or a ledger needs a federation, of which the central baseline has none; use src/fed_train.py"
+        )
     prepared = prepare(composed)
     run = prepared.run
     log.info("central: one round of trainer.args over all rows; trainer.federated, protocol and the server do not act")
@@ -62,7 +67,7 @@ def run_central(composed: ComposedConfig) -> EvalLog | None:
     task = central_task(run)
     try:
         start = prepared.start.weights
-        done = site.work(task, rows, start, start if reference_needs(run) else None)
+        done = site.work(task, rows, start, start if reads_reference(run) else None)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt("the central baseline is one piece, overwrite=true starts anew") from stop
     result = prepared.start.replace({**prepared.start.tensors, **_float32(done.tensors)})
@@ -85,6 +90,7 @@ def central_task(run: TrainRun) -> ClientTask:
         seed=seed,
         mu=run.strategy.client_mu,
         trained=trained_in(run.aggregation.mask, 1),
+        memory={} if run.local_method is None else run.local_method.memory(),
     )
 
 
@@ -111,6 +117,8 @@ def _central_line(result: Adapter, task: ClientTask, rows: OwnedRows, done: Loca
         num_trained=done.num_trained,
         num_steps=done.num_steps,
         num_tokens=done.num_tokens,
+        num_reference_tokens=done.num_reference_tokens,
+        stopped=done.stopped,
         seconds=done.seconds,
         loss=done.loss,
         loss_trace=done.loss_trace,
@@ -127,9 +135,11 @@ def run_evaluation(composed: ComposedConfig) -> EvalLog:
     if run.resume:
         raise UserError("resume=true: an evaluation is one piece; leave it out, or use overwrite=true")
     inputs = find_inputs(run, composed.plain)
+    request = evaluated_request(run, inputs.source.run, inputs.tofu)
+    check_evaluation(run, inputs.tofu, request, inputs.retain_log)
     made = load_model(run, inputs.source)
     sha = config_hash(composed.plain)
-    log = evaluate(run, made, made.start, inputs.tofu, inputs.retain_log, sha)
+    log = evaluate(run, made, made.start, inputs.tofu, inputs.retain_log, sha, request)
     adapter_hash = made.start.tensor_hash if made.start else "none"
     hashes = {"base": made.fingerprint, "adapter": adapter_hash, "data": inputs.tofu.hash("full")}
 

@@ -1,8 +1,9 @@
-"""The generation pass: greedy answers to prompts, in left-padded batches of similar length, and the texts they decode to."""
+"""The generation pass: greedy (or sampled) answers to prompts, in left-padded batches of similar length, and the texts they decode to."""
 
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +15,7 @@ from fedunlearn.records.evaluation import Compat
 from fedunlearn.reporting.progress import track
 
 CLEANED = (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")  # fmt: skip
-GREEDY: dict[str, Any] = {
-    "do_sample": False,
+PLAIN: dict[str, Any] = {
     "temperature": None,
     "top_p": None,
     "top_k": None,
@@ -28,7 +28,17 @@ GREEDY: dict[str, Any] = {
     "min_length": None,
     "use_cache": True,
 }
+GREEDY: dict[str, Any] = {**PLAIN, "do_sample": False}
+SAMPLED: dict[str, Any] = {**PLAIN, "do_sample": True, "temperature": 1.0}
 Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A sampled answer and its length in tokens, the closing one included."""
+
+    text: str
+    tokens: int
 
 
 def clean(text: str) -> str:
@@ -59,11 +69,28 @@ def generate_texts(
     unique = sorted(dict.fromkeys(prompts), key=len, reverse=True)
     batches = [unique[start : start + batch_size] for start in range(0, len(unique), batch_size)]
     texts: dict[Ids, str] = {}
-    with inference(model) as device, _greedy(model, chat, max_new_tokens) as eos_ids:
+    with inference(model) as device, _generating(model, chat, GREEDY, max_new_tokens) as eos_ids:
         for batch in track(batches, "generating", len(batches)):
             for prompt, answer in zip(batch, _continue(model, batch, chat.pad_id, device, compat), strict=True):
                 texts[prompt] = decode(chat, _up_to_eos(answer, eos_ids)).strip()
     return tuple(texts[prompt] for prompt in prompts)
+
+
+def sample_texts(
+    model: nn.Module, chat: ChatFormat, prompt: Ids, *, count: int, max_new_tokens: int, seed: int
+) -> tuple[Draw, ...]:
+    """Gives `count` continuations of one prompt drawn from the whole distribution at temperature 1, as texts like generate_texts'.
+
+    Random numbers come from `seed` alone; global random state is put back.
+    """
+    with (
+        inference(model) as device,
+        _generating(model, chat, SAMPLED, max_new_tokens) as eos_ids,
+        torch.random.fork_rng(),
+    ):
+        torch.manual_seed(seed)
+        answers = [_up_to_eos(ids, eos_ids) for ids in _continue(model, [prompt] * count, chat.pad_id, device, None)]
+    return tuple(Draw(decode(chat, ids).strip(), len(ids)) for ids in answers)
 
 
 def decode(chat: ChatFormat, ids: Sequence[int]) -> str:
@@ -91,15 +118,17 @@ def _up_to_eos(ids: Sequence[int], eos_ids: frozenset[int]) -> Sequence[int]:
 
 
 @contextmanager
-def _greedy(model: nn.Module, chat: ChatFormat, max_new_tokens: int) -> Iterator[frozenset[int]]:
-    """Swaps in a greedy copy of the model's generation_config and gives its eos ids; the model's own comes back afterwards.
+def _generating(
+    model: nn.Module, chat: ChatFormat, settings: dict[str, Any], max_new_tokens: int
+) -> Iterator[frozenset[int]]:
+    """Swaps in a copy of the model's generation_config with these settings and gives its eos ids; the model's own comes back afterwards.
 
     Swapped, and not handed to generate(): that fills what is None there from the model's own config, sampling settings included.
     """
     inner = _inner(model)
     before = inner.generation_config
     config = copy.deepcopy(before)
-    for name, value in GREEDY.items():
+    for name, value in settings.items():
         setattr(config, name, value)
     eos = config.eos_token_id if config.eos_token_id is not None else chat.tokenizer.eos_token_id
     config.eos_token_id, config.pad_token_id, config.max_new_tokens = eos, chat.pad_id, max_new_tokens

@@ -1,15 +1,15 @@
 """The log of the oracle that forget_quality compares with: taken only where it speaks of the same rows in the same way."""
 
 from fedunlearn.config.data import EvalConfig
-from fedunlearn.data.tofu import Tofu
 from fedunlearn.errors import UserError
+from fedunlearn.evals.sets import DataSet
 from fedunlearn.metrics.tofu import FORGET_TRUTH_RATIO
 from fedunlearn.records.evaluation import EvalLog, definition_of
 
 AT = "retain_logs_path:"
 
 
-def check_retain_log(log: EvalLog, tofu: Tofu, forget_split: str, settings: EvalConfig) -> None:
+def check_retain_log(log: EvalLog, forget: DataSet, settings: EvalConfig) -> None:
     """Raises UserError, all faults at once, unless the log holds forget_truth_ratio of these rows by these definitions.
 
     Compared: definition, forget split, hash of the forget rows and max_rows as far as the log names them (one of
@@ -22,7 +22,7 @@ def check_retain_log(log: EvalLog, tofu: Tofu, forget_split: str, settings: Eval
         )
     faults = [
         _definition_fault(ratio.definition, definition_of(settings.compat)),
-        *_row_faults(log, tofu, forget_split, settings),
+        *_row_faults(log, forget, settings),
     ]
     found = [fault for fault in faults if fault]
     if found:
@@ -36,27 +36,25 @@ def _definition_fault(theirs: str, ours: str) -> str:
     return f"{AT} the log follows the definitions {theirs!r}, this evaluation {ours!r}; set {fit}, or evaluate the oracle anew"
 
 
-def _row_faults(log: EvalLog, tofu: Tofu, forget_split: str, settings: EvalConfig) -> list[str]:
-    said, split = log.provenance, f"{forget_split}_perturbed"
-    other_split = said.get("forget_split", forget_split)
-    if other_split != forget_split:
+def _row_faults(log: EvalLog, forget: DataSet, settings: EvalConfig) -> list[str]:
+    said = log.provenance
+    other_split = said.get("forget_split", forget.name)
+    if other_split != forget.name:
         return [
-            f"{AT} the log is of forget_split={other_split!r}, this evaluation of {forget_split!r}; give the log of the matching oracle"
+            f"{AT} the log is of forget_split={other_split!r}, this evaluation of {forget.name!r}; give the log of the matching oracle"
         ]
     if said and said.get("max_rows") != settings.max_rows:
         return [
             f"{AT} the log was made with eval.max_rows={said.get('max_rows')}, this evaluation has {settings.max_rows}; make the two equal"
         ]
     hashes = said.get("data")
-    if isinstance(hashes, dict) and hashes.get(split) != tofu.hash(split):
-        return [
-            f"{AT} the log was made on other rows of {split} than those of tofu_path={tofu.path!r}; evaluate the oracle on this data"
-        ]
-    num_rows = len(tofu.perturbed(forget_split)[: settings.max_rows])
+    if isinstance(hashes, dict) and hashes.get(forget.split) != forget.hash:
+        return [f"{AT} the log was made on other rows of {forget.split} than these; evaluate the oracle on this data"]
+    num_rows = 0 if forget.lacking else len(forget.rows)
     logged = len(log.metrics[FORGET_TRUTH_RATIO].value_by_index)
     if logged != num_rows:
         return [
-            f"{AT} the log has {logged} forget rows, forget_split={forget_split!r} has {num_rows}; give the log of the oracle that "
+            f"{AT} the log has {logged} forget rows, forget_split={forget.name!r} has {num_rows}; give the log of the oracle that "
             "belongs to it (forget01 with retain99, forget05 with retain95, forget10 with retain90)"
         ]
     return []

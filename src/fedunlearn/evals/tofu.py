@@ -1,30 +1,19 @@
 """The TOFU evaluation: every different answer scored once, every question answered once, all metrics from these two passes."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from torch import nn
 
 from fedunlearn.config.data import EvalConfig
 from fedunlearn.data.chat import ChatFormat, EncodedRow
 from fedunlearn.data.tofu import PerturbedRow, Tofu
-from fedunlearn.errors import UserError
 from fedunlearn.evals.generation import clean, decode, generate_texts
 from fedunlearn.evals.retain_log import check_retain_log
 from fedunlearn.evals.scoring import score_rows
+from fedunlearn.evals.sets import Sets, read_sets
 from fedunlearn.metrics.tofu import FORGET_TRUTH_RATIO, tofu_metrics
 from fedunlearn.records.evaluation import AnswerScore, EvalLog, Generations, ScoreTable, definition_of
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """Rows that are evaluated; split: their name in TOFU, for messages and hashes."""
-
-    split: str
-    rows: tuple[PerturbedRow, ...]
-
-
-Sets = Mapping[str, DataSet]
+from fedunlearn.records.requests import Request
 
 
 def evaluate_tofu(
@@ -35,42 +24,34 @@ def evaluate_tofu(
     settings: EvalConfig,
     retain_log: EvalLog | None,
     provenance: Mapping[str, object],
+    request: Request | None = None,
 ) -> EvalLog:
     """Evaluates a model, base or PEFT, on forget rows, retain rows, real authors and world facts of TOFU.
 
-    retain_log: the evaluation of the oracle, for forget_quality (None: that is null). provenance: what the caller knows of the
+    request: what was forgotten, where that is not the split. retain_log: the evaluation of the oracle, for forget_quality (None: that is null). provenance: what the caller knows of the
     model (base, hashes, dtype, versions); split, definition, template and data hashes are added here, and `trial` with
     `max_rows` where settings.max_rows cuts the data sets short.
     Raises UserError for a retain log of other rows or definitions (before the model is asked), a row that does not fit
     max_length, a split or column that is missing, and a loss that is not finite. The model's mode and the global random state stay.
     """
+    sets = read_sets(tofu, forget_split, settings.max_rows, request)
     if retain_log is not None:
-        check_retain_log(retain_log, tofu, forget_split, settings)
-    sets = read_sets(tofu, forget_split, settings.max_rows)
+        check_retain_log(retain_log, sets["forget"], settings)
     tables = score_sets(model, chat, sets, settings)
     texts = generate_sets(model, chat, sets, settings)
     retain_ratio = None if retain_log is None else retain_log.metrics[FORGET_TRUTH_RATIO]
     own: dict[str, object] = {
-        "forget_split": forget_split,
+        "forget_split": sets["forget"].name,
         "definition": definition_of(settings.compat),
         "template": dict(chat.provenance),
-        "data": {data.split: tofu.hash(data.split) for data in sets.values()},
+        "data": {data.split: data.hash for data in sets.values()},
     }
+    lacking = {name: data.lacking for name, data in sets.items() if data.lacking}
+    if lacking:
+        own["null_because"] = lacking
     if settings.max_rows is not None:
         own |= {"trial": True, "max_rows": settings.max_rows}
     return EvalLog(tofu_metrics(tables, texts, retain_ratio, compat=settings.compat), {**provenance, **own})
-
-
-def read_sets(tofu: Tofu, forget_split: str, max_rows: int | None) -> Sets:
-    """Gives the four data sets by their names in the metrics, the first max_rows rows of each.
-
-    Raises UserError where forget or retain rows lack a paraphrased answer, or real authors or world facts have one: their metrics use none.
-    """
-    splits = {"forget": forget_split, "retain": "retain", "ra": "real_authors", "wf": "world_facts"}
-    sets = {name: DataSet(f"{split}_perturbed", tofu.perturbed(split)[:max_rows]) for name, split in splits.items()}
-    for name, data in sets.items():
-        _check_paraphrases(tofu, data, wanted=name in ("forget", "retain"))
-    return sets
 
 
 def score_sets(model: nn.Module, chat: ChatFormat, sets: Sets, settings: EvalConfig) -> dict[str, ScoreTable]:
@@ -120,12 +101,3 @@ def _table(rows: tuple[PerturbedRow, ...], scores: Iterator[AnswerScore]) -> Sco
         paraphrased += [] if row.paraphrased_answer is None else [next(scores)]
         perturbed.append(tuple(next(scores) for _ in row.perturbed_answers))
     return ScoreTable(tuple(plain), tuple(perturbed), tuple(paraphrased))
-
-
-def _check_paraphrases(tofu: Tofu, data: DataSet, wanted: bool) -> None:
-    for i, row in enumerate(data.rows):
-        if (row.paraphrased_answer is not None) != wanted:
-            raise UserError(
-                f"tofu_path={tofu.path!r}: {data.split} row {i} must {'' if wanted else 'not '}have a column 'paraphrased_answer' "
-                "(as in locuslab/TOFU); correct the file, or take another tofu_path"
-            )

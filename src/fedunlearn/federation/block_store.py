@@ -35,6 +35,10 @@ class BlockStore:
             write_bytes(self._path(name), safetensors.torch.save({key: t.contiguous() for key, t in tensors.items()}))
         return name
 
+    def take(self, run: Path, name: str) -> str:
+        """Copies a block out of another run's folder and gives its hash. Raises UserError where it is gone, damaged or another."""
+        return self.keep(BlockStore(run / FOLDER).read([name]))
+
     def blob(self, name: str) -> bytes:
         """Gives a block's bytes. Raises UserError where it is gone, damaged or another than it is named by."""
         blob = self._bytes(name)

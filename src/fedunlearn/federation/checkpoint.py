@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -18,6 +18,7 @@ from fedunlearn.federation.block_store import FOLDER, BlockStore
 from fedunlearn.federation.flower_strategy import StrategyState
 from fedunlearn.federation.start import began_with
 from fedunlearn.files import append_line, canonical_json, whole_folder, write_bytes, write_json
+from fedunlearn.methods.tokens import Memory
 from fedunlearn.models.adapter_files import load_adapter, save_adapter
 from fedunlearn.records.adapter import Adapter, Tensors, hash_tensors
 
@@ -25,7 +26,12 @@ log = logging.getLogger(__name__)
 HISTORY = "history.jsonl"
 ADAPTER, FACTORS = "adapter", "factors"
 _DAMAGES = (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError)
-MOMENTS, CARRIED, FOREIGN = "moments.safetensors", "carried.safetensors", "strategy.safetensors"
+MOMENTS, CARRIED, FOREIGN, HELD = (
+    "moments.safetensors",
+    "carried.safetensors",
+    "strategy.safetensors",
+    "held.safetensors",
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,7 +39,8 @@ class Checkpoint:
     """What resume needs. Random numbers need nothing: every draw is a function of (seed, round, client).
 
     strategy: the class that made the state. blocks: hashes of the side-car in <run>/sidecar/. carried: error feedback. holds: client ->
-    parts it keeps. foreign: the state of a Flower strategy.
+    parts it keeps. memories: client -> what its method remembers. held: updates that a
+    server-side method keeps for the next round. foreign: the state of a Flower strategy.
     """
 
     state: ServerState
@@ -41,6 +48,8 @@ class Checkpoint:
     blocks: tuple[str, ...] = ()
     carried: Tensors = field(default_factory=dict)
     holds: Mapping[int, frozenset[str]] = field(default_factory=dict)
+    memories: Mapping[int, Memory] = field(default_factory=dict)
+    held: Mapping[int, Tensors] = field(default_factory=dict)
     foreign: StrategyState | None = None
 
     @property
@@ -55,7 +64,7 @@ def round_folder(run_folder: Path, round: int) -> Path:
     return run_folder / "rounds" / f"{round:04d}"
 
 
-def save_checkpoint(run_folder: Path, checkpoint: Checkpoint, start: Adapter, keep: int) -> None:
+def save_checkpoint(run_folder: Path, checkpoint: Checkpoint, start: Adapter, keep: int | Literal["all"]) -> None:
     """Writes rounds/<n>/ in one rename, then deletes all but the newest `keep`, and side-car blocks that none of them names.
 
     The adapter lies in adapter/; beside a side-car its factors alone are no result, and lie in factors/. start: gives the PEFT config and
@@ -66,14 +75,15 @@ def save_checkpoint(run_folder: Path, checkpoint: Checkpoint, start: Adapter, ke
         save_adapter(folder / (FACTORS if checkpoint.blocks else ADAPTER), start.replace(state.adapter, {}))
         flat = {f"{moment}/{name}": t for moment, tensors in state.moments.items() for name, t in tensors.items()}
         foreign = checkpoint.foreign or StrategyState()
+        held = {f"{client}/{name}": t for client, kept in checkpoint.held.items() for name, t in kept.items()}
         files = {}
-        for file, tensors in ((MOMENTS, flat), (CARRIED, checkpoint.carried), (FOREIGN, foreign.arrays)):
+        for file, tensors in ((MOMENTS, flat), (CARRIED, checkpoint.carried), (FOREIGN, foreign.arrays), (HELD, held)):
             if tensors:
                 blob = safetensors.torch.save({k: t.contiguous() for k, t in tensors.items()})
                 write_bytes(folder / file, blob)
                 files[file] = hashlib.sha256(blob).hexdigest()
         write_json(folder / "checkpoint.json", {**_described(checkpoint), "files": files})
-    for old in _rounds(run_folder)[:-keep]:
+    for old in [] if keep == "all" else _rounds(run_folder)[:-keep]:
         shutil.rmtree(old)
     if checkpoint.blocks:
         named = {name for path in _rounds(run_folder) for name in _blocks(path)}
@@ -89,7 +99,9 @@ def _described(checkpoint: Checkpoint) -> dict[str, object]:
         "moments": sorted(checkpoint.state.moments),
         "blocks": list(checkpoint.blocks),
         "carried": bool(checkpoint.carried),
+        "held": bool(checkpoint.held),
         "holds": {str(client): sorted(names) for client, names in sorted(checkpoint.holds.items())},
+        "memories": {str(client): dict(kept) for client, kept in sorted(checkpoint.memories.items())},
         "foreign": None if foreign is None else {"kinds": foreign.kinds, "unsaved": list(foreign.unsaved)},
     }
 
@@ -101,9 +113,11 @@ def _rounds(run_folder: Path) -> list[Path]:
 def latest_checkpoint(run_folder: Path) -> Checkpoint | None:
     """Reads the newest round on disk; None where there is none. Raises UserError where it is damaged."""
     rounds = _rounds(run_folder)
-    if not rounds:
-        return None
-    folder = rounds[-1]
+    return read_checkpoint(rounds[-1]) if rounds else None
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Reads one round's folder. Raises UserError where it is damaged."""
     try:
         return _read(folder)
     except _DAMAGES as error:
@@ -131,6 +145,11 @@ def _read(folder: Path) -> Checkpoint:
         blocks=tuple(saved["blocks"]),
         carried=tensors[CARRIED],
         holds={int(client): frozenset(names) for client, names in saved["holds"].items()},
+        held=_by_client(safetensors.torch.load_file(folder / HELD)) if saved["held"] else {},
+        memories={
+            int(client): {name: float(value) for name, value in kept.items()}
+            for client, kept in saved["memories"].items()
+        },
         foreign=None
         if foreign is None
         else StrategyState(arrays=tensors[FOREIGN], kinds=foreign["kinds"], unsaved=tuple(foreign["unsaved"])),
@@ -186,6 +205,14 @@ def _moments(flat: Tensors, names: list[str]) -> dict[str, Tensors]:
     if sorted(found) != names:
         raise ValueError(f"checkpoint.json holds moments={names}, {MOMENTS} holds {sorted(found)}")
     return {name: found[name] for name in names}
+
+
+def _by_client(flat: Tensors) -> dict[int, Tensors]:
+    held: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in flat.items():
+        client, _, name = key.partition("/")
+        held.setdefault(int(client), {})[name] = tensor
+    return dict(held)
 
 
 def _blocks(folder: Path) -> list[str]:

@@ -15,6 +15,7 @@ from fedunlearn.federation.site import VERSION, Site, set_threads
 from fedunlearn.federation.wire import (
     ADAPTER,
     PART,
+    RELEASED,
     REPLY,
     REQUEST,
     RollCallReply,
@@ -24,10 +25,11 @@ from fedunlearn.federation.wire import (
     pack_adapter,
     pack_scalars,
     typed_record,
+    unpack_released,
     unpack_scalars,
 )
 from fedunlearn.records.adapter import Weights
-from fedunlearn.training.client_update import LocalResult
+from fedunlearn.training.local import LocalResult
 
 log = logging.getLogger(__name__)
 _sites: dict[str, Site] = {}
@@ -77,11 +79,13 @@ def _roll_call(site: Site, client: int) -> RollCallReply:
         version=VERSION,
         base_fingerprint=site.made.fingerprint,
         partition_hash=site.partition.hash,
+        request_hash=site.request.hash,
         num_owned=owned.num_owned,
         num_forget=len(owned.forget),
         num_retain=len(owned.retain),
         rank=shape.rank,
         lora_alpha=shape.lora_alpha,
+        joins=site.run.partition.joins_at(client),
     )
 
 
@@ -99,7 +103,8 @@ def _train(site: Site, client: int, content: RecordDict) -> RecordDict:
     start = Weights(joined(request.adapter, parts), side_by_side([parts[name] for name in request.sidecar]))
     beside = side_by_side([parts[name] for name in request.reference_sidecar])
     reference = Weights(joined(request.reference, parts), beside) if request.reference else None
-    result = site.work(request.task, site.owned[client], start, reference)
+    released = unpack_released(typed_record(ConfigRecord, content[RELEASED])) if RELEASED in content else ()
+    result = site.work(request.task, site.owned[client], start, reference, released)
     return RecordDict({ADAPTER: pack_adapter(result.tensors), REPLY: pack_scalars(_reply(site, request, result))})
 
 
@@ -117,8 +122,11 @@ def _reply(site: Site, request: TrainRequest, result: LocalResult | None, missin
         num_trained=result.num_trained if result else 0,
         num_steps=result.num_steps if result else 0,
         num_tokens=result.num_tokens if result else 0,
+        num_reference_tokens=result.num_reference_tokens if result else 0,
         seconds=result.seconds if result else 0.0,
         loss=result.loss if result else 0.0,
         loss_trace=tuple(float(f"{loss:.6g}") for loss in result.loss_trace) if result else (),
+        memory=dict(result.memory) if result else {},
+        stopped=result.stopped if result else "",
         missing=missing,
     )

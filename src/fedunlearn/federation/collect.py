@@ -4,7 +4,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from flwr.serverapp import Grid
@@ -17,6 +17,8 @@ from fedunlearn.federation.parts import Depot
 from fedunlearn.federation.planning import plan_round
 from fedunlearn.federation.spool import Spool
 from fedunlearn.federation.turn import Holds, Turn, TurnReport, take_turn
+from fedunlearn.methods.tokens import Memory
+from fedunlearn.records.requests import ReleasedRow
 from fedunlearn.records.rounds import ClientOutcome, ClientTask, Role, RoundPlan
 from fedunlearn.records.shape import ClientShape
 
@@ -29,6 +31,8 @@ class Call:
     """Whom to ask, and how. shapes: clients' own ranks, empty where all have the adapter's. reads_reference: see Turn.
 
     mu: client -> proximal weight, where a Flower strategy configured the round: no others are asked then. reads_losses: see Turn.
+    memories: what each client's method remembers of earlier rounds. released: see Turn. absent: clients that take no
+    part in this round.
     """
 
     grid: Grid
@@ -41,11 +45,28 @@ class Call:
     reads_reference: bool
     mu: Mapping[int, float] | None = None
     reads_losses: bool = False
+    memories: Mapping[int, Memory] = field(default_factory=dict)
+    released: tuple[ReleasedRow, ...] = ()
+    absent: frozenset[int] = frozenset()
 
     def plan(self, number: int, left_out: Collection[int] = ()) -> RoundPlan:
         """The round's plan, without clients that failed it for good."""
-        plan = plan_round(self.run, rows_of(self.members), number, left_out)
+        away = self.absent.union(left_out)
+        plan = self._remembering(plan_round(self.run, rows_of(self.members), number, away))
         return plan if self.mu is None else _with_mu(plan, self.mu)
+
+    def _remembering(self, plan: RoundPlan) -> RoundPlan:
+        """Those who unlearn are sent what they remember, the first time what the method begins with."""
+        if self.run.local_method is None:
+            return plan
+        fresh = self.run.local_method.memory()
+        return replace(
+            plan,
+            tasks=tuple(
+                replace(task, memory=self.memories.get(task.client_id, fresh)) if task.role is Role.UNLEARN else task
+                for task in plan.tasks
+            ),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +142,7 @@ def _turn(call: Call, plan: RoundPlan, tasks: tuple[ClientTask, ...]) -> Turn:
         max_reply_ratio=run.gate.max_reply_ratio,
         max_update_ratio=run.gate.max_update_ratio,
         reads_losses=call.reads_losses,
+        released=call.released,
         timeout=run.trainer.federated.round_timeout if run.launcher.clock == "round" else math.inf,
     )
 

@@ -19,16 +19,19 @@ SECONDS_BETWEEN_LOOKS = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """What every client must agree with at the roll call. rows, shapes: what each owns by the partition, and its LoRA rank; entry k is client k.
+    """What every client must agree with at the roll call. rows, shapes, joins: what each owns by the partition, its LoRA rank, and the
+    round from which it is there; entry k is client k.
 
     min_clients: how many must be able to take part.
     """
 
     rows: tuple[ClientRows, ...]
     shapes: tuple[ClientShape, ...]
+    joins: tuple[int, ...]
     version: str
     base_fingerprint: str
     partition_hash: str
+    request_hash: str
     min_clients: int
 
 
@@ -142,7 +145,7 @@ def _mismatches(declared: RollCallReply, expected: Expectation) -> list[str]:
         return [f"roll call: a node says that it is client {client}, the partition has 0 to {len(expected.rows) - 1}"]
     faults = [
         f"roll call: client {client} has {key}={getattr(declared, key)!r}, the server {getattr(expected, key)!r}"
-        for key in ("version", "base_fingerprint", "partition_hash")
+        for key in ("version", "base_fingerprint", "partition_hash", "request_hash")
         if getattr(declared, key) != getattr(expected, key)
     ]
     if declared.rows != expected.rows[client]:
@@ -153,6 +156,10 @@ def _mismatches(declared: RollCallReply, expected: Expectation) -> list[str]:
     if (declared.rank, declared.lora_alpha) != (shape.rank, shape.lora_alpha):
         faults.append(
             f"roll call: client {client} has LoRA rank {declared.rank} and alpha {declared.lora_alpha:g}, by the config {shape.rank} and {shape.lora_alpha:g}"
+        )
+    if declared.joins != expected.joins[client]:
+        faults.append(
+            f"roll call: client {client} joins in round {declared.joins}, by the config in round {expected.joins[client]}"
         )
     return faults
 

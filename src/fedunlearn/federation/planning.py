@@ -1,6 +1,6 @@
 """The plan of a round: cohort, roles, seeds and learning rates, all functions of the config, of who owns how many rows, and of the round."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from fedunlearn.aggregation.choices import trained_in
 from fedunlearn.config.run import TrainRun
@@ -18,13 +18,15 @@ NOBODY = (
 def plan_round(run: TrainRun, rows: Mapping[int, ClientRows], number: int, left_out: Collection[int] = ()) -> RoundPlan:
     """Draws the cohort, asks the protocol for roles, and gives every client its seed and learning rate.
 
-    rows: of every client that takes part, by id. left_out: clients that failed this round for good; others are drawn in their place.
+    rows: of every client that takes part, by id. left_out: clients that failed this round for good; others are drawn in their place. Clients that
+    join later are not there yet, and one without a row to work on never is.
     """
     args, federated = run.trainer.args, run.trainer.federated
-    there = [client for client in rows if client not in left_out]
+    at = number if run.server_method is None else run.server_method.origin_round(number)
+    there = [k for k, has in rows.items() if k not in left_out and run.partition.joins_at(k) <= at and has.some]
     owners = [client for client in there if federated.force_owners and rows[client].num_forget]
-    cohort = select(there, seed=args.seed, round=number, count=federated.cohort_size, forced=owners)
-    progress = (number - 1) / max(federated.num_rounds - 1, 1)
+    cohort = select(there, seed=args.seed, round=at, count=federated.cohort_size, forced=owners)
+    progress = (at - 1) / max(federated.num_rounds - 1, 1)
     scale = 1.0 + (federated.final_lr_ratio - 1.0) * progress
     return RoundPlan(
         round=number,
@@ -34,11 +36,12 @@ def plan_round(run: TrainRun, rows: Mapping[int, ClientRows], number: int, left_
                 role=part.role,
                 epochs=part.epochs,
                 lr_scale=scale,
-                seed=seed_of("client", args.seed, part.client_id, number),
+                seed=seed_of("client", args.seed, part.client_id, at),
                 mu=run.strategy.client_mu,
-                trained=trained_in(run.aggregation.mask, number),
+                trained=trained_in(run.aggregation.mask, at),
+                radius=run.radius(number) if part.role is Role.UNLEARN else 0.0,
             )
-            for part in run.protocol.assign(number, [rows[client] for client in cohort], args.num_train_epochs)
+            for part in run.assign(number, [rows[client] for client in cohort])
         ),
     )
 
@@ -48,13 +51,31 @@ def check_plans(run: TrainRun, rows: Mapping[int, ClientRows]) -> None:
 
     Asked before the run's folder is made, by who owns what, and again once it is known who takes part. No owner of forget rows is ever drawn; or a round has fewer working clients than the robust weights need.
     """
-    plans = [plan_round(run, rows, number) for number in range(1, run.trainer.federated.num_rounds + 1)]
-    if run.mode == "unlearn" and not any(task.role is Role.UNLEARN for plan in plans for task in plan.tasks):
+    plans = [plan_round(run, rows, number) for number in range(1, run.total_rounds + 1)]
+    if (
+        run.mode == "unlearn"
+        and run.server_method is None
+        and not any(task.role is Role.UNLEARN for plan in plans for task in plan.tasks)
+    ):
         raise UserError(NOBODY)
+    _check_owner_rounds(run, plans)
     for plan in plans:
         working = len([task for task in plan.tasks if task.role is not Role.IDLE])
         if 0 < working < run.robust.min_updates:
             raise UserError(
                 f"robust {type(run.robust).__name__} needs {run.robust.min_updates} updates, but round {plan.round} has {working} working clients "
                 f"(protocol {type(run.protocol).__name__}): draw more, choose another protocol, or robust=off, and start anew (overwrite=true where the run's folder exists)"
+            )
+
+
+def _check_owner_rounds(run: TrainRun, plans: Sequence[RoundPlan]) -> None:
+    """Raises UserError for a round in which a server-side method needs an owner at work and none is drawn, or that is not there at all."""
+    method = run.server_method
+    for number in () if method is None else method.owner_rounds(run.total_rounds):
+        at = f"method {type(method).__name__} needs an owner of forget rows at work in round {number}"
+        if number > len(plans):
+            raise UserError(f"{at}, and trainer.federated.num_rounds={len(plans)} ends before: raise it")
+        if not any(task.role.on_forget_rows for task in plans[number - 1].tasks):
+            raise UserError(
+                f"{at}, and none is drawn: set trainer.federated.force_owners=true, or raise fraction_train or num_train_clients"
             )

@@ -11,10 +11,12 @@ from flwr.serverapp import Grid
 
 import fedunlearn
 from fedunlearn.aggregation.base import ServerState
+from fedunlearn.aggregation.choices import trained_in
 from fedunlearn.aggregation.factors import scales_of
 from fedunlearn.aggregation.flower import FlowerStrategy
 from fedunlearn.config.run import TrainRun
 from fedunlearn.data.ownership import FILE, read_partition
+from fedunlearn.data.requests import own_request, read_released
 from fedunlearn.errors import UserError
 from fedunlearn.federation.block_store import FOLDER, BlockStore
 from fedunlearn.federation.checkpoint import (
@@ -28,16 +30,20 @@ from fedunlearn.federation.checkpoint import (
     save_checkpoint,
 )
 from fedunlearn.federation.collect import Call, Collected, collect
+from fedunlearn.federation.conductor import Conductor
 from fedunlearn.federation.flower_strategy import WrappedStrategy
+from fedunlearn.federation.ledger import Ledger
 from fedunlearn.federation.link import Expectation, Member, RollCall, roll_call, rows_of
 from fedunlearn.federation.notes import check_unlearned, mean_losses, step_notes
 from fedunlearn.federation.parts import Depot
+from fedunlearn.federation.past import read_parent, read_past
 from fedunlearn.federation.planning import check_plans, plan_round
-from fedunlearn.federation.server_step import Stepped, Stepper, step
+from fedunlearn.federation.server_step import Stepped, Stepper, step, weigh
 from fedunlearn.federation.site import WIRE_DTYPES, client_shapes
 from fedunlearn.federation.spool import Spool, open_spool
 from fedunlearn.federation.start import Start, load_start
 from fedunlearn.files import write_json
+from fedunlearn.records.requests import ReleasedRow
 from fedunlearn.records.rounds import Role, RoundResult
 from fedunlearn.reporting.curves import Curves, open_curves
 from fedunlearn.reporting.progress import track
@@ -58,6 +64,8 @@ class Server:
     members: Mapping[int, Member]
     stepper: Stepper
     reads_reference: bool
+    released: tuple[ReleasedRow, ...]
+    conductor: Conductor | None
 
     @property
     def nodes(self) -> dict[int, int]:
@@ -73,8 +81,10 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, run_id: str, reads_refer
     """
     start = load_start(folder)
     stepper = _stepper(run, folder, start)
-    checkpoint = _first_checkpoint(run, folder, start, stepper)
+    conductor = _conductor(run, folder, start, stepper)
+    checkpoint = _first_checkpoint(run, folder, start, stepper, conductor)
     cut_history(folder, checkpoint.state.round)
+    _open_ledger(run, folder, checkpoint.state.round)
     timeout = run.trainer.federated.roll_call_timeout
     answers = timeout if run.launcher.clock == "round" else math.inf
     called = roll_call(grid, _expectation(run, folder, start), timeout, answers)
@@ -89,12 +99,14 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, run_id: str, reads_refer
         members=called.members,
         stepper=stepper,
         reads_reference=reads_reference,
+        released=read_released(folder) if run.protocol.releases else (),
+        conductor=conductor,
     )
-    rounds = range(checkpoint.state.round + 1, run.trainer.federated.num_rounds + 1)
+    rounds = range(checkpoint.state.round + 1, run.total_rounds + 1)
     with open_curves(folder, run.trainer.args.report_to) as curves:
         for number in track(rounds, f"{run.task_name}: round", len(rounds)):
             checkpoint = _one_round(server, checkpoint, number, curves)
-    if run.mode == "unlearn":
+    if run.mode == "unlearn" and conductor is None:
         check_unlearned(run, read_history(folder))
 
 
@@ -111,12 +123,40 @@ def _stepper(run: TrainRun, folder: Path, start: Start) -> Stepper:
     )
 
 
-def _first_checkpoint(run: TrainRun, folder: Path, start: Start, stepper: Stepper) -> Checkpoint:
+def _conductor(run: TrainRun, folder: Path, start: Start, stepper: Stepper) -> Conductor | None:
+    method = run.server_method
+    if method is None:
+        return None
+    partition, request = read_partition(folder / FILE), own_request(folder)
+    return Conductor(
+        method=method,
+        stepper=stepper,
+        start=start,
+        past=read_past(folder),
+        targets=partition.owners(request.rows),
+        all_targets=partition.owners(request.all),
+    )
+
+
+def _open_ledger(run: TrainRun, folder: Path, round: int) -> None:
+    if run.ledger.enabled:
+        ledger = Ledger(folder)
+        if round and ledger.exists:
+            ledger.cut(round)
+        else:
+            past = read_parent(folder)
+            ledger.begin(None if past is None else Ledger(past))
+
+
+def _first_checkpoint(
+    run: TrainRun, folder: Path, start: Start, stepper: Stepper, conductor: Conductor | None
+) -> Checkpoint:
     """The newest on disk where the run is resumed, else the start. Raises UserError for a state that is another strategy's."""
     found = latest_checkpoint(folder) if run.resume else None
     if found is None:
         state = ServerState(adapter=start.adapter.tensors)
-        return Checkpoint(state=state, strategy=stepper.strategy_name, blocks=start.blocks)
+        present = Checkpoint(state=state, strategy=stepper.strategy_name, blocks=start.blocks)
+        return present if conductor is None else conductor.begin(present)
     if found.strategy != stepper.strategy_name:
         raise UserError(
             f"round {found.state.round} on disk holds the state of strategy {found.strategy}, this run has {stepper.strategy_name}: "
@@ -143,9 +183,11 @@ def _expectation(run: TrainRun, folder: Path, start: Start) -> Expectation:
     return Expectation(
         rows=start.rows,
         shapes=client_shapes(run, start.adapter.peft_config),
+        joins=tuple(run.partition.joins_at(client) for client in range(len(start.rows))),
         version=fedunlearn.__version__,
         base_fingerprint=str(start.adapter.base_fingerprint),
         partition_hash=read_partition(folder / FILE).hash,
+        request_hash=own_request(folder).hash,
         min_clients=run.trainer.federated.min_clients,
     )
 
@@ -160,12 +202,34 @@ def _one_round(server: Server, before: Checkpoint, number: int, curves: Curves) 
     with open_spool(server.folder) as spool:
         collected = collect(_call(server, before, number), number, before.holds, spool)
         stepped = _step(server, before, collected, spool)
-    after = replace(stepped.after, holds=collected.report.holds)
+        if server.run.ledger.enabled:
+            _keep(server, before, collected, stepped, spool)
+    learnt = {update.client_id: update.memory for update in collected.report.updates if update.memory}
+    after = replace(stepped.after, holds=collected.report.holds, memories={**before.memories, **learnt})
     result = _result(server, after, collected, stepped, time.monotonic() - began)
     append_history(server.folder, asdict(result))  # before the checkpoint: resume drops lines that have none
     save_checkpoint(server.folder, after, server.start.adapter, server.run.trainer.federated.keep_rounds)
     curves.add(result)
     return after
+
+
+def _keep(server: Server, before: Checkpoint, collected: Collected, stepped: Stepped, spool: Spool) -> None:
+    """Appends the round to the ledger: updates that counted, with what they weighed."""
+    outcomes = {
+        o.client_id: replace(o, weight=stepped.weights.get(o.client_id, 0.0)) for o in collected.report.outcomes
+    }
+    clients = sorted(update.client_id for update in collected.report.updates)
+    updates = {update.client_id: update for update in collected.report.updates}
+    trained = trained_in(server.run.aggregation.mask, before.state.round + 1)
+    names = [name for name in before.state.adapter if trained.covers(name)]
+    with spool.reader(clients) as read:
+        Ledger(server.folder).keep_round(
+            before.state.round + 1,
+            before.state.adapter,
+            outcomes,
+            {client: updates[client].module_norms for client in clients},
+            ((client, {name: read(client, name) for name in names}) for client in clients),
+        )
 
 
 def _call(server: Server, before: Checkpoint, number: int) -> Call:
@@ -192,6 +256,9 @@ def _call(server: Server, before: Checkpoint, number: int) -> Call:
         reads_reference=server.reads_reference,
         mu=_configured(server, before, number),
         reads_losses=isinstance(run.strategy, FlowerStrategy) and run.strategy.reads_losses,
+        memories=before.memories,
+        released=server.released,
+        absent=frozenset() if server.conductor is None else server.conductor.absent(number),
     )
 
 
@@ -211,6 +278,10 @@ def _configured(server: Server, before: Checkpoint, number: int) -> Mapping[int,
 
 def _step(server: Server, before: Checkpoint, collected: Collected, spool: Spool) -> Stepped:
     updates = collected.report.updates
+    if server.conductor is not None and server.conductor.steps_itself(before.state.round + 1):
+        with spool.reader([update.client_id for update in updates]) as read:
+            cohort, capped = weigh(server.stepper, before, collected.report, read)
+            return replace(server.conductor.step(before, cohort), capped=capped)
     if not updates:
         number = before.state.round + 1
         log.warning("round %d: no client of the cohort had anything to do; the global adapter stays as it is", number)
@@ -224,7 +295,7 @@ def _result(server: Server, after: Checkpoint, collected: Collected, stepped: St
         replace(o, weight=stepped.weights.get(o.client_id, 0.0), capped=o.client_id in stepped.capped)
         for o in collected.report.outcomes
     )
-    metrics = mean_losses(clients)
+    metrics = {**mean_losses(clients), **stepped.figures}
     if stepped.norm is not None:
         metrics["product_norm"] = stepped.norm
     return RoundResult(
@@ -234,7 +305,13 @@ def _result(server: Server, after: Checkpoint, collected: Collected, stepped: St
         seconds=seconds,
         clients=clients,
         metrics=metrics,
-        averaged=server.stepper.averaged if stepped.weights else "",
+        averaged=_averaged(server, after.state.round) if stepped.weights else "",
         aggregation_error=stepped.error,
         notes=(*collected.notes, *step_notes(server.run, after.state.round, stepped)),
     )
+
+
+def _averaged(server: Server, number: int) -> str:
+    conductor = server.conductor
+    itself = conductor is not None and conductor.steps_itself(number)
+    return type(server.run.method).__name__ if itself else server.stepper.averaged

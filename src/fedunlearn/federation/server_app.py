@@ -8,7 +8,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedunlearn.config.parse import parse_config
 from fedunlearn.config.run import TrainRun
 from fedunlearn.federation.rounds import run_rounds
-from fedunlearn.federation.site import reference_needs, set_threads
+from fedunlearn.federation.site import reads_reference, set_threads
 from fedunlearn.reporting.run_folder import config_hash, run_path
 
 
@@ -23,6 +23,6 @@ def make_server_app(config_json: str) -> ServerApp:
         if not isinstance(run, TrainRun):
             raise TypeError(f"the server runs training and unlearning, not mode={run.mode!r}")
         set_threads(run)
-        run_rounds(grid, run, run_path(run), config_hash(plain)[:16], bool(reference_needs(run)))
+        run_rounds(grid, run, run_path(run), config_hash(plain)[:16], reads_reference(run))
 
     return app

@@ -46,6 +46,10 @@ class Stepper:
             return strategy.target
         return f"{type(strategy).__module__}.{type(strategy).__qualname__}"
 
+    def cast(self, adapter: Tensors, mean: Tensors) -> Tensors:
+        """Gives the adapter with what has a mean replaced by it, cast once."""
+        return {name: mean[name].to(tensor.dtype) if name in mean else tensor for name, tensor in adapter.items()}
+
     @property
     def averaged(self) -> str:
         """What makes the mean, for the history."""
@@ -56,29 +60,29 @@ class Stepper:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stepped:
-    """after: the checkpoint, still with the parts that clients held before. weights: client -> what it counted for. capped: whom gate.max_client_share held down."""
+    """after: the checkpoint, still with the parts that clients held before. weights: client -> what it counted for. capped: whom gate.max_client_share held down.
+
+    figures: what a server-side method measured.
+    """
 
     after: Checkpoint
     weights: Mapping[int, float] = field(default_factory=dict)
     capped: frozenset[int] = frozenset()
     error: float | None = None
     norm: float | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 def step(
     stepper: Stepper, before: Checkpoint, report: TurnReport, nodes: Mapping[int, int], read: ReadTensor
 ) -> Stepped:
     """Weighs, reduces and steps. nodes: client id -> node id, for strategies of Flower's. read: (client, name) -> tensor of the spool."""
-    run, number = stepper.run, before.state.round + 1
-    shares = client_weights(report.updates, run.aggregation.weights)
-    capped: frozenset[int] = frozenset()
-    if run.gate.max_client_share is not None:
-        shares, capped = cap_shares(shares, run.gate.max_client_share)
-    cohort = _cohort(stepper, before, shares, read, number)
+    run = stepper.run
+    cohort, capped = weigh(stepper, before, report, read)
     if stepper.foreign is not None:
         return _foreign_step(stepper, stepper.foreign, before, cohort, nodes, report, capped)
     reduced = reduce_round(_choices(run), cohort)
-    _check_beside(number, reduced)
+    _check_beside(cohort.round, reduced)
     state = _optimise(run.strategy, stepper.strategy_name, before.state, reduced.mean)
     after = replace(before, state=state, blocks=_new_blocks(stepper, before, reduced), carried=reduced.carried)
     return _stepped(after, reduced.weights, capped, reduced.error, reduced.norm)
@@ -103,6 +107,15 @@ def _check_beside(number: int, reduced: Reduced) -> None:
             )
 
 
+def weigh(stepper: Stepper, before: Checkpoint, report: TurnReport, read: ReadTensor) -> tuple[Cohort, frozenset[int]]:
+    """Gives the round's cohort with its shares, and whom gate.max_client_share held down; where nobody sent anything, nobody's."""
+    run, capped = stepper.run, frozenset[int]()
+    shares = client_weights(report.updates, run.aggregation.weights) if report.updates else {}
+    if run.gate.max_client_share is not None and shares:
+        shares, capped = cap_shares(shares, run.gate.max_client_share)
+    return _cohort(stepper, before, shares, read, before.state.round + 1), capped
+
+
 def _choices(run: TrainRun) -> Choices:
     chosen = run.aggregation
     return Choices(
@@ -124,7 +137,9 @@ def _cohort(stepper: Stepper, before: Checkpoint, shares: Mapping[int, float], r
         read=read,
         round=number,
         seed=run.trainer.args.seed,
-        trained=trained_in(run.aggregation.mask, number),
+        trained=trained_in(
+            run.aggregation.mask, number if run.server_method is None else run.server_method.origin_round(number)
+        ),
         shapes=stepper.shapes,
         carried=before.carried,
         blocks=lambda module: stepper.store.of_module(before.blocks, module),

@@ -1,6 +1,6 @@
 """A client's side of a run in this process: its config, data and the resident model, kept between messages."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,11 +9,13 @@ import torch
 
 import fedunlearn
 from fedunlearn.config.run import EvalRun, TrainRun
+from fedunlearn.data.alternates import given_alternates
 from fedunlearn.data.chat import EncodedRow
 from fedunlearn.data.ownership import FILE, encode_rows, open_tofu, owned_rows, read_partition
-from fedunlearn.data.tofu import Tofu
-from fedunlearn.methods.base import Need
-from fedunlearn.methods.retain import retain_needs
+from fedunlearn.data.requests import own_request
+from fedunlearn.data.tofu import QaRow, Tofu
+from fedunlearn.methods.alternates import Sampled
+from fedunlearn.methods.tokens import Need
 from fedunlearn.models.lora import ACTIVE, hold_reference
 from fedunlearn.models.ranks import cut, padded, scaled_for
 from fedunlearn.models.resident import Resident, resident
@@ -21,11 +23,15 @@ from fedunlearn.models.sidecar import put_sidecar
 from fedunlearn.models.source import resolve_source
 from fedunlearn.records.adapter import Tensors, Weights
 from fedunlearn.records.partition import OwnedRows, Partition
+from fedunlearn.records.requests import ReleasedRow, Request
 from fedunlearn.records.rounds import ClientTask, Role
 from fedunlearn.records.shape import ClientShape
 from fedunlearn.reporting.run_folder import run_path
-from fedunlearn.training.client_update import LocalData, LocalResult, LocalSettings, client_update
-from fedunlearn.training.reference import reference_sums
+from fedunlearn.training.client_update import client_update
+from fedunlearn.training.forward import OF_REFERENCE
+from fedunlearn.training.local import LocalData, LocalResult, LocalSettings, OtherAnswers
+from fedunlearn.training.reference import ReferenceSums
+from fedunlearn.training.sampling import sampled_alternates
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +61,14 @@ class Site:
         return read_partition(run_path(self.run) / FILE)
 
     @cached_property
+    def request(self) -> Request:
+        """What is to be forgotten, read from the run's folder."""
+        return own_request(run_path(self.run))
+
+    @cached_property
     def owned(self) -> tuple[OwnedRows, ...]:
         """Every client's rows for this run."""
-        return owned_rows(self.run, self.tofu, self.partition)
+        return owned_rows(self.run.data.rows, self.partition, self.request, replays=self.run.replays)
 
     def encode(self, numbers: tuple[int, ...]) -> tuple[EncodedRow, ...]:
         """Gives rows of `full` as tokens. Raises UserError naming a row that does not fit."""
@@ -75,21 +86,28 @@ class Site:
             raise ValueError("a federated run has an adapter")
         return self.made.start.peft_config
 
-    def work(self, task: ClientTask, owned: OwnedRows, start: Weights, reference: Weights | None) -> LocalResult:
+    def work(
+        self,
+        task: ClientTask,
+        owned: OwnedRows,
+        start: Weights,
+        reference: Weights | None,
+        released: Sequence[ReleasedRow] = (),
+    ) -> LocalResult:
         """Trains on one client's rows for one round and gives the factors it trained, at its own rank, in the wire's dtype.
 
-        start, reference (the adapter that unlearning began with, where reference_needs names it): as they came over the wire.
+        start, reference (the adapter that unlearning began with, where it is read): as they came over the wire.
+        released: rows of others to unlearn, where the client owns none of the request.
         """
         run, model = self.run, self.made.model
         shape = self.shapes[task.client_id] if run.ranks_differ else None
         inside = Weights(self._inside(start.factors), start.sidecar)
         before = None if reference is None else Weights(self._inside(reference.factors), reference.sidecar)
         put_sidecar(model, inside.sidecar, ACTIVE)
-        needs = reference_needs(run) if task.role is Role.UNLEARN else frozenset()
-        if before is not None and Need.REFERENCE_LOGITS in needs:
+        if before is not None and task.role is Role.UNLEARN and needs_of(run) & OF_REFERENCE:
             hold_reference(model, before)  # outside the block: the second adapter is made with the model's own scale
         with scaled_for(model, shape):
-            data = self._data(owned, before if Need.REFERENCE_SUMS in needs else None)
+            data = self._forget_data(owned, before, released) if task.role.on_forget_rows else self._retain_data(owned)
             done = client_update(self.made, inside.factors, data, task, self._settings())
         sent = done.tensors if shape is None else cut(done.tensors, shape.rank)
         dtype = WIRE_DTYPES[run.trainer.federated.wire_dtype]
@@ -105,17 +123,58 @@ class Site:
         return LocalSettings(
             args=run.trainer.args,
             collator=run.collator,
-            method=run.method,
+            method=run.local_method,
             retain_per_forget=run.data.retain_per_forget,
+            guard=run.trainer.guard,
         )
 
-    def _data(self, owned: OwnedRows, reference: Weights | None) -> LocalData:
-        """The client's rows; with the reference's sums of its forget rows where one is given."""
+    def _retain_data(self, owned: OwnedRows) -> LocalData:
+        return LocalData(forget=(), retain=self.encode(owned.retain))
+
+    def _forget_data(self, owned: OwnedRows, reference: Weights | None, released: Sequence[ReleasedRow]) -> LocalData:
+        """The client's rows, with the reference's sums and the alternates that the method reads."""
+        full = self.tofu.rows("full")
+        rows = {number: full[number] for number in owned.forget} or {
+            row.number: QaRow(row.question, row.answer) for row in released
+        }
+        run, cache, sums = self.run, Path(self.run.paths.cache_dir), None
+        if reference is not None and Need.REFERENCE_SUMS in needs_of(run):
+            sums = ReferenceSums(self.made, reference, cache, run.trainer.args.bf16)
+        alternates, tokens = self._alternates(rows, reference, cache)
+        encode = self.made.chat.encode
+        return LocalData(
+            forget=tuple(encode(row.question, row.answer, f"full row {number}") for number, row in rows.items()),
+            retain=self.encode(owned.retain),
+            alternates=alternates,
+            reference=sums,
+            tokens=tokens,
+        )
+
+    def _alternates(
+        self, rows: Mapping[int, QaRow], reference: Weights | None, cache: Path
+    ) -> tuple[OtherAnswers | None, int]:
+        """Gives the forget rows' alternates, and the tokens that making them cost."""
         run = self.run
-        forget, sums = self.encode(owned.forget), None
-        if reference is not None:
-            sums = reference_sums(self.made, reference, forget, Path(run.paths.cache_dir), run.trainer.args.bf16)
-        return LocalData(forget=forget, retain=self.encode(owned.retain), reference_sums=sums)
+        wanted = "none" if run.local_method is None else run.local_method.alternates
+        if wanted == "none":
+            return None, 0
+        numbers, tokens = tuple(rows), 0
+        if not isinstance(wanted, Sampled):
+            texts = given_alternates(run.data, numbers)
+        elif reference is None:
+            raise ValueError("alternates are sampled from the reference, which was not sent")
+        else:
+            args = run.trainer.args
+            drawn = sampled_alternates(self.made, reference, rows, wanted, seed=args.seed, cache=cache)
+            texts, tokens = drawn.texts, drawn.tokens
+
+        def encode(place: int, choice: int) -> EncodedRow:
+            number = numbers[place]
+            return self.made.chat.encode(
+                rows[number].question, texts[number][choice], f"alternate of full row {number}"
+            )
+
+        return OtherAnswers(counts=tuple(len(texts[number]) for number in numbers), encode=encode), tokens
 
 
 def client_shapes(run: TrainRun, adapter_config: Mapping[str, object]) -> tuple[ClientShape, ...]:
@@ -127,12 +186,15 @@ def client_shapes(run: TrainRun, adapter_config: Mapping[str, object]) -> tuple[
     return tuple(ClientShape(rank=r, lora_alpha=a, use_rslora=rslora) for r, a in zip(ranks, alphas, strict=True))
 
 
-def reference_needs(run: TrainRun) -> frozenset[Need]:
-    """What of the reference an unlearning client of this run reads: sums, logits, both, or nothing."""
-    if run.method is None:
-        return frozenset()
-    needs = run.method.needs | retain_needs(run.method.retain)
-    return needs & {Need.REFERENCE_SUMS, Need.REFERENCE_LOGITS}
+def needs_of(run: TrainRun) -> frozenset[Need]:
+    """What an unlearning client of this run computes beside rows and labels; nothing where nobody unlearns."""
+    return frozenset() if run.local_method is None else run.local_method.needs | run.local_method.retain_needs
+
+
+def reads_reference(run: TrainRun) -> bool:
+    """Whether an unlearning client reads anything of the model that unlearning began with: numbers, or samples."""
+    sampled = run.local_method is not None and isinstance(run.local_method.alternates, Sampled)
+    return sampled or bool(needs_of(run) & {Need.REFERENCE_SUMS, *OF_REFERENCE})
 
 
 def set_threads(run: TrainRun | EvalRun) -> None:

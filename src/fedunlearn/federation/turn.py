@@ -19,6 +19,7 @@ from fedunlearn.federation.wire import (
     LONGEST_TEXT,
     MOST,
     PART,
+    RELEASED,
     REPLY,
     REQUEST,
     TrainReply,
@@ -27,11 +28,13 @@ from fedunlearn.federation.wire import (
     blob_of,
     content_bytes,
     one_line,
+    pack_released,
     pack_scalars,
     typed_record,
     unpack_scalars,
 )
 from fedunlearn.records.adapter import Tensors
+from fedunlearn.records.requests import ReleasedRow
 from fedunlearn.records.rounds import ClientOutcome, ClientTask, ClientUpdate, Role
 from fedunlearn.records.shape import ClientShape
 
@@ -47,6 +50,7 @@ class Turn:
     shapes: ranks and scales of clients that have their own. max_reply_ratio: bytes of a reply over those awaited. max_update_ratio: see
     gate.judge_change. timeout: seconds for all.
     reads_losses: whether the server averages by training losses, so that one that cannot be right spoils the update.
+    released: rows of the request that go, as text, to those who unlearn and own none of it.
     """
 
     number: int
@@ -60,6 +64,7 @@ class Turn:
     timeout: float
     max_update_ratio: float | None = None
     reads_losses: bool = False
+    released: tuple[ReleasedRow, ...] = ()
 
     def shipment(self, task: ClientTask) -> Shipment:
         """What one task is made of."""
@@ -126,7 +131,9 @@ def _ask(
     tasks = {task.client_id: task for task in turn.tasks}
     messages, outcomes = {}, {}
     for client, task in tasks.items():
-        content, outcomes[client] = _outgoing(turn, task, holds.get(client, frozenset()))
+        content, outcomes[client] = _outgoing(
+            turn, task, members[client].declared.num_forget > 0, holds.get(client, frozenset())
+        )
         messages[client] = Message(content, members[client].node_id, MessageType.TRAIN, group_id=str(turn.number))
     updates: list[ClientUpdate] = []
     lacking: set[int] = set()
@@ -143,10 +150,12 @@ def _ask(
     return TurnReport(updates=tuple(updates), outcomes=tuple(outcomes.values()), holds=kept), lacking
 
 
-def _outgoing(turn: Turn, task: ClientTask, held: frozenset[str]) -> tuple[RecordDict, ClientOutcome]:
+def _outgoing(turn: Turn, task: ClientTask, owns: bool, held: frozenset[str]) -> tuple[RecordDict, ClientOutcome]:
     """Gives one task's message, and the outcome as far as it is known when it goes out."""
     shipment = turn.shipment(task)
     content = RecordDict({REQUEST: pack_scalars(_request(turn, task, shipment))})
+    if turn.released and task.role is Role.UNLEARN and not owns:
+        content[RELEASED] = pack_released(turn.released)
     beside = RecordDict()
     for name, part in shipment.lacking(held).items():
         content[PART + name] = part.packed
@@ -174,6 +183,8 @@ def _request(turn: Turn, task: ClientTask, shipment: Shipment) -> TrainRequest:
         seed=task.seed,
         mu=task.mu,
         trained=task.trained.value,
+        memory=dict(task.memory),
+        radius=task.radius,
         adapter=tuple(part.hash for part in shipment.adapter),
         sidecar=tuple(part.hash for part in shipment.sidecar),
         reference=tuple(part.hash for part in shipment.reference),
@@ -234,6 +245,10 @@ def _expected(turn: Turn, task: ClientTask, shipment: Shipment, member: Member) 
         run_id=turn.run_id,
         base_fingerprint=turn.base_fingerprint,
         num_examples=member.declared.num_owned,
+        memory=tuple(task.memory),
+        max_trained=len(turn.released)
+        if task.role is Role.UNLEARN and not member.declared.num_forget
+        else member.declared.num_owned,
     )
 
 
@@ -266,7 +281,14 @@ def _norms(turn: Turn, task: ClientTask, shipment: Shipment, update: ClientUpdat
 
 def _measured(update: ClientUpdate, norms: UpdateNorms) -> ClientUpdate:
     """Gives the update without its tensors, with its norms."""
-    return replace(update, tensors={}, update_norm=norms.update, factor_norm=norms.factors, product_norm=norms.product)
+    return replace(
+        update,
+        tensors={},
+        update_norm=norms.update,
+        factor_norm=norms.factors,
+        product_norm=norms.product,
+        module_norms=norms.by_module,
+    )
 
 
 def _update(reply: TrainReply, tensors: Tensors) -> ClientUpdate:
@@ -279,9 +301,11 @@ def _update(reply: TrainReply, tensors: Tensors) -> ClientUpdate:
         num_trained=reply.num_trained,
         num_steps=reply.num_steps,
         num_tokens=reply.num_tokens,
+        num_reference_tokens=reply.num_reference_tokens,
         seconds=reply.seconds,
         loss=reply.loss,
         loss_trace=reply.loss_trace,
+        memory=reply.memory,
         base_fingerprint=reply.base_fingerprint,
     )
 
@@ -302,6 +326,8 @@ def _outcome(sent: ClientOutcome, judged: _Judged) -> ClientOutcome:
         num_trained=reply.num_trained,
         num_steps=reply.num_steps,
         num_tokens=reply.num_tokens,
+        num_reference_tokens=reply.num_reference_tokens,
+        stopped=reply.stopped,
         seconds=reply.seconds,
         loss=reply.loss if _is_told(reply.loss) else None,
         loss_trace=tuple(value for value in reply.loss_trace if _is_told(value)),

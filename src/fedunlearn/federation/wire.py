@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TypeVar
 
@@ -10,13 +11,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_to_proto
 
 from fedunlearn.records.adapter import Tensors
+from fedunlearn.records.requests import ReleasedRow
 from fedunlearn.records.rounds import ClientRows, ClientTask, Role, Trained
 
-ADAPTER, REQUEST, REPLY = "adapter", "request", "reply"
+ADAPTER, REQUEST, REPLY, RELEASED = "adapter", "request", "reply", "released"
 PART = "part-"
 R = TypeVar("R")
 LONGEST_TEXT, LONGEST_RECORD, LONGEST_LIST, MOST = 256, 1_000_000, 100_000, 1e15
-LONGEST_LINE, INT64 = 300, range(-(2**63), 2**63)
+LONGEST_LINE, LONGEST_MEMORY, INT64 = 300, 100, range(-(2**63), 2**63)
 
 
 class WireError(ValueError):
@@ -44,6 +46,8 @@ class TrainRequest:
     seed: int
     mu: float
     trained: str
+    memory: dict[str, float]
+    radius: float
     adapter: tuple[str, ...]
     sidecar: tuple[str, ...]
     reference: tuple[str, ...]
@@ -61,12 +65,16 @@ class TrainRequest:
             seed=self.seed,
             mu=self.mu,
             trained=Trained(self.trained),
+            memory=self.memory,
+            radius=self.radius,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReply:
-    """Client to server, beside the adapter: what ClientUpdate says in numbers. missing: parts it lacks, for want of which it did nothing."""
+    """Client to server, beside the adapter: what ClientUpdate says in numbers. memory: what its method remembers. stopped: why its guard ended the
+    epoch. missing: parts it lacks, for want of which it did nothing.
+    """
 
     run_id: str
     round: int
@@ -76,31 +84,39 @@ class TrainReply:
     num_trained: int
     num_steps: int
     num_tokens: int
+    num_reference_tokens: int
     seconds: float
     loss: float
     loss_trace: tuple[float, ...]
+    memory: dict[str, float]
+    stopped: str
     missing: tuple[str, ...]
 
     def check_account(self) -> None:
         """Raises WireError where steps, tokens or seconds cannot be: negative, not finite or absurdly large."""
-        account = (self.num_steps, self.num_tokens, self.seconds)
+        account = (self.num_steps, self.num_tokens, self.num_reference_tokens, self.seconds)
         if not all(math.isfinite(value) and 0 <= value < MOST for value in account):
             raise WireError("unreadable", f"steps, tokens and seconds {account} are not between 0 and {MOST:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RollCallReply:
-    """Client to server, once a run: who it is and whether it can take part. rank, lora_alpha: of the factors it trains and sends."""
+    """Client to server, once a run: who it is and whether it can take part. rank, lora_alpha: of the factors it trains and sends.
+
+    joins: the round from which it is there.
+    """
 
     client_id: int
     version: str
     base_fingerprint: str
     partition_hash: str
+    request_hash: str
     num_owned: int
     num_forget: int
     num_retain: int
     rank: int
     lora_alpha: float
+    joins: int
 
     @property
     def rows(self) -> ClientRows:
@@ -132,6 +148,22 @@ def blob_of(record: ArrayRecord) -> bytes:
 def pack_scalars(record: object) -> ConfigRecord:
     """Gives a flat record of ours as one JSON string in a ConfigRecord: None, int64 and empty strings survive as they are."""
     return ConfigRecord({"json": json.dumps(asdict(record), sort_keys=True)})  # type: ignore[call-overload]
+
+
+def pack_released(rows: Sequence[ReleasedRow]) -> ConfigRecord:
+    """Gives released rows as one JSON string."""
+    return ConfigRecord({"json": json.dumps([[row.number, row.question, row.answer] for row in rows])})
+
+
+def unpack_released(record: ConfigRecord) -> tuple[ReleasedRow, ...]:
+    """Reads them again. Raises WireError for anything else."""
+    try:
+        return tuple(
+            ReleasedRow(int(row), str(question), str(answer))
+            for row, question, answer in json.loads(str(record["json"]))
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise WireError("unreadable", f"no released rows ({error!r})") from error
 
 
 def unpack_scalars(kind: type[R], record: ConfigRecord) -> R:
@@ -169,6 +201,10 @@ def _typed(name: str, value: object, wanted: object) -> object:
         if len(value) > LONGEST_LIST:
             raise WireError("wire_size", f"{name} has {len(value)} entries, at most {LONGEST_LIST} are read")
         return tuple(_typed(name, item, float if wanted == tuple[float, ...] else str) for item in value)
+    if wanted == dict[str, float] and isinstance(value, dict):
+        if len(value) > LONGEST_MEMORY:
+            raise WireError("wire_size", f"{name} has {len(value)} entries, at most {LONGEST_MEMORY} are read")
+        return {str(_typed(name, key, str)): _typed(f"{name}.{key}", item, float) for key, item in value.items()}
     if isinstance(value, str) and (len(value) > LONGEST_TEXT or not value.isprintable()):
         raise WireError("unreadable", f"{name} is no plain text of at most {LONGEST_TEXT} characters")
     if wanted is float and type(value) is int and abs(value) < MOST:

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fedunlearn.methods.base import Method, Need, RetainTerm, StepTotals, TokenLosses
+from fedunlearn.methods.base import Method, RetainTerm
 from fedunlearn.methods.retain import cross_entropy
+from fedunlearn.methods.tokens import Need, StepTotals, TokenLosses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +19,8 @@ class GradAscent(Method):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Nothing beside the token losses."""
-        return frozenset()
+        """The token losses."""
+        return frozenset({Need.NLL})
 
     def forget(self, batch: TokenLosses, totals: StepTotals) -> torch.Tensor:
         """See Method.forget."""

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fedunlearn.methods.base import Method, Need, RetainTerm, StepTotals, TokenLosses, check_weights
+from fedunlearn.methods.base import Method, RetainTerm, check_weights
 from fedunlearn.methods.retain import cross_entropy
+from fedunlearn.methods.tokens import Need, StepTotals, TokenLosses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +22,8 @@ class GradDiff(Method):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Nothing beside the token losses."""
-        return frozenset()
+        """The token losses."""
+        return frozenset({Need.NLL})
 
     def forget(self, batch: TokenLosses, totals: StepTotals) -> torch.Tensor:
         """See Method.forget."""

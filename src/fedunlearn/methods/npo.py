@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from fedunlearn.errors import UserError
-from fedunlearn.methods.base import Method, Need, RetainTerm, StepTotals, TokenLosses, check_weights
+from fedunlearn.methods.base import Method, RetainTerm, check_weights
+from fedunlearn.methods.tokens import Need, StepTotals, TokenLosses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +30,10 @@ class NPO(Method):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """The rows' summed losses under the reference."""
-        return frozenset({Need.REFERENCE_SUMS})
+        """The token losses, and the rows' sums of them under the reference."""
+        return frozenset({Need.NLL, Need.REFERENCE_SUMS})
 
     def forget(self, batch: TokenLosses, totals: StepTotals) -> torch.Tensor:
         """See Method.forget."""
-        if batch.reference_sums is None:
-            raise ValueError("NPO needs reference_sums")
-        margin = self.beta * (batch.row_sums() - batch.reference_sums)  # [B]
+        margin = self.beta * (batch.row_sums() - batch.the(Need.REFERENCE_SUMS))  # [B]
         return -(2.0 / self.beta) * F.logsigmoid(margin).sum() / totals.num_rows

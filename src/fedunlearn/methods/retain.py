@@ -3,15 +3,25 @@
 import torch
 import torch.nn.functional as F
 
-from fedunlearn.methods.base import Need, RetainTerm, StepTotals, TokenLosses
+from fedunlearn.methods.tokens import Need, StepTotals, TokenLosses
+
+_NEEDS = {
+    "nll": frozenset({Need.NLL}),
+    "kl": frozenset({Need.LOGITS, Need.REFERENCE_LOGITS}),
+    "none": frozenset[Need](),
+}
 
 
-def retain_needs(term: RetainTerm) -> frozenset[Need]:
-    """What the retain term reads beside the token losses."""
-    return frozenset({Need.LOGITS, Need.REFERENCE_LOGITS}) if term == "kl" else frozenset()
+def retain_needs(term: str) -> frozenset[Need]:
+    """What the retain term reads beside rows and labels; nothing for `none`. Raises ValueError for a term that is none of these."""
+    if term not in _NEEDS:
+        raise ValueError(
+            f"retain term {term!r} is none of {', '.join(_NEEDS)}: a method with another one overrides retain_needs"
+        )
+    return _NEEDS[term]
 
 
-def retain_loss(term: RetainTerm, batch: TokenLosses, totals: StepTotals) -> torch.Tensor:
+def retain_loss(term: str, batch: TokenLosses, totals: StepTotals) -> torch.Tensor:
     """Gives this micro-batch's share of R, a float32 scalar with gradient.
 
     nll: cross-entropy, sum of nll over the step's label tokens. kl: mean over label positions of KL(reference || model),
@@ -26,12 +36,10 @@ def retain_loss(term: RetainTerm, batch: TokenLosses, totals: StepTotals) -> tor
 
 def cross_entropy(batch: TokenLosses, totals: StepTotals) -> torch.Tensor:
     """CE = sum nll / sum T, this micro-batch's share of the step's; float32 scalar."""
-    return batch.nll.sum() / totals.num_tokens
+    return batch.the(Need.NLL).sum() / totals.num_tokens
 
 
 def _kl(batch: TokenLosses, totals: StepTotals) -> torch.Tensor:
-    if batch.logits is None or batch.reference_logits is None:
-        raise ValueError("the kl retain term needs logits and reference_logits")
-    model = batch.logits.log_softmax(-1)  # [N, V]
-    reference = batch.reference_logits.log_softmax(-1)
+    model = batch.the(Need.LOGITS).log_softmax(-1)  # [N, V]
+    reference = batch.the(Need.REFERENCE_LOGITS).log_softmax(-1)
     return F.kl_div(model, reference, reduction="sum", log_target=True) / totals.num_tokens

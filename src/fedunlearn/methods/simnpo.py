@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from fedunlearn.errors import UserError
-from fedunlearn.methods.base import Method, Need, RetainTerm, StepTotals, TokenLosses, check_weights
+from fedunlearn.methods.base import Method, RetainTerm, check_weights
+from fedunlearn.methods.tokens import Need, StepTotals, TokenLosses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +31,8 @@ class SimNPO(Method):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Nothing beside the token losses."""
-        return frozenset()
+        """The token losses."""
+        return frozenset({Need.NLL})
 
     def forget(self, batch: TokenLosses, totals: StepTotals) -> torch.Tensor:
         """See Method.forget."""

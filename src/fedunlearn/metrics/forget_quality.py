@@ -6,12 +6,12 @@ from fedunlearn.records.evaluation import MetricResult
 
 
 def forget_quality(ratio: MetricResult, retain_ratio: MetricResult | None) -> MetricResult:
-    """p-value of the two-sided Kolmogorov-Smirnov test between the forget_truth_ratio scores of two models; None without a second.
+    """p-value of the two-sided Kolmogorov-Smirnov test between the forget_truth_ratio scores of two models; None without a second, or without scores.
 
     1: cannot be told apart. The floor, all scores apart, falls with the rows: 1.86e-23 of 40, 1.94e-119 of 200, 1.06e-239 of 400.
     The test is exact at these sizes (scipy's method="auto"). Raises ValueError where the two follow different definitions.
     """
-    if retain_ratio is None:
+    if retain_ratio is None or not ratio.value_by_index:
         return MetricResult(None, ratio.definition)
     if ratio.definition != retain_ratio.definition:
         raise ValueError(

@@ -64,6 +64,11 @@ def _layers(model: PeftModel) -> list[Any]:
     return [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
 
 
+def module_scales(model: PeftModel) -> Mapping[str, float]:
+    """Gives the scale of every LoRA layer by its path in the base, as aggregation.factors names modules."""
+    return {path.removeprefix("base_model.model."): scale for path, scale in scales_in(model).items()}
+
+
 def scales_in(model: PeftModel) -> Mapping[str, float]:
     """Gives the scale of every LoRA layer by its path, as it acts now."""
     return {path: float(layer.scaling[ACTIVE]) for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}

@@ -8,6 +8,14 @@ from fedunlearn.records.rounds import ClientRows, Role
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Where a run stands: round `round` (from 1) of num_rounds."""
+
+    round: int
+    num_rounds: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Assignment:
     """A client's role and how many epochs it lasts (over forget rows for unlearn, over retain rows for finetune; 0 for idle)."""
 
@@ -22,8 +30,9 @@ IDLE_EPOCHS = 0.0
 class Protocol(ABC):
     """Who does what. Members are frozen dataclasses; they keep no state between rounds.
 
-    Laws: one assignment a client of the cohort, in its order; `unlearn` only to clients with forget rows, `finetune` only to
-    clients with retain rows; the same arguments give the same roles.
+    Laws: one assignment a client of the cohort, in its order; `unlearn` only to clients with forget rows (or, where `releases`, with
+    those that their owners released), `finetune` only to clients with retain rows; the same arguments give the same roles; an owner that is drawn
+    each round unlearns for num_rounds times `epochs` in all, whatever the rounds it does so in, so that protocols compare.
     """
 
     @property
@@ -31,13 +40,23 @@ class Protocol(ABC):
     def unlearns(self) -> bool:
         """Whether this protocol serves a request to forget (else fine-tuning)."""
 
+    @property
+    def releases(self) -> bool:
+        """Whether the request's rows are sent to clients that do not own them."""
+        return False
+
     def faults(self, num_rounds: int) -> tuple[str, ...]:
         """A sentence for every parameter that does not fit trainer.federated.num_rounds."""
         return ()
 
     @abstractmethod
-    def assign(self, round: int, cohort: Sequence[ClientRows], epochs: float) -> tuple[Assignment, ...]:
-        """Gives the roles of round `round` (from 1). epochs: trainer.args.num_train_epochs."""
+    def assign(self, stage: Stage, cohort: Sequence[ClientRows], epochs: float) -> tuple[Assignment, ...]:
+        """Gives the roles of a round. epochs: trainer.args.num_train_epochs."""
+
+
+def unlearn(rows: ClientRows, epochs: float) -> Assignment:
+    """The role of a client that unlearns."""
+    return Assignment(client_id=rows.client_id, role=Role.UNLEARN, epochs=epochs)
 
 
 def finetune_or_idle(rows: ClientRows, epochs: float) -> Assignment:

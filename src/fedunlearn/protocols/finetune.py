@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedunlearn.protocols.base import Assignment, Protocol, finetune_or_idle
+from fedunlearn.protocols.base import Assignment, Protocol, Stage, finetune_or_idle
 from fedunlearn.records.rounds import ClientRows
 
 
@@ -16,6 +16,6 @@ class Finetune(Protocol):
         """No request is served."""
         return False
 
-    def assign(self, round: int, cohort: Sequence[ClientRows], epochs: float) -> tuple[Assignment, ...]:
+    def assign(self, stage: Stage, cohort: Sequence[ClientRows], epochs: float) -> tuple[Assignment, ...]:
         """See Protocol.assign."""
         return tuple(finetune_or_idle(rows, epochs) for rows in cohort)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from fedunlearn.errors import UserError
 from fedunlearn.limits import LARGEST
-from fedunlearn.protocols.base import Assignment, Protocol, finetune_or_idle
-from fedunlearn.records.rounds import ClientRows, Role
+from fedunlearn.protocols.base import Assignment, Protocol, Stage, finetune_or_idle, unlearn
+from fedunlearn.records.rounds import ClientRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +26,7 @@ class InRound(Protocol):
         """A request is served."""
         return True
 
-    def assign(self, round: int, cohort: Sequence[ClientRows], epochs: float) -> tuple[Assignment, ...]:
+    def assign(self, stage: Stage, cohort: Sequence[ClientRows], epochs: float) -> tuple[Assignment, ...]:
         """See Protocol.assign."""
         others = epochs if self.finetune_epochs is None else self.finetune_epochs
-        return tuple(
-            Assignment(client_id=rows.client_id, role=Role.UNLEARN, epochs=epochs)
-            if rows.num_forget
-            else finetune_or_idle(rows, others)
-            for rows in cohort
-        )
+        return tuple(unlearn(rows, epochs) if rows.num_forget else finetune_or_idle(rows, others) for rows in cohort)

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 from fedunlearn.errors import UserError
 from fedunlearn.limits import LARGEST
-from fedunlearn.protocols.base import Assignment, Protocol, finetune_or_idle, idle
-from fedunlearn.records.rounds import ClientRows, Role
+from fedunlearn.protocols.base import Assignment, Protocol, Stage, finetune_or_idle, idle, unlearn
+from fedunlearn.records.rounds import ClientRows
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetThenRepair(Protocol):
-    """unlearn_rounds: rounds in which only owners work, trainer.args.num_train_epochs each; the rest of num_rounds repairs.
+    """unlearn_rounds: rounds in which only owners work, at most num_rounds; the rest of num_rounds repairs. In them an owner makes all the epochs it
+    would have made with in_round: num_rounds times trainer.args.num_train_epochs, in equal parts.
 
     repair_epochs: epochs over retain rows in a repair round; null = trainer.args.num_train_epochs.
     """
@@ -44,14 +45,10 @@ class TargetThenRepair(Protocol):
             )
         return ()
 
-    def assign(self, round: int, cohort: Sequence[ClientRows], epochs: float) -> tuple[Assignment, ...]:
+    def assign(self, stage: Stage, cohort: Sequence[ClientRows], epochs: float) -> tuple[Assignment, ...]:
         """See Protocol.assign."""
-        if round <= self.unlearn_rounds:
-            return tuple(
-                Assignment(client_id=rows.client_id, role=Role.UNLEARN, epochs=epochs)
-                if rows.num_forget
-                else idle(rows)
-                for rows in cohort
-            )
+        if stage.round <= self.unlearn_rounds:
+            whole = epochs * stage.num_rounds / min(self.unlearn_rounds, stage.num_rounds)
+            return tuple(unlearn(rows, whole) if rows.num_forget else idle(rows) for rows in cohort)
         repair = epochs if self.repair_epochs is None else self.repair_epochs
         return tuple(finetune_or_idle(rows, repair) for rows in cohort)

@@ -33,7 +33,7 @@ class AnswerScore:
 class ScoreTable:
     """Scores of one data set; entry i of each tuple belongs to row i.
 
-    plain: the answer itself. perturbed: the wrong answers in order, as many in each row. paraphrased: empty where the data set
+    plain: the answer itself. perturbed: the wrong answers in order, as many in each row (none where the data set has none). paraphrased: empty where the data set
     has no paraphrased answers (real authors, world facts).
     """
 
@@ -44,6 +44,11 @@ class ScoreTable:
     def __post_init__(self) -> None:
         assert len(self.perturbed) == len(self.plain), "one list of wrong answers a row"
         assert len(self.paraphrased) in (0, len(self.plain)), "a paraphrased answer for every row or for none"
+
+    @property
+    def compares(self) -> bool:
+        """Whether every row has wrong answers to compare with."""
+        return all(self.perturbed)
 
     @property
     def correct(self) -> tuple[AnswerScore, ...]:

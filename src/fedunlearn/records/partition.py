@@ -1,7 +1,7 @@
 """Who owns which rows of `full`, from fine-tuning to oracle."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fedunlearn.files import canonical_json
@@ -23,6 +23,11 @@ class Partition:
     def num_clients(self) -> int:
         """How many clients own rows."""
         return len(self.clients)
+
+    def owners(self, rows: Iterable[int]) -> frozenset[int]:
+        """The clients that own any of these rows."""
+        wanted = frozenset(rows)
+        return frozenset(client for client, owned in enumerate(self.clients) if not wanted.isdisjoint(owned))
 
     @property
     def hash(self) -> str:

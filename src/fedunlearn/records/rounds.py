@@ -8,11 +8,17 @@ from fedunlearn.records.adapter import Tensors
 
 
 class Role(StrEnum):
-    """What a client does in a round: train on its (retain) rows, unlearn its forget rows, or nothing."""
+    """What a client does in a round: train on its (retain) rows, unlearn its forget rows, train on these (for a forget vector), or nothing."""
 
     FINETUNE = "finetune"
     UNLEARN = "unlearn"
+    MEMORISE = "memorise"
     IDLE = "idle"
+
+    @property
+    def on_forget_rows(self) -> bool:
+        """Whether it works on the rows of a request."""
+        return self in (Role.UNLEARN, Role.MEMORISE)
 
 
 class Trained(StrEnum):
@@ -39,12 +45,18 @@ class ClientRows:
     num_forget: int
     num_retain: int
 
+    @property
+    def some(self) -> bool:
+        """Whether it has anything to work on."""
+        return self.num_forget + self.num_retain > 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClientTask:
     """One client's part of a round. epochs counts passes over its forget rows (unlearn) or its retain rows (finetune).
 
-    mu: FedProx's weight (0: no term). trained: the factors that get gradients and come back.
+    mu: FedProx's weight (0: no term). trained: the factors that get gradients and come back. memory: what the method remembers of this client.
+    radius: Frobenius norm that the product may move by at most, after every step (0: no bound).
     """
 
     client_id: int
@@ -54,6 +66,8 @@ class ClientTask:
     seed: int
     mu: float = 0.0
     trained: Trained = Trained.BOTH
+    memory: Mapping[str, float] = field(default_factory=dict)
+    radius: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +82,10 @@ class RoundPlan:
 class ClientUpdate:
     """What a client sends back. tensors: the factors it trained, in the wire's dtype. num_examples: rows owned, as declared; num_trained: rows trained on this round.
 
-    loss: mean of the training loss over the optimiser steps; loss_trace: its mean over every `logging_steps` steps.
+    num_tokens: input tokens seen with gradient; num_reference_tokens: without (reference and generation).
+    loss: mean of the training loss over the optimiser steps; loss_trace: its mean over every `logging_steps` steps. memory: see ClientTask.
     base_fingerprint: of the base it trained on. update_norm, factor_norm, product_norm: measured by the server (aggregation.reduce.UpdateNorms).
+    module_norms: update_norm module by module.
     """
 
     client_id: int
@@ -80,12 +96,15 @@ class ClientUpdate:
     num_trained: int
     num_steps: int
     num_tokens: int
+    num_reference_tokens: int = 0
     seconds: float
     loss: float
     loss_trace: tuple[float, ...] = ()
+    memory: Mapping[str, float] = field(default_factory=dict)
     base_fingerprint: str = ""
     update_norm: float = 0.0
     factor_norm: float = 0.0
+    module_norms: Mapping[str, float] = field(default_factory=dict)
     product_norm: float = 0.0
 
 
@@ -95,6 +114,7 @@ class ClientOutcome:
 
     weight: its share of the mean; capped: gate.max_client_share held it down. update_norm: ||s_k B_k A_k - s B A|| over all modules;
     factor_norm: the same of what it changed in A and B by themselves. Both are None where the reply did not get as far as being measured.
+    stopped: why its guard ended the epoch, as it says; empty where it did not.
     """
 
     client_id: int
@@ -109,9 +129,11 @@ class ClientOutcome:
     num_trained: int = 0
     num_steps: int = 0
     num_tokens: int = 0
+    num_reference_tokens: int = 0
     seconds: float = 0.0
     loss: float | None = None
     loss_trace: tuple[float, ...] = ()
+    stopped: str = ""
     bytes_down: int = 0
     bytes_down_reference: int = 0
     bytes_up: int = 0

@@ -13,7 +13,7 @@ from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.reporting.run_folder import DONE
 
 SHORT = (
-    "mode", "task_name", "tofu_path", "forget_split", "retain_split", "retain_logs_path", "model.model_args", "method", "strategy",
+    "mode", "task_name", "tofu_path", "forget_split", "retain_split", "requests", "retain_logs_path", "model.model_args", "method", "strategy",
     "aggregation", "robust", "gate", "protocol", "partition.scheme", "launcher", "trainer.federated", "trainer.args",
 )  # fmt: skip
 SHOWN = (
@@ -72,12 +72,31 @@ def show_result(folder: Path, log: EvalLog | None) -> None:
     """Prints where the run lies, which clients did not count, and the evaluation's main figures."""
     console = Console(highlight=False)
     console.print(f"result: {folder}", soft_wrap=True)
-    for fault in json.loads((folder / DONE).read_text(encoding="utf-8")).get("account", {}).get("dropped", ()):
-        console.print(f"did not count: {fault}", soft_wrap=True)
+    done = json.loads((folder / DONE).read_text(encoding="utf-8"))
+    account = done.get("account", {})
+    if account:
+        console.print(_cost(account, done.get("of_the_oracle", {})), soft_wrap=True)
+    for key, said in (("dropped", "did not count"), ("stopped", "ended its epoch early")):
+        for sentence in account.get(key, ()):
+            console.print(f"{said}: {sentence}", soft_wrap=True)
     if log is not None:
         console.print(metric_table({folder.name: figures(log)}))
         if log.provenance.get("trial"):
             console.print(f"a trial on {log.provenance['max_rows']} rows of each data set, no evaluation")
+
+
+def _cost(account: Mapping[str, float], share: Mapping[str, float | None]) -> str:
+    """What a run cost, and in brackets how much that is of the oracle's where it is known."""
+    told = {
+        "num_steps": f"{account['num_steps']} optimiser steps",
+        "tokens": f"{account['num_tokens'] + account['num_reference_tokens']} tokens",
+        "seconds": f"{account['seconds']:.1f} s of clients' work",
+        "bytes_up": f"{account['bytes_up'] / 1e6:.1f} MB up",
+        "bytes_down": f"{account['bytes_down'] / 1e6:.1f} MB down",
+        "peak_memory_mib": f"{account['peak_memory_mib']:.0f} MiB at the peak",
+    }
+    parts = [text + (f" ({share[key]:.0%})" if share.get(key) is not None else "") for key, text in told.items()]
+    return "cost" + (", of the oracle's" if share else "") + ": " + ", ".join(parts)
 
 
 def figures(log: EvalLog) -> dict[str, float | None]:

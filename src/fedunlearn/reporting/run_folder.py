@@ -55,6 +55,11 @@ def judge_folder(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> None:
         )
 
 
+def is_done(folder: Path) -> bool:
+    """Whether a run in this folder came to its end."""
+    return (folder / DONE).is_file()
+
+
 def make_folder(
     run: TrainRun | EvalRun, plain: Mapping[str, object], text: str, fill: Callable[[Path], None] | None = None
 ) -> Path:

@@ -1,19 +1,20 @@
-"""Reference sums: each forget row's summed loss under the adapter that unlearning began with, computed once and kept."""
+"""The model as it was when unlearning began: rows' summed losses under it, each computed once and kept."""
 
 import hashlib
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 
 from fedunlearn.config.data import CollatorConfig
 from fedunlearn.data.chat import EncodedRow
 from fedunlearn.data.collator import collate
-from fedunlearn.files import canonical_json, write_bytes
+from fedunlearn.files import canonical_json, write_json
 from fedunlearn.models.lora import ACTIVE, REFERENCE, read_tensors, write_tensors
 from fedunlearn.models.ranks import scales_in
 from fedunlearn.models.resident import Resident
@@ -25,57 +26,76 @@ log = logging.getLogger(__name__)
 BATCH_ROWS = 16
 
 
-def reference_sums(
-    made: Resident, reference: Weights, rows: Sequence[EncodedRow], cache: Path, bf16: bool
-) -> torch.Tensor:
-    """Gives NLL_i of every row under the reference adapter, [rows] float32, in eval mode.
-
-    bf16: under autocast, as the training forward is. Kept under `cache` by the hash of base, how it is run (dtype, attention,
-    device, bf16), LoRA scales, reference and token ids (which hold the template); read again where it is there. The active adapter keeps its values.
-    """
-    attention = str(made.model.config._attn_implementation)
-    model = [
-        made.fingerprint,
-        str(made.model.dtype),
-        attention,
-        made.device.type,
-        bf16,
-        scales_in(made.model),
-    ]
-    labels = [[list(row.input_ids), row.num_prompt] for row in rows]
-    name = hashlib.sha256(canonical_json([model, reference.hash, labels]).encode()).hexdigest()
-    path = cache / "reference_sums" / f"{name}.safetensors"
-    kept = _read(path, len(rows))
-    if kept is None:
-        kept = _compute(made, reference, rows, bf16)
-        write_bytes(path, safetensors.torch.save({"sums": kept}))
-    return kept
-
-
-def _read(path: Path, count: int) -> torch.Tensor | None:
-    if not path.is_file():
-        return None
-    try:
-        sums = safetensors.torch.load_file(path)["sums"]
-        if sums.shape != (count,):
-            raise ValueError(f"{tuple(sums.shape)} sums for {count} rows")
-        return sums
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        log.warning("%s is damaged (%s): the reference sums are computed anew", path, error)
-        return None
-
-
-def _compute(made: Resident, reference: Weights, rows: Sequence[EncodedRow], bf16: bool) -> torch.Tensor:
+@contextmanager
+def as_reference(made: Resident, reference: Weights) -> Iterator[None]:
+    """Inside the block the model is the reference, in eval mode and without gradients: its values in the trainable adapter, which gets its own back."""
     current = read_tensors(made.model)
     write_tensors(made.model, reference.factors)
     put_sidecar(made.model, reference.sidecar, REFERENCE)
     use_sidecar(made.model, REFERENCE)
     made.model.eval()
     try:
-        return _sums_of(made, rows, bf16)
+        with torch.no_grad():
+            yield
     finally:
         write_tensors(made.model, current)
         use_sidecar(made.model, ACTIVE)
+
+
+def reference_name(made: Resident, reference: Weights, bf16: bool) -> str:
+    """Gives the sha256 of what the reference's numbers depend on: base, how it is run (dtype, attention, device, bf16), LoRA scales, adapter."""
+    attention = str(made.model.config._attn_implementation)
+    model = [made.fingerprint, str(made.model.dtype), attention, made.device.type, bf16, scales_in(made.model)]
+    return hashlib.sha256(canonical_json([model, reference.hash]).encode()).hexdigest()
+
+
+class ReferenceSums:
+    """NLL_i of rows under the reference adapter: each row's forward is run once and its sum kept under `cache`, from round to round.
+
+    bf16: under autocast, as the training forward is. tokens: input tokens of the forwards that were run here.
+    """
+
+    def __init__(self, made: Resident, reference: Weights, cache: Path, bf16: bool) -> None:
+        self._made, self._reference, self._bf16 = made, reference, bf16
+        self._folder = cache / "reference_sums" / reference_name(made, reference, bf16)
+        self.tokens = 0
+
+    @cached_property
+    def _known(self) -> dict[str, float]:
+        known: dict[str, float] = {}
+        for path in sorted(self._folder.glob("*.json")):
+            known |= _read(path)
+        return known
+
+    def prepare(self, rows: Sequence[EncodedRow]) -> None:
+        """Computes the sums that are not known yet, in batches of rows of like length. The active adapter keeps its values."""
+        lacking = {name: row for name, row in ((_name(row), row) for row in rows) if name not in self._known}
+        if not lacking:
+            return
+        with as_reference(self._made, self._reference):
+            sums = _sums_of(self._made, list(lacking.values()), self._bf16)
+        new = dict(zip(lacking, sums.tolist(), strict=True))
+        self.tokens += sum(len(row.input_ids) for row in lacking.values())
+        self._known.update(new)
+        write_json(self._folder / f"{hashlib.sha256(canonical_json(sorted(new)).encode()).hexdigest()}.json", new)
+
+    def of(self, rows: Sequence[EncodedRow]) -> torch.Tensor:
+        """Gives the sums of rows that were prepared, [B] float32. Raises KeyError for any other."""
+        return torch.tensor([self._known[_name(row)] for row in rows], dtype=torch.float32)
+
+
+def _name(row: EncodedRow) -> str:
+    return hashlib.sha256(canonical_json([list(row.input_ids), row.num_prompt]).encode()).hexdigest()
+
+
+def _read(path: Path) -> dict[str, float]:
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return {str(name): float(value) for name, value in saved.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        log.warning("%s is damaged (%s): the reference sums in it are computed anew", path, error)
+        path.unlink(missing_ok=True)
+        return {}
 
 
 def _sums_of(made: Resident, rows: Sequence[EncodedRow], bf16: bool) -> torch.Tensor:
@@ -85,7 +105,7 @@ def _sums_of(made: Resident, rows: Sequence[EncodedRow], bf16: bool) -> torch.Te
     for start in range(0, len(rows), BATCH_ROWS):
         chosen = by_length[start : start + BATCH_ROWS]
         batch = collate([rows[index] for index in chosen], CollatorConfig(), made.chat.pad_id, made.device)
-        with torch.no_grad(), torch.autocast(made.device.type, dtype=torch.bfloat16, enabled=bf16):
+        with torch.autocast(made.device.type, dtype=torch.bfloat16, enabled=bf16):
             nll = F.cross_entropy(batch_logits(made.model, batch), batch.labels, reduction="none")
         sums[chosen] = torch.zeros(len(chosen)).index_add(0, batch.row.cpu(), nll.float().cpu())
     return sums

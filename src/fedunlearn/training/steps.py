@@ -12,10 +12,14 @@ from fedunlearn.seeds import seed_of
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Row numbers (places in the client's own lists) of one forward: the rows trained on, and the retain rows that meet them when unlearning."""
+    """Row numbers (places in the client's own lists) of one forward: the rows trained on, and the retain rows that meet them when unlearning.
+
+    alternates: for each row which of its alternate answers it meets; empty where there are none.
+    """
 
     rows: tuple[int, ...]
     retain: tuple[int, ...] = ()
+    alternates: tuple[int, ...] = ()
 
 
 Step = tuple[MicroBatch, ...]
@@ -39,31 +43,48 @@ def _steps_per_epoch(num_rows: int, args: TrainArgs) -> int:
     return math.ceil(num_rows / (args.per_device_train_batch_size * args.gradient_accumulation_steps))
 
 
-def plan_steps(
-    num_rows: int, num_retain: int, per_row: int, num_steps: int, args: TrainArgs, seed: int
-) -> Iterator[Step]:
-    """Yields `num_steps` steps over freshly shuffled epochs of `num_rows` rows; an epoch's last step may be smaller.
+@dataclass(frozen=True, kw_only=True)
+class Supply:
+    """What there is to draw from. rows: trained on, all in each epoch. retain: rows that may meet them, per_row each (0: none).
 
-    per_row: retain rows that meet each row (0: none), drawn uniformly with replacement from `num_retain`. Order and pairing
-    have a generator each, seeded by `seed`, so that the pairing does not depend on anything else that is drawn.
+    alternates: how many alternate answers each row has; empty where the method knows none.
     """
-    order = torch.Generator().manual_seed(seed_of(seed, "order"))
-    pairing = torch.Generator().manual_seed(seed_of(seed, "retain"))
+
+    rows: int
+    retain: int = 0
+    per_row: int = 0
+    alternates: tuple[int, ...] = ()
+
+
+def plan_steps(supply: Supply, num_steps: int, args: TrainArgs, seed: int) -> Iterator[Step]:
+    """Yields `num_steps` steps over freshly shuffled epochs of the rows; an epoch's last step may be smaller.
+
+    Retain rows and alternates are drawn uniformly with replacement. Order, pairing and alternates have a generator each, seeded by
+    `seed`, so that none depends on anything else that is drawn.
+    """
+    order, pairing, choice = (
+        torch.Generator().manual_seed(seed_of(seed, name)) for name in ("order", "retain", "alternate")
+    )
     size = args.per_device_train_batch_size
     done = 0
     while done < num_steps:
-        shuffled = torch.randperm(num_rows, generator=order).tolist()
+        shuffled = torch.randperm(supply.rows, generator=order).tolist()
         for rows in _chunks(shuffled, size * args.gradient_accumulation_steps):
             if done == num_steps:
                 return
             done += 1
             yield tuple(
-                MicroBatch(part, _draw(len(part) * per_row, num_retain, pairing)) for part in _chunks(rows, size)
+                MicroBatch(
+                    part,
+                    _draw([supply.retain] * (len(part) * supply.per_row), pairing),
+                    _draw([supply.alternates[row] for row in part] if supply.alternates else [], choice),
+                )
+                for part in _chunks(rows, size)
             )
 
 
-def _draw(count: int, num_retain: int, generator: torch.Generator) -> tuple[int, ...]:
-    return tuple(torch.randint(num_retain, (count,), generator=generator).tolist()) if count else ()
+def _draw(counts: Sequence[int], generator: torch.Generator) -> tuple[int, ...]:
+    return tuple(int(torch.randint(count, (1,), generator=generator)) for count in counts)
 
 
 def _chunks(items: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:

@@ -1,0 +1,78 @@
+"""Several requests in sequence: one run each, every one from the adapter that the last one left."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from omegaconf import OmegaConf
+
+from fedunlearn.config.parse import parse_config
+from fedunlearn.config.run import TrainRun
+from fedunlearn.doors.compose import ComposedConfig
+from fedunlearn.doors.prepare import check_requests
+from fedunlearn.doors.stages import run_federated
+from fedunlearn.records.evaluation import EvalLog
+from fedunlearn.reporting.run_folder import is_done, run_path
+
+log = logging.getLogger(__name__)
+
+
+def run_served(composed: ComposedConfig) -> tuple[Path, EvalLog | None]:
+    """Runs a federation, once for each request where there are several; gives the last folder and its evaluation."""
+    run = composed.run
+    if isinstance(run, TrainRun) and run.mode == "unlearn" and len(run.requests or ()) > 1:
+        return run_requests(composed)
+    return run_path(run), run_federated(composed)
+
+
+def run_requests(composed: ComposedConfig) -> tuple[Path, EvalLog | None]:
+    """Serves the requests one after the other, as runs `<task_name>.1`, `<task_name>.2` ...; gives the last folder and its evaluation.
+
+    All of them are checked before the first begins. With resume=true those that are done are left alone, the one that was stopped goes on.
+    """
+    legs = split_requests(composed)
+    if isinstance(composed.run, TrainRun):
+        check_requests(composed.run)
+    folder, result = run_path(composed.run), None
+    for number, leg in enumerate(legs, 1):
+        folder = run_path(leg.run)
+        if leg.run.resume and is_done(folder):
+            log.info("request %d of %d: %s is done", number, len(legs), folder)
+            continue
+        if leg.run.resume and not folder.is_dir():
+            leg = _changed(leg, {"resume": False})
+        log.info("request %d of %d: %s", number, len(legs), folder)
+        result = run_federated(leg)
+    return folder, result
+
+
+def split_requests(composed: ComposedConfig) -> tuple[ComposedConfig, ...]:
+    """Gives one config a request; from the second on the model is the run before."""
+    run = composed.run
+    if not isinstance(run, TrainRun) or run.requests is None:
+        raise ValueError("there is no list of requests")
+    legs: list[ComposedConfig] = []
+    for number, request in enumerate(_listed(composed.plain), 1):
+        changes: dict[str, object] = {"task_name": f"{run.task_name}.{number}", "requests": [request]}
+        if legs:
+            changes["model"] = _from(composed.plain, run_path(legs[-1].run))
+        legs.append(_changed(composed, changes))
+    return tuple(legs)
+
+
+def _listed(plain: Mapping[str, object]) -> list[object]:
+    requests = plain["requests"]
+    return list(requests) if isinstance(requests, list) else []
+
+
+def _from(plain: Mapping[str, object], folder: Path) -> dict[str, object]:
+    model = cast("Mapping[str, Mapping[str, object]]", plain["model"])
+    args = {**model["model_args"], "pretrained_model_name_or_path": str(folder), "lora_model_path": None}
+    return {**model, "model_args": args}
+
+
+def _changed(composed: ComposedConfig, changes: Mapping[str, object]) -> ComposedConfig:
+    plain = {**composed.plain, **changes}
+    return replace(composed, plain=plain, run=parse_config(plain), text=OmegaConf.to_yaml(OmegaConf.create(plain)))

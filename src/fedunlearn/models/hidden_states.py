@@ -1,0 +1,57 @@
+"""The output of one decoder block, and forwards that end there."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+class ForwardStopped(Exception):  # noqa: N818  it is no error: what was wanted has been computed
+    """Raised inside a forward when the block's output is there; `block_output` catches it."""
+
+
+def num_blocks(model: nn.Module) -> int:
+    """Gives how many decoder blocks the model has."""
+    return len(_blocks(model)[0])
+
+
+@contextmanager
+def block_output(model: nn.Module, block: int, *, stop: bool) -> Iterator[list[torch.Tensor]]:
+    """Inside the block of code each forward leaves the output [B, T, d] of decoder block `block` (from 0) in the list; stop: it ends there.
+
+    It is read where the next module takes it in: inside the block itself gradient checkpointing would run the hook again in the backward.
+    """
+    blocks, last = _blocks(model)
+    following = blocks[block + 1] if block + 1 < len(blocks) else last
+    seen: list[torch.Tensor] = []
+
+    def look(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen.append(inputs[0])
+        if stop:
+            raise ForwardStopped
+
+    handle = following.register_forward_pre_hook(look)
+    try:
+        yield seen
+    except ForwardStopped:
+        pass
+    finally:
+        handle.remove()
+
+
+def _blocks(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
+    """Gives the decoder blocks and the module that follows the last of them (the final norm). Raises ValueError where that is not to be told."""
+    count = getattr(model.config, "num_hidden_layers", None)
+    for parent in model.modules():
+        children = list(parent.children())
+        for place, child in enumerate(children):
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                norms = [
+                    other
+                    for other in (*children[place + 1 :], *children[:place])
+                    if "norm" in type(other).__name__.lower()
+                ]
+                if norms:
+                    return child, norms[0]
+    raise ValueError(f"{type(model).__name__}: no list of {count} decoder blocks with a norm beside it")

@@ -1,0 +1,192 @@
+"""The optimiser steps of one client in one round."""
+
+import functools
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+
+from fedunlearn.data.chat import EncodedRow
+from fedunlearn.data.collator import collate
+from fedunlearn.methods.base import Method
+from fedunlearn.methods.retain import cross_entropy
+from fedunlearn.methods.tokens import Memory, Need, StepDone, StepTotals, TokenLosses
+from fedunlearn.models.hidden_states import num_blocks
+from fedunlearn.models.lora import live_parameters
+from fedunlearn.models.ranks import module_scales
+from fedunlearn.models.resident import Resident
+from fedunlearn.records.adapter import Tensors
+from fedunlearn.records.rounds import ClientTask, Role
+from fedunlearn.training.forward import OF_REFERENCE, token_losses
+from fedunlearn.training.guard import Guard
+from fedunlearn.training.local import LocalData, LocalSettings
+from fedunlearn.training.optimizer import build_optimizer, build_schedule
+from fedunlearn.training.projection import pull_inside
+from fedunlearn.training.steps import MicroBatch, Step, warmup_of
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """One client's round as the loop sees it. rows: those it trains on. method: what it unlearns by; None where it trains."""
+
+    made: Resident
+    data: LocalData
+    task: ClientTask
+    settings: LocalSettings
+    start: Tensors
+    rows: Sequence[EncodedRow]
+    method: Method | None
+
+    @functools.cached_property
+    def layer(self) -> int | None:
+        """The block whose output is read; None where no hidden state is."""
+        if self.method is None or not (self.method.needs | self.method.retain_needs) & {
+            Need.HIDDEN,
+            Need.REFERENCE_HIDDEN,
+        }:
+            return None
+        return self.method.hidden_layer(num_blocks(self.made.model))
+
+    def alternates(self, part: MicroBatch) -> list[EncodedRow]:
+        """The alternate answers that the rows of a micro-batch meet. Raises ValueError where the method wants some and there are none."""
+        if self.data.alternates is None:
+            raise ValueError(f"client {self.task.client_id} has no alternates")
+        return [self.data.alternates.encode(*chosen) for chosen in zip(part.rows, part.alternates, strict=True)]
+
+
+@dataclass(eq=False)
+class Tally:
+    """What the steps came to: the loss of each one that was made, tokens with and without gradient, distinct rows, what is remembered.
+
+    stopped: why the guard ended the epoch before its time; empty where it did not.
+    """
+
+    memory: Memory
+    losses: list[float] = field(default_factory=list)
+    tokens: int = 0
+    reference_tokens: int = 0
+    trained: set[int] = field(default_factory=set)
+    stopped: str = ""
+
+    def stop(self, why: str, number: int, planned: int) -> bool:
+        """Notes why the epoch ends at this step; gives whether it does."""
+        self.stopped = f"{why}, at step {number} of {planned}" if why else ""
+        return bool(why)
+
+
+@functools.cache
+def _accelerator(device: str) -> Accelerator:
+    return Accelerator(cpu=device == "cpu")
+
+
+def run_steps(work: Work, steps: Sequence[Step], memory: Memory) -> Tally:
+    """Makes the optimiser steps and gives what they came to; the model holds the trained values afterwards."""
+    args, task, device = work.settings.args, work.task, work.made.device
+    live = live_parameters(work.made.model)
+    optimizer = build_optimizer(live.values(), args, task.lr_scale)
+    schedule = build_schedule(optimizer, args, len(steps), warmup_of(len(work.rows), len(steps), args))
+    start = {name: tensor.to(device) for name, tensor in work.start.items()}
+    guard, tally = Guard(work.settings.guard, start), Tally(memory)
+    for number, step in enumerate(steps, 1):
+        done = _backward(work, step, tally)
+        tally.trained.update(index for part in step for index in part.rows)
+        if tally.stop(guard.judge_loss(done.loss), number, len(steps)):
+            break
+        tally.losses.append(done.loss)
+        if task.mu:
+            _pull_to_start(live, start, task.mu)
+        if args.max_grad_norm > 0:
+            _accelerator(device.type).clip_grad_norm_(list(live.values()), args.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if task.radius:
+            pull_inside(live, start, module_scales(work.made.model), task.radius)
+        if work.method is not None:
+            tally.memory = work.method.remember(tally.memory, done.remembered)
+        if tally.stop(guard.judge_update(live), number, len(steps)):
+            break
+    return tally
+
+
+@dataclass(frozen=True)
+class _Done:
+    loss: float
+    remembered: StepDone
+
+
+def _backward(work: Work, step: Step, tally: Tally) -> _Done:
+    """Runs forward and backward of one step, micro-batch after micro-batch, forget and retain term one after the other."""
+    rows = [work.rows[index] for part in step for index in part.rows]
+    kept = [work.data.retain[index] for part in step for index in part.retain]
+    totals, retain_totals = (_totals(work, which) for which in (rows, kept))
+    loss, retain = 0.0, 0.0
+    for part in step:
+        loss += _forget_term(work, part, totals, tally)
+        retain += _retain_term(work, part, retain_totals, tally)
+    weight = work.method.retain_weight(tally.memory) if work.method is not None and kept else 0.0
+    remembered = StepDone(retain=retain if kept else None, num_rows=len(rows), num_forget=len(work.rows))
+    return _Done(loss + weight * retain, remembered)
+
+
+def _totals(work: Work, rows: Sequence[EncodedRow]) -> StepTotals:
+    return StepTotals(num_labels=tuple(row.num_labels for row in rows), seed=work.settings.args.seed)
+
+
+def _forget_term(work: Work, part: MicroBatch, totals: StepTotals, tally: Tally) -> float:
+    """Gives this micro-batch's share of gamma F (or of the cross-entropy where the client trains), after its backward."""
+    method, rows = work.method, [work.rows[index] for index in part.rows]
+    if method is None:
+        losses = _losses(work, rows, frozenset({Need.NLL}), tally)
+        return _down(work, cross_entropy(losses, totals))
+    other = None
+    if Need.ALTERNATES in method.needs:
+        other = _losses(work, work.alternates(part), method.needs, tally)
+    return _down(work, method.gamma * method.forget(_losses(work, rows, method.needs, tally, other), totals))
+
+
+def _retain_term(work: Work, part: MicroBatch, totals: StepTotals, tally: Tally) -> float:
+    """Gives this micro-batch's share of R, after the backward of its weighted value; 0 where there is no retain term."""
+    method = work.method
+    if method is None or not part.retain:
+        return 0.0
+    losses = _losses(work, [work.data.retain[index] for index in part.retain], method.retain_needs, tally)
+    share = method.retain_loss(losses, totals)
+    _down(work, method.retain_weight(tally.memory) * share)
+    return float(share.detach())
+
+
+def _losses(
+    work: Work, rows: Sequence[EncodedRow], needs: Set[Need], tally: Tally, other: TokenLosses | None = None
+) -> TokenLosses:
+    made, sums = work.made, None
+    batch = collate(rows, work.settings.collator, made.chat.pad_id, made.device)
+    if Need.REFERENCE_SUMS in needs and work.data.reference is not None:
+        sums = work.data.reference.of(rows).to(made.device)
+    tokens = sum(len(row.input_ids) for row in rows)
+    tally.tokens += tokens
+    tally.reference_tokens += tokens if needs & OF_REFERENCE else 0
+    with torch.autocast(made.device.type, dtype=torch.bfloat16, enabled=work.settings.args.bf16):
+        return token_losses(made.model, batch, needs, layer=work.layer, reference_sums=sums, alternates=other)
+
+
+def _down(work: Work, loss: torch.Tensor) -> float:
+    _accelerator(work.made.device.type).backward(loss)
+    return float(loss.detach())
+
+
+def _pull_to_start(live: Mapping[str, torch.nn.Parameter], start: Tensors, mu: float) -> None:
+    """Adds the gradient of (mu/2) ||w - x||^2 (FedProx), x the adapter the round began with."""
+    for name, parameter in live.items():
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - start[name], alpha=mu)
+
+
+def unlearning_method(task: ClientTask, settings: LocalSettings) -> Method | None:
+    """Gives the method where the task is to unlearn. Raises ValueError where there is none then."""
+    if task.role is not Role.UNLEARN:
+        return None
+    if settings.method is None:
+        raise ValueError(f"client {task.client_id} is to unlearn without a method")
+    return settings.method
