@@ -91,6 +91,10 @@ class TrainRun:
         num_rounds = self.trainer.federated.num_rounds
         return num_rounds if self.server_method is None else self.server_method.rounds(num_rounds)
 
+    def origin_round(self, number: int) -> int:
+        """The round whose seeds, draws, masks and learning rates a round has: its own, or where fine-tuning is replayed that one."""
+        return number if self.server_method is None else self.server_method.origin_round(number)
+
     def radius(self, number: int) -> float:
         """How far an owner's product may go in a round that it unlearns in; 0: no bound."""
         stage = Stage(round=number, num_rounds=self.total_rounds)

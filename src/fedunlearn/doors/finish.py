@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fedunlearn.config.run import EvalRun, TrainRun
+from fedunlearn.data.ownership import FILE as PARTITION
+from fedunlearn.data.ownership import read_partition
 from fedunlearn.data.tofu import Tofu
 from fedunlearn.doors.prepare import Prepared, load_model
 from fedunlearn.evals.files import write_log
@@ -18,7 +20,6 @@ from fedunlearn.federation.checkpoint import read_history
 from fedunlearn.federation.ledger import Ledger
 from fedunlearn.federation.past import LEDGER_HEAD, read_parent
 from fedunlearn.federation.rounds import ROLL_CALL
-from fedunlearn.federation.start import load_start
 from fedunlearn.files import write_json
 from fedunlearn.models.adapter_files import save_adapter
 from fedunlearn.models.export import export
@@ -115,7 +116,7 @@ def _purge(prepared: Prepared) -> None:
     run, folder = prepared.run, prepared.folder
     if run.mode != "unlearn" or not run.ledger.purge:
         return
-    targets = {rows.client_id for rows in load_start(folder).rows if rows.num_forget}
+    targets = read_partition(folder / PARTITION).owners(prepared.request.rows)
     next_one: Path | None = folder
     while next_one is not None:
         ledger = Ledger(next_one)

@@ -99,7 +99,6 @@ def _described(checkpoint: Checkpoint) -> dict[str, object]:
         "moments": sorted(checkpoint.state.moments),
         "blocks": list(checkpoint.blocks),
         "carried": bool(checkpoint.carried),
-        "held": bool(checkpoint.held),
         "holds": {str(client): sorted(names) for client, names in sorted(checkpoint.holds.items())},
         "memories": {str(client): dict(kept) for client, kept in sorted(checkpoint.memories.items())},
         "foreign": None if foreign is None else {"kinds": foreign.kinds, "unsaved": list(foreign.unsaved)},
@@ -135,7 +134,7 @@ def _read(folder: Path) -> Checkpoint:
     saved = _object(folder)
     _check_values(saved, int(folder.name))
     adapter, _ = load_adapter(folder / (FACTORS if saved["blocks"] else ADAPTER))
-    tensors = {file: _tensors(folder, saved["files"], file) for file in (MOMENTS, CARRIED, FOREIGN)}
+    tensors = {file: _tensors(folder, saved["files"], file) for file in (MOMENTS, CARRIED, FOREIGN, HELD)}
     foreign = saved["foreign"]
     found = Checkpoint(
         state=ServerState(
@@ -145,7 +144,7 @@ def _read(folder: Path) -> Checkpoint:
         blocks=tuple(saved["blocks"]),
         carried=tensors[CARRIED],
         holds={int(client): frozenset(names) for client, names in saved["holds"].items()},
-        held=_by_client(safetensors.torch.load_file(folder / HELD)) if saved["held"] else {},
+        held={int(client): kept for client, kept in _grouped(tensors[HELD]).items()},
         memories={
             int(client): {name: float(value) for name, value in kept.items()}
             for client, kept in saved["memories"].items()
@@ -170,6 +169,7 @@ def _check_values(saved: Mapping[str, Any], number: int) -> None:
         "carried": isinstance(saved["carried"], bool),
         "holds": isinstance(saved["holds"], dict)
         and all(key.isdecimal() and _are_texts(names) for key, names in saved["holds"].items()),
+        "memories": isinstance(saved["memories"], dict),
         "foreign": foreign is None
         or (isinstance(foreign, dict) and isinstance(foreign["kinds"], dict) and _are_texts(foreign["unsaved"])),
         "files": isinstance(saved["files"], dict),
@@ -198,21 +198,19 @@ def _tensors(folder: Path, hashes: Mapping[str, object], file: str) -> Tensors:
 
 
 def _moments(flat: Tensors, names: list[str]) -> dict[str, Tensors]:
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in flat.items():
-        moment, _, name = key.partition("/")
-        found.setdefault(moment, {})[name] = tensor
+    found = _grouped(flat)
     if sorted(found) != names:
         raise ValueError(f"checkpoint.json holds moments={names}, {MOMENTS} holds {sorted(found)}")
     return {name: found[name] for name in names}
 
 
-def _by_client(flat: Tensors) -> dict[int, Tensors]:
-    held: dict[int, dict[str, torch.Tensor]] = {}
+def _grouped(flat: Tensors) -> dict[str, Tensors]:
+    """Undoes names such as `v/lora_A` (moment, or client, before the first slash)."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in flat.items():
-        client, _, name = key.partition("/")
-        held.setdefault(int(client), {})[name] = tensor
-    return dict(held)
+        group, _, name = key.partition("/")
+        found.setdefault(group, {})[name] = tensor
+    return dict(found)
 
 
 def _blocks(folder: Path) -> list[str]:

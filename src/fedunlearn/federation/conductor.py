@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 
+from fedunlearn.aggregation.base import cast_like
 from fedunlearn.aggregation.choices import gauge_of, reducer_of, trained_in
 from fedunlearn.aggregation.factors import Factors, Module, fresh_a, modules_of
 from fedunlearn.aggregation.product import LowRank, product_of, weighted_sum
@@ -16,7 +17,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.federation.checkpoint import Checkpoint
 from fedunlearn.federation.ledger import Ledger
 from fedunlearn.federation.past import Past
-from fedunlearn.federation.server_step import Stepped, Stepper
+from fedunlearn.federation.server_step import BLOCK, Stepped, Stepper, check_beside
 from fedunlearn.federation.start import Start
 from fedunlearn.models.export import unit_scaled
 from fedunlearn.protocols.base import Stage
@@ -132,11 +133,13 @@ class Conductor:
         state, blocks = replace(before.state, round=before.state.round + 1), before.blocks
         if change.weights is not None:
             reduced = reduce_round(self._choices, cohort, change.weights)
-            state = replace(state, adapter=self.stepper.cast(before.state.adapter, reduced.mean))
+            state = replace(state, adapter={**before.state.adapter, **_as_stored(before, reduced.mean)})
+            check_beside(state.round, {"the mean": state.adapter})
             after = replace(before, state=state, held={})
             return Stepped(after=after, weights=cohort.weights, error=reduced.error, norm=reduced.norm)
         if change.from_start:
             state, blocks = replace(state, adapter=self.start.adapter.tensors), self.start.blocks
+        check_beside(state.round, {BLOCK: change.block})
         if change.block:
             blocks = (*blocks, self.stepper.store.keep(change.block))
         return Stepped(after=replace(before, state=state, blocks=blocks, held={}), weights=cohort.weights)
@@ -233,3 +236,7 @@ class Conductor:
                 yield Contribution(
                     client_id=client, weight=entry.weight, new=self._product(new), old=self._product(old)
                 )
+
+
+def _as_stored(before: Checkpoint, mean: Tensors) -> Tensors:
+    return cast_like(mean, {name: before.state.adapter[name] for name in mean})

@@ -22,7 +22,7 @@ def plan_round(run: TrainRun, rows: Mapping[int, ClientRows], number: int, left_
     join later are not there yet, and one without a row to work on never is.
     """
     args, federated = run.trainer.args, run.trainer.federated
-    at = number if run.server_method is None else run.server_method.origin_round(number)
+    at = run.origin_round(number)
     there = [k for k, has in rows.items() if k not in left_out and run.partition.joins_at(k) <= at and has.some]
     owners = [client for client in there if federated.force_owners and rows[client].num_forget]
     cohort = select(there, seed=args.seed, round=at, count=federated.cohort_size, forced=owners)

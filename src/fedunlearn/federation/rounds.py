@@ -220,7 +220,7 @@ def _keep(server: Server, before: Checkpoint, collected: Collected, stepped: Ste
     }
     clients = sorted(update.client_id for update in collected.report.updates)
     updates = {update.client_id: update for update in collected.report.updates}
-    trained = trained_in(server.run.aggregation.mask, before.state.round + 1)
+    trained = trained_in(server.run.aggregation.mask, server.run.origin_round(before.state.round + 1))
     names = [name for name in before.state.adapter if trained.covers(name)]
     with spool.reader(clients) as read:
         Ledger(server.folder).keep_round(

@@ -23,6 +23,7 @@ from fedunlearn.records.adapter import Tensors
 from fedunlearn.records.shape import ClientShape
 
 log = logging.getLogger(__name__)
+BLOCK = "the side-car's block"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,10 +46,6 @@ class Stepper:
         if isinstance(strategy, FlowerStrategy):
             return strategy.target
         return f"{type(strategy).__module__}.{type(strategy).__qualname__}"
-
-    def cast(self, adapter: Tensors, mean: Tensors) -> Tensors:
-        """Gives the adapter with what has a mean replaced by it, cast once."""
-        return {name: mean[name].to(tensor.dtype) if name in mean else tensor for name, tensor in adapter.items()}
 
     @property
     def averaged(self) -> str:
@@ -82,7 +79,7 @@ def step(
     if stepper.foreign is not None:
         return _foreign_step(stepper, stepper.foreign, before, cohort, nodes, report, capped)
     reduced = reduce_round(_choices(run), cohort)
-    _check_beside(cohort.round, reduced)
+    check_beside(cohort.round, {BLOCK: reduced.block, "what error feedback carries": reduced.carried})
     state = _optimise(run.strategy, stepper.strategy_name, before.state, reduced.mean)
     after = replace(before, state=state, blocks=_new_blocks(stepper, before, reduced), carried=reduced.carried)
     return _stepped(after, reduced.weights, capped, reduced.error, reduced.norm)
@@ -96,9 +93,9 @@ def _stepped(
     return Stepped(after=after, weights=weights, capped=capped, error=told[0], norm=told[1])
 
 
-def _check_beside(number: int, reduced: Reduced) -> None:
-    """Raises UserError where what goes beside the factors holds an entry that is not finite."""
-    for what, tensors in (("the side-car's block", reduced.block), ("what error feedback carries", reduced.carried)):
+def check_beside(number: int, kept: Mapping[str, Tensors]) -> None:
+    """Raises UserError where what goes beside the factors, told by its name, holds an entry that is not finite."""
+    for what, tensors in kept.items():
         bad = not_finite(tensors)
         if bad is not None:
             raise UserError(
@@ -137,9 +134,7 @@ def _cohort(stepper: Stepper, before: Checkpoint, shares: Mapping[int, float], r
         read=read,
         round=number,
         seed=run.trainer.args.seed,
-        trained=trained_in(
-            run.aggregation.mask, number if run.server_method is None else run.server_method.origin_round(number)
-        ),
+        trained=trained_in(run.aggregation.mask, run.origin_round(number)),
         shapes=stepper.shapes,
         carried=before.carried,
         blocks=lambda module: stepper.store.of_module(before.blocks, module),

@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Literal
 
 from fedunlearn.aggregation.factors import Module
+from fedunlearn.limits import LARGEST
 from fedunlearn.methods.base import Method, Unlearner
 from fedunlearn.protocols.base import Assignment, Stage, finetune_or_idle
 from fedunlearn.records.adapter import Tensors
@@ -78,12 +79,9 @@ class Change:
     figures: Mapping[str, float] = field(default_factory=dict)
 
 
-LONGEST = 1e6
-
-
 def epochs_fault(name: str, key: str, value: float) -> list[str]:
     """Gives the fault of a number of epochs that is not above 0, or absurd; empty where it is neither."""
-    return [] if 0 < value <= LONGEST else [f"method.{key}={value} of {name} must be above 0, at most {LONGEST:g}"]
+    return [] if 0 < value <= LARGEST else [f"method.{key}={value} of {name} must be above 0, at most {LARGEST:g}"]
 
 
 class ServerMethod(Unlearner):

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fedunlearn.errors import UserError
 from fedunlearn.protocols.base import Assignment, Stage, finetune_or_idle, idle
 from fedunlearn.records.rounds import ClientRows
-from fedunlearn.server_methods.base import Beginning, Change, Contribution, Scene, ServerMethod, ServerStep
+from fedunlearn.server_methods.base import Beginning, Change, Scene, ServerMethod, ServerStep
 from fedunlearn.server_methods.linear import difference, norms_by_module
 
 
@@ -84,11 +84,3 @@ class FedEraser(ServerMethod):
 
 def _ratio(old: float, new: float) -> float:
     return old / new if new > 0 else 0.0
-
-
-def reweighed(updates: Sequence[Contribution]) -> tuple[Contribution, ...]:
-    """Gives the same contributions with weights that sum to 1. Raises ValueError where there is none."""
-    total = sum(update.weight for update in updates)
-    if total <= 0:
-        raise ValueError("no contribution has a weight")
-    return tuple(replace(update, weight=update.weight / total) for update in updates)
