@@ -390,6 +390,13 @@ def test_a_request_purges_fine_tuning_s_ledger_whether_or_not_it_keeps_its_own(p
     assert not any(ledger.path(e).is_file() for e in ledger.entries() if e.kind == "update" and e.client_id in (2, 3))
 
 
+def test_an_owner_that_is_gone_is_purged_like_one_that_stayed(pocket, saves, spoilt):
+    unlearn(pocket, saves, spoilt, "un", "method=fused", "requests=[{client: 3, target: gone}]")
+    ledger = Ledger(spoilt)
+    kept = {e.client_id for e in ledger.entries() if e.kind == "update" and ledger.path(e).is_file()}
+    assert kept == {0, 1, 2}
+
+
 def test_ledger_purge_false_purges_nothing(pocket, saves, spoilt):
     unlearn(pocket, saves, spoilt, "un", "ledger.purge=false")
     ledger = Ledger(spoilt)

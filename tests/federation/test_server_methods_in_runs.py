@@ -335,6 +335,18 @@ def test_federaser_s_first_round_is_the_others_old_updates_and_later_ones_are_as
         assert float(moved.norm()) < sum(e.norms[path] / 3 for e in third) + exact * norm(at_round(again, 2))
 
 
+def test_federaser_s_own_ledger_keeps_what_was_trained_in_the_round_that_is_replayed(runs):
+    """RoLoRA trains B in odd rounds: the replay's second round is round 3 again, and trains B as that did."""
+    tuned = runs.tuned("rolora", *KEPT, "aggregation=rolora")
+    again = runs.unlearned(
+        "eraser_rolora", tuned, *REPLAY, "aggregation=rolora", "ledger.enabled=true", "method=federaser"
+    )
+    ledger, names = Ledger(again), {}
+    for entry in (e for e in ledger.entries() if e.kind == "update" and e.weight > 0):
+        names.setdefault(entry.round, set()).update(ledger.read(entry))
+    assert names[2] == {m.b for m in modules_of(adapter_tensors(again))}
+
+
 def test_federaser_replays_an_owner_with_its_retain_rows_at_its_old_length(runs):
     tuned = runs.tuned("always", *KEPT)
     again = runs.unlearned("eraser_rows", tuned, *REPLAY, "method=federaser", "requests=[{authors: [19]}]")
@@ -415,6 +427,17 @@ def test_negation_is_refused_where_the_adapter_is_no_sum_of_contributions(runs, 
     tuned = runs.tuned(f"refused_{name}", *KEPT, *overrides)
     (fault,) = runs.refused(tuned, "method=negation")
     assert re.search(rf"method Negation is not defined after '.*refused_{name}': {said}", fault)
+
+
+def test_negation_of_a_client_that_was_taken_away_before_is_refused(runs):
+    """Both requests name rows of client 3, and its contribution holds for all of them; client 0's is still there."""
+    exact = (*EXACT["flora"], *ONE, "method=negation")
+    tuned = runs.tuned("exact_flora", *KEPT, *EXACT["flora"])
+    first = runs.unlearned("negated_author", tuned, *exact, "requests=[{authors: [19]}]")
+    (fault,) = runs.refused(first, *exact, "requests=[{client: 3}]")
+    assert "negated_author' took the contributions of clients [3] away already, all of them" in fault
+    other = runs.unlearned("negated_another", first, *exact, "requests=[{client: 0}]")
+    assert apart(minus(exported(other), contributions(tuned, {0, 3}), -1.0), exported(tuned)) < 1e-5
 
 
 def test_negation_goes_with_fedex_as_its_own_message_says(runs):

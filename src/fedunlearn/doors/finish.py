@@ -18,7 +18,7 @@ from fedunlearn.evals.files import write_log
 from fedunlearn.evals.tofu import evaluate_tofu
 from fedunlearn.federation.checkpoint import read_history
 from fedunlearn.federation.ledger import Ledger
-from fedunlearn.federation.past import LEDGER_HEAD, read_parent
+from fedunlearn.federation.past import LEDGER_HEAD, ancestry
 from fedunlearn.federation.rounds import ROLL_CALL
 from fedunlearn.files import write_json
 from fedunlearn.models.adapter_files import save_adapter
@@ -117,12 +117,10 @@ def _purge(prepared: Prepared) -> None:
     if run.mode != "unlearn" or not run.ledger.purge:
         return
     targets = read_partition(folder / PARTITION).owners(prepared.request.rows)
-    next_one: Path | None = folder
-    while next_one is not None:
-        ledger = Ledger(next_one)
+    for place in (folder, *(older for older, _ in ancestry(prepared.source.run))):
+        ledger = Ledger(place)
         if ledger.exists:
-            log.info("ledger of %s: %d updates of clients %s purged", next_one, ledger.purge(targets), sorted(targets))
-        next_one = read_parent(next_one)
+            log.info("ledger of %s: %d updates of clients %s purged", place, ledger.purge(targets), sorted(targets))
 
 
 def _evaluated(prepared: Prepared) -> Request | None:

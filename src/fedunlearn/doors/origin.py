@@ -7,12 +7,16 @@ from typing import Any
 
 from fedunlearn.aggregation.choices import trained_in
 from fedunlearn.config.run import TrainRun
+from fedunlearn.data.ownership import FILE as PARTITION
+from fedunlearn.data.ownership import read_partition
+from fedunlearn.data.requests import own_request
 from fedunlearn.errors import NotApplicableError, UserError
 from fedunlearn.federation.ledger import Ledger, estimated_bytes
-from fedunlearn.federation.past import Past, find_past
+from fedunlearn.federation.past import Past, ancestry, find_past
 from fedunlearn.federation.site import WIRE_DTYPES
 from fedunlearn.records.adapter import Adapter
-from fedunlearn.records.partition import OwnedRows
+from fedunlearn.records.partition import OwnedRows, Partition
+from fedunlearn.records.requests import Request
 from fedunlearn.server_methods.base import Origin
 
 SAME = (
@@ -41,10 +45,13 @@ FREE = (
 """And what it need not: nothing of these acts on the result of a run that comes to its end."""
 
 
-def past_of(run: TrainRun, plain: Mapping[str, Any], source: Path | None, targets: Collection[int]) -> Past | None:
-    """Gives the fine-tuning run that the method reads; None where it reads none. targets: owners of all rows that were ever asked for.
+def past_of(
+    run: TrainRun, plain: Mapping[str, Any], source: Path | None, partition: Partition, request: Request
+) -> Past | None:
+    """Gives the fine-tuning run that the method reads; None where it reads none.
 
-    Raises UserError where there is no such run, its ledger is missing or broken, the method is not defined after it, or a replay has other settings.
+    Raises UserError where there is no such run, its ledger is missing or broken, the method is not defined after it, a replay has other settings,
+    or what is to be subtracted was subtracted before.
     """
     method = run.server_method
     if method is None or not (method.reads_ledger or method.beginning in ("origin", "rollback", "rewind", "others")):
@@ -63,7 +70,9 @@ def past_of(run: TrainRun, plain: Mapping[str, Any], source: Path | None, target
     if why:
         raise NotApplicableError(f"method {name} is not defined after {str(past.folder)!r}: {why}")
     if method.beginning in ("origin", "rollback", "rewind"):
-        past.check_kept(past.round_of(method, targets))
+        past.check_kept(past.round_of(method, partition.owners(request.all)))
+    if method.reads_contributions:
+        _check_still_there(name, source, plain["method"]["_target_"], partition.owners(request.rows))
     if method.replays:
         _check_same(name, past, plain)
     return past
@@ -75,6 +84,19 @@ def _check_ledger(past: Past) -> None:
     for entry in past.entries:
         if entry.kind != "parent" and ledger.path(entry).is_file():
             ledger.read(entry)
+
+
+def _check_still_there(name: str, source: Path | None, target: str, owners: Collection[int]) -> None:
+    """Raises NotApplicableError where a request in between took the same clients' contributions away: they hold for all their rows at once."""
+    for folder, config in ancestry(source):
+        if config["mode"] != "unlearn" or config["method"]["_target_"] != target:
+            continue
+        again = read_partition(folder / PARTITION).owners(own_request(folder).rows) & set(owners)
+        if again:
+            raise NotApplicableError(
+                f"method {name}: {str(folder)!r} took the contributions of clients {sorted(again)} away already, all of them, and this would do it "
+                "a second time: choose another method for what is left of their rows"
+            )
 
 
 def _check_same(name: str, past: Past, plain: Mapping[str, Any]) -> None:

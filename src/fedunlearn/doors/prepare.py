@@ -110,7 +110,7 @@ def prepare(composed: ComposedConfig) -> Prepared:
     }
     start = made.start
     check_ledger_size(run, start, owned)
-    past = past_of(run, composed.plain, source.run, partition.owners(request.all))
+    past = past_of(run, composed.plain, source.run, partition, request)
 
     def fill(place: Path) -> None:
         write_partition(place / FILE, partition)

@@ -1,7 +1,7 @@
 """The fine-tuning run that an adapter comes from, as far as server-side methods read it."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -98,20 +98,26 @@ class Past:
         return str(self.config["strategy"]["_target_"])
 
 
+def ancestry(source: Path | None) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Yields a run of ours and all that it goes on from, the newest first, each with its composed config."""
+    folder, seen = source, set[Path]()
+    while folder is not None and folder not in seen:
+        seen.add(folder)
+        config = _json(folder / "config.json")
+        yield folder, config
+        args = config["model"]["model_args"]
+        named = Path(args["lora_model_path"] or args["pretrained_model_name_or_path"])
+        folder = run_of(adapter_folder(named, "its model")) if named.exists() else None
+
+
 def find_past(source: Path | None, named: str) -> Past:
     """Gives the fine-tuning run behind a run of ours: itself, or what it went on from, however many requests lie between.
 
     Raises UserError where there is none, naming the method that wants it.
     """
-    folder, seen = source, set[Path]()
-    while folder is not None and folder not in seen:
-        seen.add(folder)
-        config = _json(folder / "config.json")
+    for folder, config in ancestry(source):
         if config.get("mode") == "train":
             return Past(folder)
-        args = config["model"]["model_args"]
-        named_there = Path(args["lora_model_path"] or args["pretrained_model_name_or_path"])
-        folder = run_of(adapter_folder(named_there, "its model")) if named_there.exists() else None
     raise UserError(
         f"method {named} works on what the server remembers of fine-tuning, but the adapter comes from no run of ours: "
         "name a run's folder as model.model_args.pretrained_model_name_or_path, or choose a local method"
