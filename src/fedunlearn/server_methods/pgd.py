@@ -45,11 +45,6 @@ class PGD(ServerMethod):
         """The targets' last update."""
         return True
 
-    @property
-    def reads_contributions(self) -> bool:
-        """Yes."""
-        return True
-
     def owner_rounds(self, num_rounds: int) -> Sequence[int]:
         """Round 1."""
         return (1,)
