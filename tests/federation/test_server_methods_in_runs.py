@@ -382,7 +382,8 @@ def test_federaser_keeps_a_ledger_of_its_own(runs):
 
 EXACT = {
     "flora": ("aggregation=flora",),
-    "flexlora": ("aggregation=flexlora",),
+    "fedex": ("aggregation=fedex",),
+    "fedsvd": ("aggregation=fedsvd",),
     "ffa": ("aggregation=ffa",),
     "rolora": ("aggregation=rolora",),
     "prox": ("aggregation=flora", "strategy=fedprox"),
@@ -417,7 +418,7 @@ def test_all_contributions_of_a_stack_are_the_whole_adapter(runs):
 @pytest.mark.parametrize(
     ("name", "overrides", "said"),
     [
-        ("fedit", (), r"aggregation.reducer=factors averages factors, whose product is no sum of the clients' updates: fine-tune with aggregation="),
+        ("fedit", (), r"aggregation.reducer=factors with residual=dropped and sidecar_rank=None lost something of each round's product"),
         ("adam", ("strategy=fedadam",), r"its strategy FedAdam moved the adapter by other steps than the mean: fine-tune with strategy=fedavg or fedprox"),
         ("ffa_adam", ("strategy=fedadam", "aggregation=ffa"), r"its strategy FedAdam moved the adapter by other steps"),
         ("momentum", ("strategy=fedavgm",), r"its strategy FedAvgM moved"),
@@ -543,18 +544,45 @@ def test_pgd_has_no_ball_in_repair(runs, works):
     assert min(moved[2:]) > 1e-3
 
 
-def test_pgd_after_a_stack_begins_at_the_others_mean_or_is_refused(runs):
-    """FLoRA: round 4's clients stand upon the side-car of round 3, which the run's last one is not any more."""
-    tuned = runs.tuned("exact_flora", *KEPT, *EXACT["flora"])
+@pytest.mark.parametrize("name", ["flora", "fedex"])
+def test_pgd_after_a_side_car_begins_at_the_others_mean_too(runs, name):
+    """Round 4's clients stand upon the side-car of round 3, which the run's last one is not any more."""
+    tuned = runs.tuned(f"exact_{name}", *KEPT, f"aggregation={name}")
     ledger, scales = Ledger(tuned), run_scales(tuned)
-    mean = at_round(tuned, 3)
+    begun = read_checkpoint(tuned / "rounds" / "0003")
+    mean = minus(whole(tuned, begun), products(begun.state.adapter, scales))
     for entry in (e for e in ledger.entries() if e.kind == "update" and e.round == 4 and e.client_id in (0, 1)):
         mean = minus(mean, products(ledger.read(entry), scales), -0.5)
-    try:
-        run = runs.unlearned("pgd_flora", tuned, *EXACT["flora"], *ONE, "method=pgd", "method.radius=1e-7")
-    except UserError:
-        return
+    run = runs.unlearned(f"pgd_{name}", tuned, f"aggregation={name}", *ONE, "method=pgd", "method.radius=1e-7")
     assert apart(exported(run), mean) < 1e-4
+
+
+def test_pgd_after_flexlora_begins_at_the_best_rank_of_the_others_product(runs):
+    tuned = runs.tuned("flex", *KEPT, "aggregation=flexlora")
+    ledger, scales = Ledger(tuned), run_scales(tuned)
+    last = [e for e in ledger.entries() if e.kind == "update" and e.round == 4 and e.client_id in (0, 1)]
+    first, second = (products(ledger.read(entry), scales) for entry in last)
+    run = runs.unlearned("pgd_flex", tuned, "aggregation=flexlora", *ONE, "method=pgd", "method.radius=1e-7")
+    for path, got in exported(run).items():
+        u, s, vt = torch.linalg.svd((first[path] + second[path]) / 2)
+        best = u[:, :4] * s[:4] @ vt[:4]
+        assert float((got - best).norm() / best.norm()) < 1e-4
+
+
+def test_pgd_after_another_request_is_refused(runs):
+    """It begins at fine-tuning's last round, in which what the first request took is still there."""
+    tuned = runs.tuned("always", *KEPT)
+    first = runs.unlearned("npo_first", tuned, *ONE, "method=npo", "requests=[{authors: [18]}]")
+    (fault,) = runs.refused(first, "method=pgd", "requests=[{authors: [19]}]")
+    assert "npo_first', from which the adapter comes, has forgotten something since: choose another method" in fault
+
+
+@pytest.mark.parametrize("method", ["rollback", "federaser", "negation", "msa", "pgd"])
+def test_what_reads_the_past_wants_clients_of_one_rank(runs, method):
+    tuned = runs.tuned("ranks", *KEPT, "aggregation=flora", "partition.ranks=[4, 2, 2, 2]")
+    replay = REPLAY if method in ("rollback", "federaser") else ()
+    (fault,) = runs.refused(tuned, *replay, "aggregation=flora", f"method={method}")
+    assert "its clients had ranks or alphas of their own (partition.ranks, lora_alphas)" in fault
 
 
 # --- FUSED

@@ -86,13 +86,13 @@ class TestFiles:
         run = finetune(pocket, tmp_path_factory.mktemp("runs"))
         return json.loads((run / "partition.json").read_text())
 
-    def tuned(self, pocket, saves, written, task="ft", keep_hash=False, **changes):
+    def tuned(self, pocket, saves, written, task="ft", keep_hash=False, more=(), **changes):
         text = {**written, **changes}
         if not keep_hash:
             text.pop("hash")
         path = saves.parent / "mine.json"
         path.write_text(json.dumps(text))
-        return finetune(pocket, saves, task, "partition=inherit", f"partition.path={path}")
+        return finetune(pocket, saves, task, "partition=inherit", f"partition.path={path}", *more)
 
     def test_the_file_alone_gives_the_run_that_wrote_it(self, pocket, saves, written):
         """Rows of client 0 and 1 exchanged is another federation; the file as it is, the same."""
@@ -111,10 +111,17 @@ class TestFiles:
             self.tuned(pocket, saves, written, clients=clients)
         assert not (saves / "finetune").exists()
 
-    def test_a_gap_trains_with_a_warning_and_its_rows_cannot_be_unlearned(self, pocket, saves, written, caplog):
+    def test_a_gap_is_refused_or_trains_with_a_warning_and_its_rows_cannot_be_unlearned(
+        self, pocket, saves, written, caplog
+    ):
         """Client 3 has no author 19 (rows 76 to 79): nobody owns them, and forget10 (authors 18 and 19) names them."""
         clients = [*written["clients"][:3], [row for row in written["clients"][3] if row < 76]]
-        gap = self.tuned(pocket, saves, written, clients=clients)
+        with pytest.raises(
+            UserError, match=r"4 rows of full \(first: row 76\) belong to no client, and nobody would train on them"
+        ):
+            self.tuned(pocket, saves, written, clients=clients)
+        assert not (saves / "finetune").exists()
+        gap = self.tuned(pocket, saves, written, "gap", more=["partition.allow_gaps=true"], clients=clients)
         assert "4 rows of full belong to no client of the partition: nobody trains on them" in caplog.text
         with pytest.raises(
             UserError, match=r"forget_split='forget10': 4 of its rows \(first: row 76 of full\) belong to no client"

@@ -1,7 +1,6 @@
 """FedEraser, negation, MSA and PGD without a federation: what they make of a scene, by hand, and what they refuse."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -104,17 +103,15 @@ def test_negation_and_adding_again_is_nothing():
 
 
 @pytest.mark.parametrize(
-    ("strategy", "reducer", "masked", "defined"),
-    [("FedAvg", "product", False, True), ("FedProx", "stack", False, True), ("FedAvg", "factors", True, True), ("FedAvg", "factors", False, False),
-     ("FedAdam", "product", False, False), ("FedAvgM", "stack", False, False), ("FedAvg", "padded_factors", False, False)],
+    ("strategy", "reducer", "residual", "masked", "sidecar_rank", "defined"),
+    [("FedAvg", "factors", "dropped", True, None, True), ("FedProx", "stack", "sidecar", False, None, True), ("FedAvg", "factors", "sidecar", False, None, True),
+     ("FedAvg", "product", "sidecar", False, None, True), ("FedAvg", "factors", "dropped", False, None, False), ("FedAvg", "product", "dropped", False, None, False),
+     ("FedAvg", "product", "feedback", False, None, False), ("FedAvg", "factors", "sidecar", False, 4, False), ("FedAvg", "trimmed_mean", "dropped", True, None, False),
+     ("FedAdam", "factors", "dropped", True, None, False), ("FedAvgM", "stack", "sidecar", False, None, False), ("FedAvg", "padded_factors", "dropped", False, None, False)],
 )  # fmt: skip
-def test_where_negation_is_defined(strategy, reducer, masked, defined):
-    origin = Origin(strategy=strategy, reducer=reducer, residual="dropped", masked=masked)
+def test_where_negation_is_defined(strategy, reducer, residual, masked, sidecar_rank, defined):
+    origin = Origin(strategy=strategy, reducer=reducer, residual=residual, masked=masked, sidecar_rank=sidecar_rank)
     assert (Negation().check_origin(origin) == "") == defined
-    if strategy in ("FedAvg", "FedProx"):
-        assert (
-            Negation().check_origin(replace(origin, residual="sidecar")) == ""
-        )  # FedEx: what factors miss is beside them
 
 
 def test_msa_by_hand():

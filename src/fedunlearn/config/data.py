@@ -83,6 +83,7 @@ class PartitionConfig:
     ranks, lora_alphas: LoRA rank r_k and alpha_k of each client, in client order, where they differ from the model's; the adapter of the model has
     the largest rank there can be. Null: all have the model's.
     joins: client -> the round from which it is there; null: all from the first.
+    allow_gaps: whether `path` may leave rows to nobody: no client trains on them, and none can unlearn them.
     """
 
     scheme: Partitioner | None = None
@@ -90,6 +91,7 @@ class PartitionConfig:
     ranks: tuple[int, ...] | None = None
     lora_alphas: tuple[float, ...] | None = None
     joins: dict[int, int] | None = None
+    allow_gaps: bool = False
 
     def __post_init__(self) -> None:
         if self.ranks is not None and min(self.ranks, default=0) < 1:

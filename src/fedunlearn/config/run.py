@@ -28,7 +28,7 @@ from fedunlearn.methods.base import Method, Unlearner
 from fedunlearn.protocols.base import Assignment, Protocol, Stage
 from fedunlearn.protocols.by_method import ByMethod
 from fedunlearn.records.rounds import ClientRows
-from fedunlearn.server_methods.base import ServerMethod
+from fedunlearn.server_methods.base import ServerMethod, ServerStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,10 +228,18 @@ class TrainRun:
                 f"method {name} beside a strategy of Flower's: the server's steps are not that strategy's; choose one of ours",
             ),
             (
+                server is None or self._steps_itself(server) == (type(server).change is not ServerMethod.change),
+                f"method {name}: change is asked for in rounds whose step says ServerStep.OWN, and there is one without the other: override both, or neither",
+            ),
+            (
                 server is None or not self.ranks_differ,
                 f"method {name} beside partition.ranks or lora_alphas: server-side methods want one rank; leave them null",
             ),
         ]
+
+    def _steps_itself(self, server: ServerMethod) -> bool:
+        stages = (Stage(round=number, num_rounds=self.total_rounds) for number in range(1, self.total_rounds + 1))
+        return any(server.step(stage) is ServerStep.OWN for stage in stages)
 
     def _trim_rules(self) -> list[tuple[bool, str]]:
         trim, count = self.aggregation.trim, self.trainer.federated.cohort_size

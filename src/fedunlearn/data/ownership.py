@@ -175,17 +175,32 @@ def _owned(client: int, rows: tuple[int, ...], kind: str, request: Request, repl
 
 
 def check_ownership(run: TrainRun, tofu: Tofu, partition: Partition, request: Request) -> None:
-    """Raises UserError for clients without rows, NotApplicableError for owners without retain rows under a retain term; all of a kind at once."""
-    unowned = len(tofu.rows("full")) - sum(len(rows) for rows in partition.clients)
-    if run.mode == "train" and unowned:
-        log.warning("%d rows of full belong to no client of the partition: nobody trains on them", unowned)
+    """Raises UserError for rows without a client and clients without rows, NotApplicableError for owners without retain rows under a retain term; all
+    of a kind at once.
+    """
     clients = owned_rows(run.data.rows, partition, request, replays=run.replays)
-    faults = [fault for rows in clients if (fault := _empty_fault(run, rows, tofu, partition))]
+    faults = [_gap_fault(run, tofu, partition), *(_empty_fault(run, rows, tofu, partition) for rows in clients)]
+    faults = [fault for fault in faults if fault]
     if faults:
         raise UserError(*faults)
     forbidden = [fault for rows in clients if (fault := _retain_fault(run, rows))]
     if forbidden:
         raise NotApplicableError(*forbidden)
+
+
+def _gap_fault(run: TrainRun, tofu: Tofu, partition: Partition) -> str:
+    """Rows that training would leave out because nobody owns them; empty where there is none, or where that is meant."""
+    owned = {row for rows in partition.clients for row in rows}
+    unowned = [row for row in range(len(tofu.rows("full"))) if row not in owned]
+    if run.mode != "train" or not unowned:
+        return ""
+    if run.partition.allow_gaps:
+        log.warning("%d rows of full belong to no client of the partition: nobody trains on them", len(unowned))
+        return ""
+    return (
+        f"partition.path={run.partition.path!r}: {len(unowned)} rows of full (first: row {unowned[0]}) belong to no client, and nobody would train on "
+        "them: give them to one, or set partition.allow_gaps=true"
+    )
 
 
 def _empty_fault(run: TrainRun, rows: OwnedRows, tofu: Tofu, partition: Partition) -> str:

@@ -14,10 +14,12 @@ from fedunlearn.errors import NotApplicableError, UserError
 from fedunlearn.federation.ledger import Ledger, estimated_bytes
 from fedunlearn.federation.past import Past, ancestry, find_past
 from fedunlearn.federation.site import WIRE_DTYPES
+from fedunlearn.protocols.base import Stage
 from fedunlearn.records.adapter import Adapter
+from fedunlearn.records.ledger import LedgerEntry
 from fedunlearn.records.partition import OwnedRows, Partition
 from fedunlearn.records.requests import Request
-from fedunlearn.server_methods.base import Origin
+from fedunlearn.server_methods.base import Origin, ServerMethod
 
 SAME = (
     "trainer.args",
@@ -43,6 +45,8 @@ FREE = (
     "report_to",
 )
 """And what it need not: nothing of these acts on the result of a run that comes to its end."""
+READS_PAST = ("origin", "rollback", "rewind", "others")
+"""Beginnings that are fine-tuning's."""
 
 
 def past_of(
@@ -54,35 +58,71 @@ def past_of(
     or what is to be subtracted was subtracted before.
     """
     method = run.server_method
-    if method is None or not (method.reads_ledger or method.beginning in ("origin", "rollback", "rewind", "others")):
+    if method is None or not (method.reads_ledger or method.beginning in READS_PAST):
         return None
     name = type(method).__name__
     past = find_past(source, name)
-    if method.reads_ledger:
-        _check_ledger(past)
-    chosen = past.config["aggregation"]
-    strategy = str(past.config["strategy"]["_target_"]).rpartition(".")[2]
-    why = method.check_origin(
-        Origin(
-            strategy=strategy, reducer=chosen["reducer"], residual=chosen["residual"], masked=chosen["mask"] != "both"
-        )
-    )
+    targets, all_targets = partition.owners(request.rows), partition.owners(request.all)
+    why = method.check_origin(_origin_of(past)) or _ranks_fault(past) or _sequence_fault(method, past, source)
     if why:
         raise NotApplicableError(f"method {name} is not defined after {str(past.folder)!r}: {why}")
-    if method.beginning in ("origin", "rollback", "rewind"):
-        past.check_kept(past.round_of(method, partition.owners(request.all)))
+    if method.beginning in READS_PAST:
+        past.check_kept(past.round_of(method, all_targets))
     if method.reads_contributions:
-        _check_still_there(name, source, plain["method"]["_target_"], partition.owners(request.rows))
+        _check_still_there(name, source, plain["method"]["_target_"], targets)
+    if method.reads_ledger:
+        _check_ledger(past, _entries_read(run, method, past, targets, all_targets))
     if method.replays:
         _check_same(name, past, plain)
     return past
 
 
-def _check_ledger(past: Past) -> None:
-    """Every file that is there is what the chain says; those that were purged are told when they are read."""
-    ledger = Ledger(past.folder)
+def _origin_of(past: Past) -> Origin:
+    chosen = past.run.aggregation
+    return Origin(
+        strategy=past.strategy.rpartition(".")[2],
+        reducer=chosen.reducer,
+        residual=chosen.residual,
+        masked=chosen.mask != "both",
+        sidecar_rank=chosen.sidecar_rank,
+    )
+
+
+def _ranks_fault(past: Past) -> str:
+    if not past.run.ranks_differ:
+        return ""
+    return "its clients had ranks or alphas of their own (partition.ranks, lora_alphas), and what the server remembers of them wants one: choose a local method, or fine-tune with one rank"
+
+
+def _sequence_fault(method: ServerMethod, past: Past, source: Path | None) -> str:
+    """A method that begins at fine-tuning's last round, and not at the adapter as it is, would bring back what requests in between took."""
+    if method.beginning != "others" or source is None or source.resolve() == past.folder.resolve():
+        return ""
+    return f"it begins at that run's last round, and {str(source)!r}, from which the adapter comes, has forgotten something since: choose another method"
+
+
+def _entries_read(
+    run: TrainRun, method: ServerMethod, past: Past, targets: Collection[int], all_targets: Collection[int]
+) -> list[LedgerEntry]:
+    """What the method reads of the ledger with its tensors, which must not have been purged."""
+    found: list[LedgerEntry] = []
+    if method.reads_contributions:
+        mine = [e for e in past.entries if e.kind == "update" and e.weight > 0 and e.client_id in targets]
+        rounds = {entry.round for entry in mine}
+        found += [*mine, *(e for e in past.entries if e.kind == "global" and e.round in rounds)]
+    stages = [Stage(round=number, num_rounds=run.total_rounds) for number in range(1, run.total_rounds + 1)]
+    others = [method.origin_round(stage.round) for stage in stages if method.as_they_were(stage)]
+    others += [past.num_rounds] if method.beginning == "others" else []
+    for number in others:
+        found += [entry for client, entry in past.updates(number).items() if client not in all_targets]
+    return found
+
+
+def _check_ledger(past: Past, wanted: Collection[LedgerEntry]) -> None:
+    """Every file that is there is what the chain says; of those that were purged only what the method reads is missed."""
+    ledger, read = Ledger(past.folder), {entry.hash for entry in wanted}
     for entry in past.entries:
-        if entry.kind != "parent" and ledger.path(entry).is_file():
+        if entry.hash in read or (entry.kind != "parent" and ledger.path(entry).is_file()):
             ledger.read(entry)
 
 

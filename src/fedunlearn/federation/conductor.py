@@ -3,11 +3,11 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
-from fedunlearn.aggregation.base import cast_like
+from fedunlearn.aggregation.base import ServerState, cast_like
 from fedunlearn.aggregation.choices import gauge_of, reducer_of, trained_in
 from fedunlearn.aggregation.factors import Factors, Module, fresh_a, modules_of
 from fedunlearn.aggregation.product import LowRank, product_of, weighted_sum
@@ -17,12 +17,13 @@ from fedunlearn.errors import UserError
 from fedunlearn.federation.checkpoint import Checkpoint
 from fedunlearn.federation.ledger import Ledger
 from fedunlearn.federation.past import Past
-from fedunlearn.federation.server_step import BLOCK, Stepped, Stepper, check_beside
+from fedunlearn.federation.server_step import BLOCK, Stepped, Stepper, averaged, check_beside
 from fedunlearn.federation.start import Start
 from fedunlearn.models.export import unit_scaled
 from fedunlearn.protocols.base import Stage
 from fedunlearn.records.adapter import Tensors
-from fedunlearn.records.ledger import GLOBAL, LedgerEntry
+from fedunlearn.records.ledger import LedgerEntry
+from fedunlearn.records.rounds import Trained
 from fedunlearn.seeds import seed_of
 from fedunlearn.server_methods.base import Change, Contribution, Scene, ServerMethod, ServerStep
 from fedunlearn.server_methods.linear import ReadProduct
@@ -51,7 +52,7 @@ class Conductor:
         if beginning == "fresh":
             return self._fresh(present)
         if beginning == "others":
-            return replace(present, state=replace(present.state, adapter=self._others_mean(present)))
+            return self._others(present)
         found = self._earlier()
         if beginning == "rollback":
             return found
@@ -59,9 +60,14 @@ class Conductor:
         return replace(found, state=state)
 
     def _earlier(self) -> Checkpoint:
-        past, number = self._past, self._past.round_of(self.method, self.all_targets)
+        number = self._past.round_of(self.method, self.all_targets)
         if self.method.beginning == "rollback" and number == 1:
             log.warning("the targets were there from round 1: this rollback is the retrain")
+        return self._taken(number)
+
+    def _taken(self, number: int) -> Checkpoint:
+        """What a fine-tuning round began with, its side-car in this run's own store."""
+        past = self._past
         found = past.before(number)
         blocks = tuple(self.stepper.store.take(past.folder, name) for name in found.blocks)
         return replace(found, blocks=blocks, holds={}, memories={})
@@ -82,21 +88,26 @@ class Conductor:
             factors[module.b] = torch.zeros_like(factors[module.b])
         return replace(present, state=replace(present.state, adapter=factors), blocks=(*present.blocks, frozen))
 
-    def _others_mean(self, present: Checkpoint) -> Tensors:
-        """Sum p_k x_k over those who are no targets, of the last fine-tuning round, weights scaled to sum 1; float64 sums."""
-        entries = self._past.updates(self._past.num_rounds)
-        others = {client: entry for client, entry in sorted(entries.items()) if client not in self.all_targets}
-        total = sum(entry.weight for entry in others.values())
+    def _others(self, present: Checkpoint) -> Checkpoint:
+        """What fine-tuning's last round would have given without the targets: the mean of the others, as that run averaged."""
+        past, number = self._past, self._past.num_rounds
+        weights = self._others_weights(number)
+        read = self._reader(past.updates(number))
+        found = averaged(replace(self.stepper, run=past.run), self._taken(number), weights, read)
+        return replace(present, state=ServerState(adapter=found.state.adapter), blocks=found.blocks)
+
+    def _others_weights(self, number: int) -> dict[int, float]:
+        """p_k of a fine-tuning round over those who are no targets, scaled to sum 1. Raises UserError where there is nobody."""
+        others = {
+            k: entry.weight for k, entry in sorted(self._past.updates(number).items()) if k not in self.all_targets
+        }
+        total = sum(others.values())
         if total <= 0:
             raise UserError(
-                f"method {type(self.method).__name__}: nobody but the targets counted in the last round of {str(self._past.folder)!r}, there is no mean of the others"
+                f"method {type(self.method).__name__}: nobody but the targets counted in round {number} of {str(self._past.folder)!r}, there is no mean of the "
+                "others: choose another method (federaser: another interval)"
             )
-        ledger, mean = Ledger(self._past.folder), dict[str, torch.Tensor]()
-        for entry in others.values():
-            for name, tensor in ledger.read(entry).items():
-                share = tensor.double() * (entry.weight / total)
-                mean[name] = mean[name] + share if name in mean else share
-        return {**present.state.adapter, **{name: t.to(present.state.adapter[name].dtype) for name, t in mean.items()}}
+        return {client: weight / total for client, weight in others.items()}
 
     def absent(self, number: int) -> frozenset[int]:
         """Clients that take no part in a round beside those that are gone: in FedEraser's replay those that were not there then."""
@@ -156,29 +167,17 @@ class Conductor:
 
     def _as_they_were(self, before: Checkpoint, cohort: Cohort, number: int) -> Cohort:
         """The remaining clients' updates of a fine-tuning round, from the ledger; a target's is left out whole."""
-        entries = {k: e for k, e in self._past.updates(number).items() if k not in self.all_targets}
-        total = sum(entry.weight for entry in entries.values())
-        if total <= 0:
-            raise UserError(
-                f"method {type(self.method).__name__}: nobody but the targets counted in round {number} of {str(self._past.folder)!r}: choose rollback, or another interval"
-            )
         return replace(
             cohort,
-            weights={client: entry.weight / total for client, entry in entries.items()},
-            read=self._reader(entries),
+            weights=self._others_weights(number),
+            read=self._reader(self._past.updates(number)),
             trained=trained_in(self.stepper.run.aggregation.mask, number),
             adapter=before.state.adapter,
         )
 
     def _reader(self, entries: Mapping[int, LedgerEntry]) -> ReadTensor:
-        ledger, kept = Ledger(self._past.folder), dict[int, Tensors]()
-
-        def read(client: int, name: str) -> torch.Tensor:
-            if client not in kept:
-                kept[client] = ledger.read(entries[client])
-            return kept[client][name]
-
-        return read
+        ledger = Ledger(self._past.folder)
+        return lambda client, name: ledger.read_tensor(entries[client], name)
 
     def _scene(self, stage: Stage, before: Checkpoint, cohort: Cohort) -> Scene:
         store = self.stepper.store
@@ -200,7 +199,7 @@ class Conductor:
         )
 
     def _whole(self, adapter: Tensors, beside: Callable[[Module], LowRank | None]) -> ReadProduct:
-        own = self._product(adapter)
+        own = self._product(adapter.__getitem__)
 
         def read(module: Module) -> LowRank:
             block = beside(module)
@@ -208,34 +207,35 @@ class Conductor:
 
         return read
 
-    def _product(self, adapter: Tensors) -> ReadProduct:
+    def _product(self, read: Callable[[str], torch.Tensor]) -> ReadProduct:
         return lambda module: product_of(
-            Factors(adapter[module.b], adapter[module.a], self.stepper.scales[module.name]).double
+            Factors(read(module.b), read(module.a), self.stepper.scales[module.name]).double
         )
 
     def _contribution(self, cohort: Cohort, read: ReadTensor, client: int, weight: float) -> Contribution:
-        def new(module: Module) -> LowRank:
-            b, a = (
-                read(client, name) if cohort.trained.covers(name) else cohort.adapter[name]
-                for name in (module.b, module.a)
-            )
-            return product_of(Factors(b, a, self.stepper.scales[module.name]).double)
-
-        return Contribution(client_id=client, weight=weight, new=new, old=self._product(cohort.adapter))
+        old = cohort.adapter.__getitem__
+        new = partial(_trained_or, cohort.trained, partial(read, client), old)
+        return Contribution(client_id=client, weight=weight, new=self._product(new), old=self._product(old))
 
     def _contributions(self) -> Iterator[Contribution]:
-        """The targets' updates of fine-tuning, round after round, each against the adapter of its round."""
-        ledger = Ledger(self._past.folder)
-        for first in (entry for entry in self._past.entries if entry.kind == "global" and entry.client_id == GLOBAL):
-            mine = {k: e for k, e in self._past.updates(first.round).items() if k in self.targets}
-            if not mine:
-                continue
-            old = ledger.read(first)
-            for client, entry in sorted(mine.items()):
-                new = {**old, **ledger.read(entry)}
-                yield Contribution(
-                    client_id=client, weight=entry.weight, new=self._product(new), old=self._product(old)
-                )
+        """The targets' updates of fine-tuning, round after round, each against the adapter of its round; read when they are asked for."""
+        past, ledger = self._past, Ledger(self._past.folder)
+        for first in (entry for entry in past.entries if entry.kind == "global"):
+            trained = trained_in(past.run.aggregation.mask, first.round)
+            old = partial(ledger.read_tensor, first)
+            for client, entry in sorted(past.updates(first.round).items()):
+                if client in self.targets:
+                    new = partial(_trained_or, trained, partial(ledger.read_tensor, entry), old)
+                    yield Contribution(
+                        client_id=client, weight=entry.weight, new=self._product(new), old=self._product(old)
+                    )
+
+
+def _trained_or(
+    trained: Trained, sent: Callable[[str], torch.Tensor], kept: Callable[[str], torch.Tensor], name: str
+) -> torch.Tensor:
+    """A client's tensor: what it sent where it trained that factor, else what it was sent."""
+    return sent(name) if trained.covers(name) else kept(name)
 
 
 def _as_stored(before: Checkpoint, mean: Tensors) -> Tensors:

@@ -8,11 +8,13 @@ for entry in ledger.entries():            # raises UserError where the chain is 
 
 import json
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 
 from fedunlearn.errors import UserError
@@ -60,13 +62,13 @@ class Ledger:
             found.append(self._checked(line, number, found[-1].hash if found else FIRST))
         return tuple(found)
 
-    def _checked(self, line: str, number: int, previous: str) -> LedgerEntry:
+    def _checked(self, line: str, number: int, previous: str | None) -> LedgerEntry:
         try:
             entry = LedgerEntry(**json.loads(line))
             sealed = entry.sealed()
         except (ValueError, TypeError) as error:
             raise self._broken(number, f"it cannot be read ({error})") from error
-        if entry.previous != previous or sealed.hash != entry.hash:
+        if previous not in (None, entry.previous) or sealed.hash != entry.hash:
             raise self._broken(number, "it is not what the chain says")
         return entry
 
@@ -77,24 +79,35 @@ class Ledger:
 
     @property
     def head(self) -> str:
-        """The hash of the last line: it stands for the whole ledger."""
-        found = self.entries() if self.exists else ()
-        return found[-1].hash if found else FIRST
+        """The hash of the last line: it stands for the whole ledger. Only that line is read; `entries` checks the chain."""
+        lines = self._lines_path.read_text(encoding="utf-8").splitlines() if self.exists else []
+        return self._checked(lines[-1], len(lines), None).hash if lines else FIRST
 
     def read(self, entry: LedgerEntry) -> Tensors:
         """Gives an entry's tensors. Raises UserError where they were purged, are damaged, or others."""
+        with self._reading(entry) as path:
+            tensors: Tensors = safetensors.torch.load_file(path)
+        if hash_tensors(tensors) != entry.tensors:
+            raise self._damaged(path, "other tensors than the chain says")
+        return tensors
+
+    def read_tensor(self, entry: LedgerEntry, name: str) -> torch.Tensor:
+        """Gives one tensor of an entry that `read` has found whole. Raises UserError where it cannot be read any more."""
+        with self._reading(entry) as path, safetensors.safe_open(path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    @contextmanager
+    def _reading(self, entry: LedgerEntry) -> Iterator[Path]:
         path = self.path(entry)
         try:
-            tensors: Tensors = safetensors.torch.load_file(path)
+            yield path
         except FileNotFoundError as error:
             raise UserError(
                 f"ledger {str(path)!r} is not there: purged after client {entry.client_id} was forgotten, or lost; its norms are all that is left"
             ) from error
         except (OSError, SafetensorError) as error:
             raise self._damaged(path, str(error)) from error
-        if hash_tensors(tensors) != entry.tensors:
-            raise self._damaged(path, "other tensors than the chain says")
-        return tensors
 
     def _damaged(self, path: Path, why: str) -> UserError:
         return UserError(f"ledger {str(path)!r} is damaged ({why}): make the run anew with overwrite=true")

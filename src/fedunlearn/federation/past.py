@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fedunlearn.aggregation.base import ServerState
+from fedunlearn.config.parse import parse_config
+from fedunlearn.config.run import TrainRun
 from fedunlearn.errors import UserError
 from fedunlearn.federation.checkpoint import Checkpoint, read_checkpoint, read_history, round_folder
 from fedunlearn.federation.ledger import Ledger
@@ -32,10 +34,23 @@ class Past:
         """Its composed config."""
         return _json(self.folder / "config.json")
 
+    @cached_property
+    def run(self) -> TrainRun:
+        """The record of it. Raises UserError where its config is of another version."""
+        found = parse_config(self.config)
+        if not isinstance(found, TrainRun):
+            raise ValueError(f"{self.folder} is no training run")
+        return found
+
     @property
     def num_rounds(self) -> int:
         """How many rounds it had."""
-        return int(self.config["trainer"]["federated"]["num_rounds"])
+        return self.run.trainer.federated.num_rounds
+
+    @property
+    def strategy(self) -> str:
+        """The class that made its states."""
+        return str(self.config["strategy"]["_target_"])
 
     @cached_property
     def entries(self) -> tuple[LedgerEntry, ...]:
@@ -77,6 +92,8 @@ class Past:
         """Gives the round whose beginning a method goes back to. Raises UserError where targets to go back behind never counted."""
         if method.beginning == "origin":
             return 1
+        if method.beginning == "others":
+            return self.num_rounds
         if method.beginning == "rewind":
             return max(self.num_rounds - method.rewind_rounds + 1, 1)
         number = self.first_contribution(targets)
@@ -91,11 +108,6 @@ class Past:
         start = load_start(self.folder)
         state = ServerState(adapter=start.adapter.tensors)
         return Checkpoint(state=state, strategy=self.strategy, blocks=start.blocks)
-
-    @cached_property
-    def strategy(self) -> str:
-        """The class that made its states."""
-        return str(self.config["strategy"]["_target_"])
 
 
 def ancestry(source: Path | None) -> Iterator[tuple[Path, Mapping[str, Any]]]:

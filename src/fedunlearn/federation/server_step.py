@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from fedunlearn.aggregation.after_step import checked_state, not_finite, step_fault
-from fedunlearn.aggregation.base import ServerOptimizer, ServerState
+from fedunlearn.aggregation.base import ServerOptimizer, ServerState, cast_like
 from fedunlearn.aggregation.choices import gauge_of, reducer_of, trained_in
 from fedunlearn.aggregation.factors import modules_of
 from fedunlearn.aggregation.flower import FlowerStrategy
 from fedunlearn.aggregation.gate import cap_shares
 from fedunlearn.aggregation.reduce import Choices, Cohort, ReadTensor, Reduced, aggregation_error, reduce_round
+from fedunlearn.aggregation.robust.off import Off
 from fedunlearn.aggregation.weights import client_weights
 from fedunlearn.config.run import TrainRun
 from fedunlearn.errors import UserError
@@ -83,6 +84,16 @@ def step(
     state = _optimise(run.strategy, stepper.strategy_name, before.state, reduced.mean)
     after = replace(before, state=state, blocks=_new_blocks(stepper, before, reduced), carried=reduced.carried)
     return _stepped(after, reduced.weights, capped, reduced.error, reduced.norm)
+
+
+def averaged(stepper: Stepper, before: Checkpoint, weights: Mapping[int, float], read: ReadTensor) -> Checkpoint:
+    """Gives what the mean of one round's updates makes of a checkpoint, side-car included; no optimiser steps, nobody is re-weighed."""
+    cohort = _cohort(stepper, before, weights, read, before.state.round + 1)
+    reduced = reduce_round(replace(_choices(stepper.run), robust=Off(), feedback=False), cohort)
+    mean = cast_like(reduced.mean, {name: before.state.adapter[name] for name in reduced.mean})
+    check_beside(cohort.round, {BLOCK: reduced.block, "the mean": mean})
+    state = ServerState(round=cohort.round, adapter={**before.state.adapter, **mean})
+    return replace(before, state=state, blocks=_new_blocks(stepper, before, reduced))
 
 
 def _stepped(

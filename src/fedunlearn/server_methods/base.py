@@ -26,6 +26,14 @@ class Origin:
     reducer: str
     residual: str
     masked: bool
+    sidecar_rank: int | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether each round's mean was the exact product: one factor's mean, or all that the factors miss in a side-car of any rank."""
+        if self.residual == "sidecar":
+            return self.sidecar_rank is None
+        return self.masked and self.reducer == "factors"
 
 
 class ServerStep(StrEnum):

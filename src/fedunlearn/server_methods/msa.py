@@ -12,7 +12,7 @@ from fedunlearn.server_methods.linear import Term, block_of
 
 @dataclass(frozen=True, kw_only=True)
 class MSA(ServerMethod):
-    """Owners tune the adapter of fine-tuning round `rewind` on their forget rows; the weighted mean of what that changes is the forget vector, and `scale`
+    """Owners tune the adapter of `rewind` rounds before fine-tuning's end on their forget rows; the weighted mean of what that changes is the forget vector, and `scale`
     times it is subtracted from the adapter as it is, as an exact stack. Then num_rounds - 1 rounds of repair on retain rows,
     repair_epochs each.
 

@@ -9,16 +9,14 @@ from fedunlearn.records.rounds import ClientRows
 from fedunlearn.server_methods.base import Change, Origin, Scene, ServerMethod, ServerStep, epochs_fault
 from fedunlearn.server_methods.linear import Term, block_of
 
-EXACT_REDUCERS = ("product", "stack")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Negation(ServerMethod):
     """Subtracts `scale` times sum_t p_k U_k, the targets' contributions of all fine-tuning rounds, as an exact stack; then num_rounds - 1 rounds of
     repair on retain rows, repair_epochs each.
 
-    Defined where the global adapter is the start plus the sum of all p_k U_k: with FedAvg or FedProx and a reducer that averages products, or
-    one factor. A stack, not rank r: cut to r what is subtracted would be off by a tenth.
+    Defined where the global adapter is the start plus the sum of all p_k U_k: with FedAvg or FedProx, and an aggregation that loses nothing of
+    the product: FFA-LoRA, RoLoRA, FedSVD, FLoRA, FedEx-LoRA. A stack, not rank r: cut to r what is subtracted would be off by a tenth.
     """
 
     scale: float = 1.0
@@ -45,8 +43,11 @@ class Negation(ServerMethod):
         """See ServerMethod.check_origin."""
         if origin.strategy not in ("FedAvg", "FedProx"):
             return f"its strategy {origin.strategy} moved the adapter by other steps than the mean: fine-tune with strategy=fedavg or fedprox"
-        if origin.reducer not in EXACT_REDUCERS and origin.residual != "sidecar" and not origin.masked:
-            return f"aggregation.reducer={origin.reducer} averages factors, whose product is no sum of the clients' updates: fine-tune with aggregation=flexlora, flora, fedex, ffa or rolora"
+        if not origin.exact:
+            return (
+                f"aggregation.reducer={origin.reducer} with residual={origin.residual} and sidecar_rank={origin.sidecar_rank} lost something of each round's "
+                "product, so the adapter is no sum of the clients' updates: fine-tune with aggregation=ffa, rolora, fedsvd, flora or fedex"
+            )
         return ""
 
     def assign(self, stage: Stage, cohort: Sequence[ClientRows], epochs: float) -> tuple[Assignment, ...]:

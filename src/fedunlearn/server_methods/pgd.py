@@ -8,14 +8,14 @@ from fedunlearn.methods.base import Method
 from fedunlearn.methods.grad_ascent import GradAscent
 from fedunlearn.protocols.base import Assignment, Stage, finetune_or_idle, idle, unlearn
 from fedunlearn.records.rounds import ClientRows
-from fedunlearn.server_methods.base import Beginning, Origin, ServerMethod, epochs_fault
+from fedunlearn.server_methods.base import Beginning, ServerMethod, epochs_fault
 
 
 @dataclass(frozen=True, kw_only=True)
 class PGD(ServerMethod):
-    """Begins at the others' mean, (sum p_k x_k - p_u x_u) / (1 - p_u) of the last fine-tuning round; there the targets ascend CE on their forget rows, in
-    one round, and after each step their factors' way is shortened until the product has moved by `radius` at most. The other rounds repair on
-    retain rows, repair_epochs each.
+    """Begins at the others' mean, (sum p_k x_k - p_u x_u) / (1 - p_u) of the last fine-tuning round, as that round averaged; there the targets ascend
+    CE on their forget rows, in one round, and after each step their factors' way is shortened until the product has moved by `radius` at most.
+    The other rounds repair on retain rows, repair_epochs each.
 
     radius: Frobenius norm over all modules. The paper's, a third of the distance to random models, says nothing where B begins at 0.
     """
@@ -42,18 +42,12 @@ class PGD(ServerMethod):
 
     @property
     def reads_ledger(self) -> bool:
-        """The targets' last update."""
+        """The others' last updates."""
         return True
 
     def owner_rounds(self, num_rounds: int) -> Sequence[int]:
         """Round 1."""
         return (1,)
-
-    def check_origin(self, origin: Origin) -> str:
-        """See ServerMethod.check_origin."""
-        if origin.residual != "sidecar":
-            return ""
-        return "aggregation.residual=sidecar holds every client's last round already, and the others' mean is one of factors alone: fine-tune without a side-car"
 
     def assign(self, stage: Stage, cohort: Sequence[ClientRows], epochs: float) -> tuple[Assignment, ...]:
         """Round 1: targets alone."""
