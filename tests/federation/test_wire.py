@@ -38,7 +38,7 @@ from fedunlearn.records.rounds import Trained
 
 NAN, INF = float("nan"), float("inf")
 REQUEST_OF_ROUND_3 = TrainRequest(
-    run_id="abc", round=3, client_id=1, role="unlearn", epochs=2.0, lr_scale=0.5, seed=2**62 + 1, mu=0.01, trained="b", memory={"lam": 0.5}, radius=0.0,
+    run_id="abc", round=3, client_id=1, role="unlearn", epochs=2.0, rounds=4, part=1, parts=2, lr_scale=0.5, seed=2**62 + 1, mu=0.01, trained="b", memory={"lam": 0.5}, radius=0.0,
     adapter=("a" * 64, "b" * 64), sidecar=("c" * 64,), reference=(), reference_sidecar=(), keep=("c" * 64,),
 )  # fmt: skip
 

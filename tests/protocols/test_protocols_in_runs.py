@@ -1,9 +1,11 @@
 """Protocols in whole runs: the same epochs for an owner whatever the rounds, and what all_clients sends, seen on the wire."""
 
 import json
+import math
 
 import pytest
 from helpers_runs import adapter_bytes, finetune, history, tiny, unlearn
+from helpers_training import train_args
 
 from fedunlearn.data.tofu import load_tofu
 from fedunlearn.errors import UserError
@@ -16,6 +18,7 @@ from fedunlearn.protocols.in_round import InRound
 from fedunlearn.protocols.owners_only import OwnersOnly
 from fedunlearn.protocols.target_then_repair import TargetThenRepair
 from fedunlearn.records.rounds import ClientRows, Role
+from fedunlearn.training.steps import count_steps
 
 ROUNDS = (
     "trainer.federated.num_rounds=3",
@@ -63,8 +66,11 @@ def test_an_owner_s_steps_on_forget_rows_are_the_same_in_all(made):
 
 
 @pytest.mark.parametrize("num_rounds", [1, 2, 3, 7])
-@pytest.mark.parametrize("epochs", [0.5, 1.0, 3.0])
-def test_the_law_of_equal_epochs(num_rounds, epochs):
+@pytest.mark.parametrize("epochs", [0.2, 0.5, 1.0, 3.0])
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_the_law_of_equal_steps(num_rounds, epochs, size):
+    """The same whole number of steps in all, rounded up once a round and not once a protocol."""
+    args = train_args(per_device_train_batch_size=size)
     owner, other = (ClientRows(client_id=k, num_owned=8, num_forget=f, num_retain=8 - f) for k, f in ((0, 4), (1, 0)))
     later = [TargetThenRepair(unlearn_rounds=n) for n in range(1, num_rounds + 1)]
     for protocol in (
@@ -75,11 +81,11 @@ def test_the_law_of_equal_epochs(num_rounds, epochs):
         AllClients(released=True),
         *later,
     ):
-        total = 0.0
+        total = 0
         for number in range(1, num_rounds + 1):
             mine, _ = protocol.assign(Stage(round=number, num_rounds=num_rounds), [owner, other], epochs)
-            total += mine.epochs if mine.role is Role.UNLEARN else 0.0
-        assert total == pytest.approx(num_rounds * epochs)
+            total += count_steps(4, mine.epochs, args, mine.share) if mine.role is Role.UNLEARN else 0
+        assert total == num_rounds * math.ceil(epochs * math.ceil(4 / size))
 
 
 def test_by_method_is_in_round_for_a_local_method(made):

@@ -7,6 +7,8 @@ from typing import Literal
 
 from fedunlearn.aggregation.base import ServerOptimizer
 from fedunlearn.aggregation.combinations import Combination, combination_faults
+from fedunlearn.aggregation.fedavg import FedAvg
+from fedunlearn.aggregation.fedprox import FedProx
 from fedunlearn.aggregation.flower import FlowerStrategy
 from fedunlearn.aggregation.robust.base import Robust
 from fedunlearn.aggregation.robust.off import Off
@@ -94,6 +96,11 @@ class TrainRun:
     def origin_round(self, number: int) -> int:
         """The round whose seeds, draws, masks and learning rates a round has: its own, or where fine-tuning is replayed that one."""
         return number if self.server_method is None else self.server_method.origin_round(number)
+
+    def draws_all(self, number: int) -> bool:
+        """Whether a round asks every client that is there, whatever trainer.federated draws."""
+        stage = Stage(round=number, num_rounds=self.total_rounds)
+        return self.server_method is not None and self.server_method.draws_all(stage)
 
     def radius(self, number: int) -> float:
         """How far an owner's product may go in a round that it unlearns in; 0: no bound."""
@@ -210,6 +217,7 @@ class TrainRun:
     def _server_method_rules(self) -> list[tuple[bool, str]]:
         server, name = self.server_method, type(self.method).__name__
         gone = any(request.target == "gone" for request in self.requests or ())
+        several = len(self.requests or ()) > 1
         return [
             (
                 server is None or isinstance(self.protocol, ByMethod),
@@ -227,9 +235,10 @@ class TrainRun:
                 server is None or not isinstance(self.strategy, FlowerStrategy),
                 f"method {name} beside a strategy of Flower's: the server's steps are not that strategy's; choose one of ours",
             ),
+            *self._own_step_rules(),
             (
-                server is None or self._steps_itself(server) == (type(server).change is not ServerMethod.change),
-                f"method {name}: change is asked for in rounds whose step says ServerStep.OWN, and there is one without the other: override both, or neither",
+                server is None or not several or server.beginning != "others",
+                f"several requests beside method {name}, which begins at fine-tuning's last round and would bring back what the first ones took: give one, or choose another method",
             ),
             (
                 server is None or not self.ranks_differ,
@@ -237,9 +246,41 @@ class TrainRun:
             ),
         ]
 
-    def _steps_itself(self, server: ServerMethod) -> bool:
+    def _own_steps(self, server: ServerMethod) -> list[bool]:
         stages = (Stage(round=number, num_rounds=self.total_rounds) for number in range(1, self.total_rounds + 1))
-        return any(server.step(stage) is ServerStep.OWN for stage in stages)
+        return [server.step(stage) is ServerStep.OWN for stage in stages]
+
+    def _own_step_rules(self) -> list[tuple[bool, str]]:
+        """What would have no effect beside a method that makes every step itself; a replay must have fine-tuning's settings all the same."""
+        server, chosen = self.server_method, self.aggregation
+        if server is None:
+            return []
+        own, name = self._own_steps(server), type(server).__name__
+        at = f"beside method {name}, which makes every step itself, as the best rank r of an exact sum, has no effect"
+        averages = server.replays or not all(own)
+        return [
+            (
+                any(own) == (type(server).change is not ServerMethod.change),
+                f"method {name}: change is asked for in rounds whose step says ServerStep.OWN, and there is one without the other: override both, or neither",
+            ),
+            (
+                averages or isinstance(self.strategy, FedAvg | FedProx),
+                f"strategy {type(self.strategy).__name__} {at}: choose strategy=fedavg, or fedprox for its term at the clients",
+            ),
+            (
+                averages or isinstance(self.robust, Off),
+                f"robust {type(self.robust).__name__} {at}: choose robust=off",
+            ),
+            (
+                averages
+                or (
+                    chosen.reducer in ("factors", "product")
+                    and chosen.residual == "dropped"
+                    and chosen.gauge != "procrustes"
+                ),
+                f"aggregation.reducer={chosen.reducer} with residual={chosen.residual} and gauge={chosen.gauge} {at}: choose aggregation=flexlora",
+            ),
+        ]
 
     def _trim_rules(self) -> list[tuple[bool, str]]:
         trim, count = self.aggregation.trim, self.trainer.federated.cohort_size

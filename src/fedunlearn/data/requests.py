@@ -25,8 +25,9 @@ def earlier_request(source: Path | None) -> Request:
     return (None if source is None else read_request(source)) or Request()
 
 
-def find_request(run: TrainRun, earlier: Request, tofu: Tofu, partition: Partition) -> Request:
-    """Gives the request that a run serves, or whose oracle it is. earlier: what was asked of the run that its adapter comes from.
+def find_request(run: TrainRun, earlier: Request, tofu: Tofu, partition: Partition, first: int = 0) -> Request:
+    """Gives the request that a run serves, or whose oracle it is. earlier: what was asked of the run that its adapter comes from. first: place of the
+    run's first request in the user's list, for messages.
 
     Unlearning serves one request: `requests` has one, or it is the rows of forget_split. The oracle leaves out the rows of all that it names,
     plain fine-tuning none. Whatever the run, rows that were taken before stay out.
@@ -34,9 +35,9 @@ def find_request(run: TrainRun, earlier: Request, tofu: Tofu, partition: Partiti
     would be left with a row.
     """
     before = earlier.all
-    wanted = () if run.data.rows == "full" else _wanted(run, tofu, partition, before)
+    wanted = () if run.data.rows == "full" else _wanted(run, tofu, partition, before, first)
     rows = wanted if run.mode == "unlearn" else tuple(row for row in wanted if row not in before)
-    gone = partition.owners(rows) if _gone(run.requests) else frozenset[int]()
+    gone = _gone(run, tofu, partition, before)
     request = Request(
         rows=tuple(sorted(rows)), before=tuple(sorted(before)), gone=tuple(sorted(gone.union(earlier.gone)))
     )
@@ -66,11 +67,11 @@ def evaluated_request(run: EvalRun, source: Path | None, tofu: Tofu) -> Request 
     return Request(rows=tuple(sorted(rows)), before=tuple(sorted(before)))
 
 
-def _wanted(run: TrainRun, tofu: Tofu, partition: Partition, before: frozenset[int]) -> tuple[int, ...]:
+def _wanted(run: TrainRun, tofu: Tofu, partition: Partition, before: frozenset[int], first: int) -> tuple[int, ...]:
     if run.requests is None:
         return split_rows(tofu, run.forget_split)
     rows: dict[int, None] = {}
-    for number, request in enumerate(run.requests):
+    for number, request in enumerate(run.requests, first):
         rows |= dict.fromkeys(_named(request, f"requests[{number}]", tofu, partition, before))
     return tuple(rows)
 
@@ -117,8 +118,11 @@ def _outside(key: str, numbers: Sequence[int], count: int, what: str) -> list[st
     return [f"{key}: {odd[0]} is none of the {count} {what}: allowed are 0 to {count - 1}"] if odd else []
 
 
-def _gone(requests: tuple[RequestConfig, ...] | None) -> bool:
-    return any(request.target == "gone" for request in requests or ())
+def _gone(run: TrainRun, tofu: Tofu, partition: Partition, before: frozenset[int]) -> frozenset[int]:
+    """Owners who are away, of the requests that say so."""
+    away = [(number, request) for number, request in enumerate(run.requests or ()) if request.target == "gone"]
+    rows = [row for number, one in away for row in _named(one, f"requests[{number}]", tofu, partition, before)]
+    return partition.owners(rows)
 
 
 def _check(run: TrainRun, request: Request, tofu: Tofu, partition: Partition, before: frozenset[int]) -> None:

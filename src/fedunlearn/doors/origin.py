@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedunlearn.aggregation.choices import trained_in
+from fedunlearn.config.parse import parse_config
 from fedunlearn.config.run import TrainRun
 from fedunlearn.data.ownership import FILE as PARTITION
 from fedunlearn.data.ownership import read_partition
@@ -69,12 +70,19 @@ def past_of(
     if method.beginning in READS_PAST:
         past.check_kept(past.round_of(method, all_targets))
     if method.reads_contributions:
-        _check_still_there(name, source, plain["method"]["_target_"], targets)
+        _check_still_there(name, source, targets)
     if method.reads_ledger:
         _check_ledger(past, _entries_read(run, method, past, targets, all_targets))
     if method.replays:
         _check_same(name, past, plain)
     return past
+
+
+def check_ledgers(run: TrainRun, source: Path | None) -> None:
+    """Raises UserError where a ledger that the request purges at its end is broken: found then, the run could not end."""
+    for folder, _ in ancestry(source) if run.mode == "unlearn" and run.ledger.purge else ():
+        if Ledger(folder).exists:
+            Ledger(folder).entries()
 
 
 def _origin_of(past: Past) -> Origin:
@@ -126,10 +134,12 @@ def _check_ledger(past: Past, wanted: Collection[LedgerEntry]) -> None:
             ledger.read(entry)
 
 
-def _check_still_there(name: str, source: Path | None, target: str, owners: Collection[int]) -> None:
-    """Raises NotApplicableError where a request in between took the same clients' contributions away: they hold for all their rows at once."""
+def _check_still_there(name: str, source: Path | None, owners: Collection[int]) -> None:
+    """Raises NotApplicableError where a request in between took the same clients' contributions away, or replayed fine-tuning without them."""
     for folder, config in ancestry(source):
-        if config["mode"] != "unlearn" or config["method"]["_target_"] != target:
+        served = parse_config(config)
+        method = served.server_method if isinstance(served, TrainRun) else None
+        if method is None or not (method.reads_contributions or method.replays):
             continue
         again = read_partition(folder / PARTITION).owners(own_request(folder).rows) & set(owners)
         if again:

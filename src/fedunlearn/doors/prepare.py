@@ -22,8 +22,8 @@ from fedunlearn.data.ownership import (
 from fedunlearn.data.requests import earlier_request, find_request, write_released, write_request
 from fedunlearn.data.tofu import Tofu, check_splits
 from fedunlearn.doors.compose import ComposedConfig
-from fedunlearn.doors.origin import check_ledger_size, past_of
-from fedunlearn.errors import UserError
+from fedunlearn.doors.origin import check_ledger_size, check_ledgers, past_of
+from fedunlearn.errors import NotApplicableError, UserError
 from fedunlearn.evals.files import read_log
 from fedunlearn.evals.retain_log import check_retain_log
 from fedunlearn.evals.sets import read_sets
@@ -110,6 +110,7 @@ def prepare(composed: ComposedConfig) -> Prepared:
     }
     start = made.start
     check_ledger_size(run, start, owned)
+    check_ledgers(run, source.run)
     past = past_of(run, composed.plain, source.run, partition, request)
 
     def fill(place: Path) -> None:
@@ -143,10 +144,18 @@ def check_requests(run: TrainRun) -> None:
     source = resolve_source(run.model.model_args, Path(run.paths.pocket_dir))
     partition = find_partition(run.partition, source.run, tofu, run.trainer.federated.num_clients)
     earlier = earlier_request(source.run)
-    for wanted in run.requests or ():
+    taken: frozenset[int] = frozenset()
+    for number, wanted in enumerate(run.requests or ()):
         alone = replace(run, requests=(wanted,))
-        earlier = find_request(alone, earlier, tofu, partition)
+        earlier = find_request(alone, earlier, tofu, partition, number)
         check_ownership(alone, tofu, partition, earlier)
+        owners = partition.owners(earlier.rows)
+        if run.server_method is not None and run.server_method.reads_contributions and owners & taken:
+            raise NotApplicableError(
+                f"requests[{number}] names rows of clients {sorted(owners & taken)}, as one in front of it does: method {type(run.method).__name__} takes all "
+                "that a client gave away at once; name them in one request, or choose another method"
+            )
+        taken |= owners
 
 
 def _check_data(run: TrainRun, inputs: Inputs, partition: Partition, request: Request) -> None:

@@ -233,11 +233,16 @@ def append_history(run_folder: Path, line: object) -> None:
 
 
 def read_history(run_folder: Path) -> list[dict[str, object]]:
-    """Reads history.jsonl, one object a round; empty where there is none yet. A last line that was cut off by a kill is left out."""
+    """Reads history.jsonl, one object a round; empty where there is none yet. A last line that was cut off by a kill is left out.
+
+    Raises UserError where it is damaged.
+    """
     path = run_folder / HISTORY
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    whole = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()]
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is damaged ({error}): make that run anew with overwrite=true") from error
 
 
 def cut_history(run_folder: Path, last_round: int) -> None:

@@ -135,8 +135,16 @@ class Conductor:
         return replace(after, figures=change.figures)
 
     def _held(self, before: Checkpoint, cohort: Cohort) -> Stepped:
-        names = [name for name in cohort.adapter if cohort.trained.covers(name)]
-        held = {client: {name: cohort.read(client, name).clone() for name in names} for client in cohort.weights}
+        """What each client has now, both factors: the next round may train the other one."""
+        held = {
+            client: {
+                name: _trained_or(
+                    cohort.trained, partial(cohort.read, client), cohort.adapter.__getitem__, name
+                ).clone()
+                for name in cohort.adapter
+            }
+            for client in cohort.weights
+        }
         state = replace(before.state, round=before.state.round + 1)
         return Stepped(after=replace(before, state=state, held=held), weights=cohort.weights)
 
@@ -190,10 +198,16 @@ class Conductor:
             modules=modules_of(cohort.adapter),
             now=self._whole(before.state.adapter, lambda module: store.of_module(before.blocks, module)),
             start=self._whole(self.start.adapter.tensors, lambda module: store.of_module(self.start.blocks, module)),
-            updates=tuple(self._contribution(cohort, cohort.read, k, w) for k, w in sorted(cohort.weights.items())),
-            held=tuple(
-                self._contribution(cohort, lambda k, name: before.held[k][name], k, 0.0) for k in sorted(before.held)
+            updates=tuple(
+                self._contribution(
+                    cohort,
+                    k,
+                    w,
+                    partial(_trained_or, cohort.trained, partial(cohort.read, k), cohort.adapter.__getitem__),
+                )
+                for k, w in sorted(cohort.weights.items())
             ),
+            held=tuple(self._contribution(cohort, k, 0.0, held.__getitem__) for k, held in sorted(before.held.items())),
             contributions=tuple(self._contributions()) if self.method.reads_contributions else (),
             old_norms=norms,
         )
@@ -212,10 +226,11 @@ class Conductor:
             Factors(read(module.b), read(module.a), self.stepper.scales[module.name]).double
         )
 
-    def _contribution(self, cohort: Cohort, read: ReadTensor, client: int, weight: float) -> Contribution:
-        old = cohort.adapter.__getitem__
-        new = partial(_trained_or, cohort.trained, partial(read, client), old)
-        return Contribution(client_id=client, weight=weight, new=self._product(new), old=self._product(old))
+    def _contribution(
+        self, cohort: Cohort, client: int, weight: float, new: Callable[[str], torch.Tensor]
+    ) -> Contribution:
+        old = self._product(cohort.adapter.__getitem__)
+        return Contribution(client_id=client, weight=weight, new=self._product(new), old=old)
 
     def _contributions(self) -> Iterator[Contribution]:
         """The targets' updates of fine-tuning, round after round, each against the adapter of its round; read when they are asked for."""

@@ -53,6 +53,8 @@ class Ledger:
         """Gives all lines in order. Raises UserError where there is no ledger, a line is damaged, or the chain is broken."""
         try:
             lines = self._lines_path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise self._broken(0, f"it is no text ({error.reason})") from error
         except OSError as error:
             raise UserError(
                 f"{str(self.run)!r} has no ledger ({error.strerror}): make that run anew with ledger.enabled=true, or choose a method that needs none"

@@ -62,11 +62,16 @@ def mean_losses(clients: tuple[ClientOutcome, ...]) -> dict[str, float]:
 
 
 def check_unlearned(run: TrainRun, lines: Sequence[Mapping[str, object]]) -> None:
-    """Raises UserError where no owner's update counted in any round: the result would be no unlearning at all. lines: the history."""
+    """Raises UserError where no owner's update counted in any round, or none made a step: the result would be no unlearning at all. lines: the history."""
     clients = [client for line in lines for client in line["clients"]]  # type: ignore[attr-defined]
     owners = [client for client in clients if client["role"] == Role.UNLEARN]
     if not any(client["weight"] > 0 for client in owners):
         raise UserError(_without_weight(run) if owners else _never_asked(run))
+    if not any(client["num_steps"] for client in owners):
+        raise UserError(
+            f"nobody unlearned: trainer.guard stopped every owner before its first step ({owners[0]['stopped']}). Raise trainer.guard.max_loss or "
+            "max_update_ratio, lower the learning rate or the method's own values, and start anew with overwrite=true"
+        )
 
 
 def _never_asked(run: TrainRun) -> str:

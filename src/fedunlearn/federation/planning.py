@@ -13,19 +13,25 @@ NOBODY = (
     "nobody unlearned: no owner of forget rows is drawn in any round. Raise trainer.federated.fraction_train or num_rounds, "
     "or set trainer.federated.force_owners=true, and start anew (overwrite=true where the run's folder exists)"
 )
+GONE = (
+    "nobody can unlearn: the owners of the request's rows are gone, by target=gone of this request or of an earlier one. Choose a server-side method: "
+    "rollback, federaser, negation or fused"
+)
 
 
 def plan_round(run: TrainRun, rows: Mapping[int, ClientRows], number: int, left_out: Collection[int] = ()) -> RoundPlan:
     """Draws the cohort, asks the protocol for roles, and gives every client its seed and learning rate.
 
     rows: of every client that takes part, by id. left_out: clients that failed this round for good; others are drawn in their place. Clients that
-    join later are not there yet, and one without a row to work on never is.
+    join later are not there yet, and one without a row to work on never is: where fine-tuning is replayed, without a retain row, as in the oracle.
     """
     args, federated = run.trainer.args, run.trainer.federated
     at = run.origin_round(number)
-    there = [k for k, has in rows.items() if k not in left_out and run.partition.joins_at(k) <= at and has.some]
+    works = {k for k, has in rows.items() if (has.num_retain if run.replays else has.some)}
+    there = [k for k in rows if k in works and k not in left_out and run.partition.joins_at(k) <= at]
     owners = [client for client in there if federated.force_owners and rows[client].num_forget]
-    cohort = select(there, seed=args.seed, round=at, count=federated.cohort_size, forced=owners)
+    forced = there if run.draws_all(number) else owners
+    cohort = select(there, seed=args.seed, round=at, count=federated.cohort_size, forced=forced)
     progress = (at - 1) / max(federated.num_rounds - 1, 1)
     scale = 1.0 + (federated.final_lr_ratio - 1.0) * progress
     return RoundPlan(
@@ -35,6 +41,7 @@ def plan_round(run: TrainRun, rows: Mapping[int, ClientRows], number: int, left_
                 client_id=part.client_id,
                 role=part.role,
                 epochs=part.epochs,
+                share=part.share,
                 lr_scale=scale,
                 seed=seed_of("client", args.seed, part.client_id, at),
                 mu=run.strategy.client_mu,
@@ -57,7 +64,8 @@ def check_plans(run: TrainRun, rows: Mapping[int, ClientRows]) -> None:
         and run.server_method is None
         and not any(task.role is Role.UNLEARN for plan in plans for task in plan.tasks)
     ):
-        raise UserError(NOBODY)
+        there = any(has.num_forget for has in rows.values())
+        raise UserError(NOBODY if there or run.protocol.releases else GONE)
     _check_owner_rounds(run, plans)
     for plan in plans:
         working = len([task for task in plan.tasks if task.role is not Role.IDLE])

@@ -12,7 +12,7 @@ from flwr.common.serde import recorddict_to_proto
 
 from fedunlearn.records.adapter import Tensors
 from fedunlearn.records.requests import ReleasedRow
-from fedunlearn.records.rounds import ClientRows, ClientTask, Role, Trained
+from fedunlearn.records.rounds import ClientRows, ClientTask, Role, Share, Trained
 
 ADAPTER, REQUEST, REPLY, RELEASED = "adapter", "request", "reply", "released"
 PART = "part-"
@@ -42,6 +42,9 @@ class TrainRequest:
     client_id: int
     role: str
     epochs: float
+    rounds: int
+    part: int
+    parts: int
     lr_scale: float
     seed: int
     mu: float
@@ -61,6 +64,7 @@ class TrainRequest:
             client_id=self.client_id,
             role=Role(self.role),
             epochs=self.epochs,
+            share=Share(rounds=self.rounds, part=self.part, parts=self.parts),
             lr_scale=self.lr_scale,
             seed=self.seed,
             mu=self.mu,

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedunlearn.records.rounds import ClientRows, Role
+from fedunlearn.records.rounds import WHOLE, ClientRows, Role, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,11 +17,12 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """A client's role and how many epochs it lasts (over forget rows for unlearn, over retain rows for finetune; 0 for idle)."""
+    """A client's role and how many epochs it lasts (over forget rows for unlearn, over retain rows for finetune; 0 for idle). share: of several rounds'."""
 
     client_id: int
     role: Role
     epochs: float
+    share: Share = WHOLE
 
 
 IDLE_EPOCHS = 0.0
@@ -32,7 +33,7 @@ class Protocol(ABC):
 
     Laws: one assignment a client of the cohort, in its order; `unlearn` only to clients with forget rows (or, where `releases`, with
     those that their owners released), `finetune` only to clients with retain rows; the same arguments give the same roles; an owner that is drawn
-    each round unlearns for num_rounds times `epochs` in all, whatever the rounds it does so in, so that protocols compare.
+    each round makes the steps of num_rounds rounds of `epochs` in all, whatever the rounds it does so in, so that protocols compare.
     """
 
     @property
@@ -54,9 +55,9 @@ class Protocol(ABC):
         """Gives the roles of a round. epochs: trainer.args.num_train_epochs."""
 
 
-def unlearn(rows: ClientRows, epochs: float) -> Assignment:
+def unlearn(rows: ClientRows, epochs: float, share: Share = WHOLE) -> Assignment:
     """The role of a client that unlearns."""
-    return Assignment(client_id=rows.client_id, role=Role.UNLEARN, epochs=epochs)
+    return Assignment(client_id=rows.client_id, role=Role.UNLEARN, epochs=epochs, share=share)
 
 
 def finetune_or_idle(rows: ClientRows, epochs: float) -> Assignment:

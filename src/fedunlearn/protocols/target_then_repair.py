@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from fedunlearn.errors import UserError
 from fedunlearn.limits import LARGEST
 from fedunlearn.protocols.base import Assignment, Protocol, Stage, finetune_or_idle, idle, unlearn
-from fedunlearn.records.rounds import ClientRows
+from fedunlearn.records.rounds import ClientRows, Share
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetThenRepair(Protocol):
-    """unlearn_rounds: rounds in which only owners work, at most num_rounds; the rest of num_rounds repairs. In them an owner makes all the epochs it
-    would have made with in_round: num_rounds times trainer.args.num_train_epochs, in equal parts.
+    """unlearn_rounds: rounds in which only owners work, at most num_rounds; the rest of num_rounds repairs. In them an owner makes all the steps it
+    would have made with in_round: those of num_rounds times trainer.args.num_train_epochs, in parts as equal as can be.
 
     repair_epochs: epochs over retain rows in a repair round; null = trainer.args.num_train_epochs.
     """
@@ -48,7 +48,7 @@ class TargetThenRepair(Protocol):
     def assign(self, stage: Stage, cohort: Sequence[ClientRows], epochs: float) -> tuple[Assignment, ...]:
         """See Protocol.assign."""
         if stage.round <= self.unlearn_rounds:
-            whole = epochs * stage.num_rounds / min(self.unlearn_rounds, stage.num_rounds)
-            return tuple(unlearn(rows, whole) if rows.num_forget else idle(rows) for rows in cohort)
+            share = Share(rounds=stage.num_rounds, part=stage.round, parts=min(self.unlearn_rounds, stage.num_rounds))
+            return tuple(unlearn(rows, epochs, share) if rows.num_forget else idle(rows) for rows in cohort)
         repair = epochs if self.repair_epochs is None else self.repair_epochs
         return tuple(finetune_or_idle(rows, repair) for rows in cohort)

@@ -52,8 +52,26 @@ class ClientRows:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Share:
+    """What a round makes of the steps of several: part `part` (from 1) of `parts` as equal as can be, of the steps of `rounds` rounds together."""
+
+    rounds: int = 1
+    part: int = 1
+    parts: int = 1
+
+    def of(self, steps: int) -> int:
+        """Gives this round's steps. steps: those of a round that stands for itself; over all parts the sum is rounds x steps."""
+        whole = self.rounds * steps
+        return whole * self.part // self.parts - whole * (self.part - 1) // self.parts
+
+
+WHOLE = Share()
+"""A round that stands for itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClientTask:
-    """One client's part of a round. epochs counts passes over its forget rows (unlearn) or its retain rows (finetune).
+    """One client's part of a round. epochs counts passes over its forget rows (unlearn) or its retain rows (finetune); share: see Share.
 
     mu: FedProx's weight (0: no term). trained: the factors that get gradients and come back. memory: what the method remembers of this client.
     radius: Frobenius norm that the product may move by at most, after every step (0: no bound).
@@ -64,6 +82,7 @@ class ClientTask:
     epochs: float
     lr_scale: float
     seed: int
+    share: Share = WHOLE
     mu: float = 0.0
     trained: Trained = Trained.BOTH
     memory: Mapping[str, float] = field(default_factory=dict)

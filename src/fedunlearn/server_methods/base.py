@@ -153,6 +153,10 @@ class ServerMethod(Unlearner):
         """The rounds in which an owner must work on the request's rows, or the method does nothing."""
         return ()
 
+    def draws_all(self, stage: Stage) -> bool:
+        """Whether this round wants every client that is there, not a draw."""
+        return False
+
     def bound(self, stage: Stage) -> float:
         """How far from where the round begins an owner's product may go, as a Frobenius norm; 0: no bound."""
         return 0.0

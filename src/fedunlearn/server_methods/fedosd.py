@@ -52,6 +52,10 @@ class FedOSD(ServerMethod):
             return tuple(finetune_or_idle(rows, self.retain_epochs) for rows in cohort)
         return tuple(unlearn(rows, epochs) if rows.num_forget else idle(rows) for rows in cohort)
 
+    def draws_all(self, stage: Stage) -> bool:
+        """Before repair: the direction is orthogonal to an update of everyone who has retain rows."""
+        return stage.round <= 2 * self.steps
+
     def owner_rounds(self, num_rounds: int) -> Sequence[int]:
         """Every second of the first 2 * steps rounds."""
         return range(2, 2 * self.steps + 1, 2)

@@ -50,7 +50,8 @@ def _plan(work: Work) -> tuple[Step, ...]:
         per_row=work.settings.retain_per_forget if method is not None and method.retain != "none" else 0,
         alternates=work.data.alternates.counts if method is not None and work.data.alternates is not None else (),
     )
-    return tuple(plan_steps(supply, count_steps(len(work.rows), work.task.epochs, args), args, work.task.seed))
+    count = count_steps(len(work.rows), work.task.epochs, args, work.task.share)
+    return tuple(plan_steps(supply, count, args, work.task.seed))
 
 
 def _prepare_sums(work: Work, steps: Sequence[Step]) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fedunlearn.config.trainer import TrainArgs
+from fedunlearn.records.rounds import WHOLE, Share
 from fedunlearn.seeds import seed_of
 
 
@@ -25,11 +26,11 @@ class MicroBatch:
 Step = tuple[MicroBatch, ...]
 
 
-def count_steps(num_rows: int, epochs: float, args: TrainArgs) -> int:
-    """Optimiser steps of one client in one round: max_steps where it is set, else epochs over `num_rows` rows, rounded up."""
+def count_steps(num_rows: int, epochs: float, args: TrainArgs, share: Share = WHOLE) -> int:
+    """Optimiser steps of one client in one round: max_steps where it is set, else the share of epochs over `num_rows` rows, rounded up."""
     if args.max_steps > 0:
         return args.max_steps
-    return math.ceil(epochs * _steps_per_epoch(num_rows, args) - 1e-9)
+    return share.of(math.ceil(epochs * _steps_per_epoch(num_rows, args) - 1e-9))
 
 
 def warmup_of(num_rows: int, num_steps: int, args: TrainArgs) -> int:
