@@ -1,10 +1,10 @@
-"""Runs of server-side methods that all files of this folder share, and what clients sent in them."""
+"""Runs of server-side methods, made once a file, and what clients sent in them."""
 
 import pytest
 from helpers_server_methods import Runs
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def runs(pocket, tmp_path_factory):
     return Runs(pocket, tmp_path_factory.mktemp("runs"))
 

@@ -30,7 +30,7 @@ ONE = ("trainer.federated.num_rounds=1",)
 
 
 class Runs:
-    """Runs of this folder's tests by name, each made once; no request purges the ledger that the next one reads."""
+    """Runs of a test module by name, each made once; no request purges the ledger that the next one reads."""
 
     def __init__(self, pocket, saves):
         self.pocket, self.saves = pocket, saves

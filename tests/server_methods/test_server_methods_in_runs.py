@@ -93,9 +93,9 @@ def test_a_stopped_run_resumes_bit_equal(runs, pocket, saves, monkeypatch, name)
 
 
 def test_the_adapter_file_is_what_the_last_round_left(runs):
-    """What is measured above on checkpoints is what a user gets."""
-    for name in ("osd", "fused_always"):
-        run = runs.saves / "unlearn" / name
-        if run.is_dir():
-            assert apart(exported(run), whole(run, latest_checkpoint(run))) < 1e-6
+    """What is measured on checkpoints in this folder's other files is what a user gets."""
+    for name, rounds in (("fedosd", 4), ("fused", 2)):
+        more = (f"method={name}", f"trainer.federated.num_rounds={rounds}")
+        run = runs.unlearned(f"left_{name}", runs.tuned("always", *KEPT), *more)
+        assert apart(exported(run), whole(run, latest_checkpoint(run))) < 1e-6
     assert load_file(runs.tuned("always", *KEPT) / "adapter" / "adapter_model.safetensors")
