@@ -30,9 +30,8 @@ class Preference(Method):
         check_weights(type(self).__name__, self.gamma, self.alpha, self.retain)
         if self.beta <= 0:
             raise UserError(f"method.beta={self.beta} of {type(self).__name__} must be above 0")
-        _ = (
-            self.alternates
-        )  # a record with checks of its own: a member's values without sense are refused here, not in a client
+        # Made once now, for its checks: a member's values without sense are refused here, not on a client.
+        _ = self.alternates
 
     @property
     @abstractmethod
