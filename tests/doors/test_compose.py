@@ -14,6 +14,7 @@ from fedunlearn.config.server import GateConfig
 from fedunlearn.doors.command_line import read_command_line
 from fedunlearn.doors.compose import ComposedConfig, checked_overrides, compose
 from fedunlearn.errors import UserError
+from fedunlearn.methods.pdu import PDU
 from fedunlearn.methods.simnpo import SimNPO
 from fedunlearn.protocols.target_then_repair import TargetThenRepair
 
@@ -61,6 +62,13 @@ def test_unlearning_as_documented():
     assert run.model.model_args.attn_implementation == "flash_attention_2"
 
 
+def test_pdu_without_eps_is_refused_by_name():
+    """The loss on retain rows that is allowed is a matter of the data: no value of ours would be right."""
+    (fault,) = faults(f"{UNLEARN} method=pdu")
+    assert fault == "method.eps is missing and has no default: give method.eps=VALUE on the command line or set it in a YAML of yours"  # fmt: skip
+    assert run_of(f"{UNLEARN} method=pdu method.eps=0.3").method == PDU(eps=0.3)
+
+
 @pytest.mark.parametrize(
     ("more", "where", "value"),
     [
@@ -72,7 +80,7 @@ def test_unlearning_as_documented():
         ("strategy=fedadam strategy.server_lr=1e-2", "strategy", FedAdam(server_lr=1e-2)),
         ("robust=krum aggregation=flora", "robust", Krum()),
         ("gate.max_client_share=null", "gate", GateConfig(max_client_share=None)),
-        ("protocol=target_then_repair protocol.repair_epochs=null", "protocol", TargetThenRepair()),
+        ("protocol=target_then_repair protocol.repair_epochs=null", "protocol", TargetThenRepair(repair_epochs=None)),
         ("experiment=unlearn/tofu/pocket protocol=target_then_repair", "protocol", TargetThenRepair(repair_epochs=1.0)),
         ("trainer.args.learning_rate=1e-5", "trainer.args.learning_rate", 1e-5),
     ],

@@ -116,6 +116,22 @@ def test_an_adapter_acts_in_generation():
     assert list(adapted) == [decode(chat, greedy(peft_model, prompt, 12)).strip() for prompt in prompts_of(chat)]
 
 
+def test_a_model_left_in_train_mode_with_dropout_answers_as_in_eval_mode():
+    """Half of what goes into the adapter would be dropped: in train mode no two forward passes agree."""
+    from peft import LoraConfig, get_peft_model
+
+    chat = tiny_chat()
+    lora = LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear", init_lora_weights=False)
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(), lora).eval()
+    wanted = generated(model, chat, prompts_of(chat))
+    model.train()
+    ids = torch.tensor([prompts_of(chat)[0]])
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    assert generated(model, chat, prompts_of(chat)) == wanted
+    assert all(module.training for module in model.modules())
+
+
 def test_compat_masks_closing_tokens_of_the_prompt():
     model, chat = tiny_llama(), tiny_chat()
     assert chat.pad_id == EOT

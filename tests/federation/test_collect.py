@@ -394,7 +394,7 @@ def test_a_plan_that_never_draws_an_owner_is_refused(federation):
 
 def test_a_round_with_fewer_working_clients_than_the_robust_weights_need_is_refused_before_training(federation):
     """Target-then-repair: while owners unlearn the others stand idle, so Krum's five are not there."""
-    protocol = TargetThenRepair()
+    protocol = TargetThenRepair(repair_epochs=None)
     made = federation(owners=(0, 1), kind="unlearn", robust=Krum(), protocol=protocol, num_rounds=4)
     with pytest.raises(UserError, match=r"robust Krum needs 5 updates, but round 1 has 2 working clients \(protocol TargetThenRepair\)"):  # fmt: skip
         check_plans(made.run, rows_of(made.members))

@@ -1,5 +1,7 @@
 """AltPO: DPO's number with samples of the reference as the alternates."""
 
+import math
+
 import pytest
 import torch
 from helpers_losses import PARTS
@@ -20,6 +22,15 @@ def test_value_and_gradients_equal_the_slow_formula(beta):
     assert found[0].item() == pytest.approx(wanted[0], abs=1e-5)
     assert (found[1] - wanted[1]).abs().max() < 1e-5
     assert (found[2] - wanted[2]).abs().max() < 1e-5
+
+
+def test_two_tokens_by_hand():
+    """beta 1, answer 1 and 2 at its reference 3, an alternate of 1 against ln 3 + 1: margin ln 3, F = 2 ln(4/3); -1/2 a token of the answer, 1/2 of the alternate."""
+    own = {"nll": torch.tensor([1.0, 2.0]), "reference_sums": torch.tensor([3.0])}
+    other = {"nll": torch.tensor([1.0]), "reference_sums": torch.tensor([math.log(3) + 1.0])}
+    value, mine, theirs = step(AltPO(beta=1.0), own, other, (2,), (1,))
+    assert value.item() == pytest.approx(2 * math.log(4 / 3), abs=1e-6)
+    assert [*mine.tolist(), *theirs.tolist()] == pytest.approx([-0.5, -0.5, 0.5], abs=1e-6)
 
 
 def test_it_is_dpo_s_number_whatever_is_sampled():

@@ -31,6 +31,14 @@ def test_value_and_gradients_equal_the_slow_formula(beta):
     assert min(wanted[1].abs().max(), wanted[2].abs().max()) > 1e-3
 
 
+def test_two_tokens_by_hand():
+    """beta 1, original ln 3 and 1 against 1, alternate 2 and 1 against 3: margin ln 3, F = 2 ln(4/3); -1/2 a token of the original, 1/2 of the alternate."""
+    value, mine, theirs = step(DPO(beta=1.0), rows([LN3, 1.0], [1.0]), rows([2.0, 1.0], [3.0]), (2,), (2,))
+    assert value.item() == pytest.approx(2 * math.log(4 / 3), abs=1e-6)
+    assert mine.tolist() == pytest.approx([-0.5, -0.5], abs=1e-6)
+    assert theirs.tolist() == pytest.approx([0.5, 0.5], abs=1e-6)
+
+
 def test_at_the_reference_by_hand():
     """Original 1 + 2, alternate 4, both as in the reference, beta 1/2: F = (2/beta) ln 2 = 4 ln 2; one row: -1 a token of the original, +1 of the alternate."""
     value, mine, theirs = step(DPO(beta=0.5), rows([1.0, 2.0], [3.0]), rows([4.0], [4.0]), (2,), (1,))

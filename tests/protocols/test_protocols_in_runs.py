@@ -5,8 +5,8 @@ import math
 
 import pytest
 from helpers_runs import adapter_bytes, finetune, history, tiny, unlearn
-from helpers_training import train_args
 
+from fedunlearn.config.trainer import TrainArgs
 from fedunlearn.data.tofu import load_tofu
 from fedunlearn.errors import UserError
 from fedunlearn.federation.local_grid import LocalGrid
@@ -70,7 +70,7 @@ def test_an_owner_s_steps_on_forget_rows_are_the_same_in_all(made):
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_the_law_of_equal_steps(num_rounds, epochs, size):
     """The same whole number of steps in all, rounded up once a round and not once a protocol."""
-    args = train_args(per_device_train_batch_size=size)
+    args = TrainArgs(learning_rate=1e-3, per_device_train_batch_size=size)
     owner, other = (ClientRows(client_id=k, num_owned=8, num_forget=f, num_retain=8 - f) for k, f in ((0, 4), (1, 0)))
     later = [TargetThenRepair(unlearn_rounds=n) for n in range(1, num_rounds + 1)]
     for protocol in (

@@ -19,9 +19,9 @@ COHORT = (OTHER, FORGET_ONLY, EMPTY, OWNER)
 UNLEARN, FINETUNE, IDLE = Role.UNLEARN, Role.FINETUNE, Role.IDLE
 PROTOCOLS = [
     Finetune(),
-    InRound(),
+    InRound(finetune_epochs=None),
     InRound(finetune_epochs=0.5),
-    TargetThenRepair(),
+    TargetThenRepair(repair_epochs=None),
     TargetThenRepair(unlearn_rounds=2, repair_epochs=3),
 ]
 
@@ -39,7 +39,10 @@ def test_finetune_trains_whoever_has_rows():
 
 
 def test_in_round_lets_owners_unlearn_and_the_others_train():
-    assert roles(InRound(), 1) == [(2, FINETUNE, 2.0), (5, UNLEARN, 2.0), (7, IDLE, 0.0), (9, UNLEARN, 2.0)]
+    """The others for one epoch, or with null as long as the owners."""
+    protocol = InRound(finetune_epochs=None)
+    assert roles(protocol, 1) == [(2, FINETUNE, 2.0), (5, UNLEARN, 2.0), (7, IDLE, 0.0), (9, UNLEARN, 2.0)]
+    assert roles(InRound(), 1) == [(2, FINETUNE, 1.0), (5, UNLEARN, 2.0), (7, IDLE, 0.0), (9, UNLEARN, 2.0)]
 
 
 def test_in_round_finetune_epochs_belong_to_the_others_alone():
@@ -63,9 +66,11 @@ def test_target_then_repair_by_rounds():
     assert roles(protocol, 3) == [(2, FINETUNE, 3), (5, IDLE, 0.0), (7, IDLE, 0.0), (9, FINETUNE, 3)]
 
 
-def test_target_then_repair_defaults_to_one_round_and_the_trainer_s_epochs():
+def test_target_then_repair_defaults_to_one_round_and_one_epoch_of_repair_and_null_is_the_trainer_s():
     assert roles(TargetThenRepair(), 1, num_rounds=1)[3] == (9, UNLEARN, 2.0)
-    assert roles(TargetThenRepair(), 2) == [(2, FINETUNE, 2.0), (5, IDLE, 0.0), (7, IDLE, 0.0), (9, FINETUNE, 2.0)]
+    assert roles(TargetThenRepair(), 2) == [(2, FINETUNE, 1.0), (5, IDLE, 0.0), (7, IDLE, 0.0), (9, FINETUNE, 1.0)]
+    null = TargetThenRepair(repair_epochs=None)
+    assert roles(null, 2) == [(2, FINETUNE, 2.0), (5, IDLE, 0.0), (7, IDLE, 0.0), (9, FINETUNE, 2.0)]
 
 
 def test_a_round_without_owners_is_idle_for_all_in_the_unlearning_part():
@@ -116,7 +121,7 @@ def test_there_is_at_least_one_round_of_unlearning(rounds):
 def test_rounds_that_are_not_there_are_told():
     """Two rounds: three cannot unlearn; where both do, no round is left to repair in."""
     assert TargetThenRepair(unlearn_rounds=1, repair_epochs=1.0).faults(2) == ()
-    assert TargetThenRepair(unlearn_rounds=2).faults(2) == ()
+    assert TargetThenRepair(unlearn_rounds=2, repair_epochs=None).faults(2) == ()
     at = "protocol.unlearn_rounds={} beside trainer.federated.num_rounds=2: "
     (fault,) = TargetThenRepair(unlearn_rounds=3).faults(2)
     assert fault == at.format(3) + "there are not so many rounds; lower it, or raise num_rounds"

@@ -14,7 +14,8 @@ from fedunlearn.methods.tokens import Need, StepTotals, TokenLosses
 class CEU(Method):
     """F = mean over label positions, without each row's first `skip`, of -sum_v q_v log softmax(z)_v, q = softmax(sg(z)) with z_y = -inf.
 
-    A row of no more than `skip` labels adds nothing. Two words, z = (0, 0), y = 0: q = (0, 1), F = ln 2, gradient (1/2, -1/2).
+    A row of no more than `skip` labels adds nothing. Two tokens over two words at skip 1: the first, z = (5, 1), adds nothing; the second,
+    z = (ln 3, 0) with y = 0: q = (0, 1), softmax(z) = (3/4, 1/4), F = -ln(1/4) = ln 4, gradient (3/4, -3/4).
     """
 
     skip: int = 1

@@ -2,46 +2,19 @@
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-
-from fedunlearn.errors import UserError
 from fedunlearn.methods.alternates import Alternates
-from fedunlearn.methods.base import Method, RetainTerm, check_weights
-from fedunlearn.methods.tokens import Need, StepTotals, TokenLosses
+from fedunlearn.methods.preference import Preference
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPO(Method):
-    """F = -(2/beta) mean_i log sigmoid(beta [(NLL_i - NLL_i^ref)(original) - (NLL_i - NLL_i^ref)(alternate)]), on sequence sums.
+class DPO(Preference):
+    """The preference loss with alternates of the user's own, one or more a row, from data.alternates_path.
 
-    It lowers the alternate's loss and raises the original's. 2/beta is the common implementation's, the paper has 1. As beta goes to 0 its gradient
-    becomes that of ascent on the original and descent on the alternate. At the reference, whatever the rows: F = (2/beta) ln 2, and
-    a token's gradient -1/B (original) or 1/B (alternate). Alternates: one a row, from data.alternates_path.
+    One row at beta 1: two tokens with nll ln 3 and 1 against reference 1, an alternate of two with 2 and 1 against 3. The margin is ln 3, its
+    sigmoid 3/4: F = -2 ln(3/4) = 2 ln(4/3), gradient -1/2 for each token of the original, 1/2 for each of the alternate.
     """
-
-    beta: float = 0.1
-    gamma: float = 1.0
-    alpha: float = 1.0
-    retain: RetainTerm = "nll"
-
-    def __post_init__(self) -> None:
-        check_weights(type(self).__name__, self.gamma, self.alpha, self.retain)
-        if self.beta <= 0:
-            raise UserError(f"method.beta={self.beta} of {type(self).__name__} must be above 0")
 
     @property
     def alternates(self) -> Alternates:
         """The user's own, row by row."""
         return "pairs"
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Token losses and reference sums of the rows with both answers."""
-        return frozenset({Need.NLL, Need.REFERENCE_SUMS, Need.ALTERNATES})
-
-    def forget(self, batch: TokenLosses, totals: StepTotals) -> torch.Tensor:
-        """See Method.forget."""
-        original = batch.row_sums() - batch.the(Need.REFERENCE_SUMS)  # [B]
-        alternate = batch.other.row_sums() - batch.other.the(Need.REFERENCE_SUMS)
-        return -(2.0 / self.beta) * F.logsigmoid(self.beta * (original - alternate)).sum() / totals.num_rows

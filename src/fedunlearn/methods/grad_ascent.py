@@ -11,7 +11,10 @@ from fedunlearn.methods.tokens import Need, StepTotals, TokenLosses
 
 @dataclass(frozen=True, kw_only=True)
 class GradAscent(Method):
-    """F = -CE(forget), no retain term: the loss has no lower bound and the model collapses when it runs on."""
+    """F = -CE(forget), no retain term: the loss has no lower bound and the model collapses when it runs on.
+
+    Two tokens with nll 1 and 3: F = -(1 + 3) / 2 = -2, gradient -1/2 for each.
+    """
 
     gamma: float = field(default=1.0, init=False)
     alpha: float = field(default=0.0, init=False)

@@ -11,7 +11,11 @@ from fedunlearn.methods.tokens import Need, StepTotals, TokenLosses
 
 @dataclass(frozen=True, kw_only=True)
 class GradDiff(Method):
-    """F = -CE(forget); L = gamma F + alpha R."""
+    """F = -CE(forget); L = gamma F + alpha R.
+
+    Two forget tokens with nll 1 and 3: F = -(1 + 3) / 2 = -2, gradient -1/2 for each. Beside two retain tokens with nll 1 and 2, at gamma 2 and
+    alpha 1: L = 2 (-2) + 3/2 = -5/2.
+    """
 
     gamma: float = 1.0
     alpha: float = 1.0

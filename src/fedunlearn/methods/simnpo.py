@@ -15,7 +15,8 @@ class SimNPO(Method):
     """F = -(2/beta) mean_i log sigmoid(beta (NLL_i / T_i - delta)).
 
     delta stands inside beta, as in open-unlearning's code; the paper's margin stands outside it and equals beta * delta.
-    With a large beta the sigmoid saturates once the mean loss is about 1 and the loss stalls there.
+    With a large beta the sigmoid saturates once the mean loss is about 1 and the loss stalls there. One row of two tokens with nll 0 and ln 4, at
+    beta 2 and delta 0: the mean is ln 2, sigmoid(2 ln 2) = 4/5, F = -ln(4/5) = ln(5/4), gradient -1/5 for each token.
     """
 
     beta: float = 4.5

@@ -16,7 +16,8 @@ class UNDIAL(Method):
 
     Here the mean is over label positions; the common implementation takes it over prompt and padding too, where it also reads the label -100 as
     the token V - 100, so learning rates found with it do not carry over. beta = 0 distils the reference itself; as it grows q leaves the label out.
-    Two words, z = z_ref = (0, 0), y = 0, beta = ln 3: q = (1/4, 3/4), F = ln 2, gradient softmax(z) - q = (1/4, -1/4).
+    Two tokens over two words at beta = ln 3, z = z_ref. (0, 0) with y = 0: q = (1/4, 3/4), -log softmax(z) = ln 2 for both words. (0, ln 3) with
+    y = 1: q = (1/2, 1/2), softmax(z) = (1/4, 3/4). F = (ln 2 + ln(16/3) / 2) / 2, gradient (softmax(z) - q) / 2 = (1/8, -1/8) and (-1/8, 1/8).
     """
 
     beta: float = 10.0

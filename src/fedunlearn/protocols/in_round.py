@@ -13,7 +13,7 @@ from fedunlearn.records.rounds import ClientRows
 class InRound(Protocol):
     """finetune_epochs: epochs of those who do not unlearn; null = trainer.args.num_train_epochs, as the owners have."""
 
-    finetune_epochs: float | None = None
+    finetune_epochs: float | None = 1.0
 
     def __post_init__(self) -> None:
         if self.finetune_epochs is not None and not 0 < self.finetune_epochs <= LARGEST:

@@ -18,7 +18,7 @@ class TargetThenRepair(Protocol):
     """
 
     unlearn_rounds: int = 1
-    repair_epochs: float | None = None
+    repair_epochs: float | None = 1.0
 
     def __post_init__(self) -> None:
         if self.unlearn_rounds < 1:
