@@ -1,6 +1,7 @@
 """One row's way from the partition to the evaluation, and requests in sequence: what was forgotten stays forgotten."""
 
 import json
+import shutil
 
 import pytest
 from helpers_requests import ROWS, author, client_rows, serve, watch
@@ -111,6 +112,43 @@ class TestSequence:
                 "requests=[{authors: [19]}, {authors: [18]}, {authors: [19]}]",
             )
         assert not (saves / "unlearn").exists()
+
+    @pytest.mark.parametrize(
+        ("overrides", "said"),
+        [
+            ((), r"un\.2' holds an unfinished run of this config: resume=true goes on, overwrite=true starts anew"),
+            (("trainer.args.seed=5",), r"un\.2' was made with another config \(differs in trainer\.args\.seed\)"),
+        ],
+    )
+    def test_what_is_in_the_second_s_way_is_told_before_the_first_begins(self, pocket, saves, overrides, said):
+        tuned = finetune(pocket, saves)
+        there = serve(pocket, saves, tuned, "un", BOTH)
+        (there / "done.json").unlink()
+        shutil.rmtree(saves / "unlearn" / "un.1")
+        with pytest.raises(UserError, match=said):
+            serve(pocket, saves, tuned, "un", BOTH, *overrides)
+        assert not (saves / "unlearn" / "un.1").exists()
+
+    def test_the_folders_of_all_are_told_at_once_and_a_done_one_of_another_config_is_not_gone_on_from(
+        self, pocket, saves
+    ):
+        tuned = finetune(pocket, saves)
+        serve(pocket, saves, tuned, "un", BOTH)
+        with pytest.raises(UserError) as caught:
+            serve(pocket, saves, tuned, "un", BOTH, "trainer.args.seed=5", "resume=true")
+        assert [
+            f"un.{number}' was made with another config" in fault for number, fault in enumerate(caught.value.faults, 1)
+        ] == [True, True]
+
+    def test_a_done_sequence_is_repeated_and_that_is_said_once_a_run(self, pocket, saves, caplog):
+        tuned = finetune(pocket, saves)
+        for _ in range(2):
+            caplog.clear()
+            serve(pocket, saves, tuned, "un", BOTH)
+        said = [
+            record.getMessage() for record in caplog.records if "it is repeated from the start" in record.getMessage()
+        ]
+        assert len(said) == 2
 
     def test_a_client_asked_for_later_forgets_what_is_left_of_it(self, pocket, saves, monkeypatch):
         seen = watch(monkeypatch)

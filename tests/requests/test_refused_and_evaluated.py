@@ -4,7 +4,7 @@ import json
 
 import pytest
 from helpers_requests import ROWS, author, client_rows, serve, watch
-from helpers_runs import CONFIGS, finetune, history
+from helpers_runs import CONFIGS, central, finetune, history
 
 from fedunlearn.data.tofu import load_tofu
 from fedunlearn.doors.compose import compose
@@ -95,6 +95,33 @@ def test_requests_beside_fine_tuning_on_all_rows_are_refused(pocket, saves):
     with pytest.raises(UserError, match=r"requests are given, but fine-tuning on data.rows='full' leaves nothing out"):
         finetune(pocket, saves, "ft", "requests=[{client: 1}]")
     assert not (saves / "finetune").exists()
+
+
+def test_the_central_baseline_serves_one_request_and_says_where_several_are(pocket, saves, made):
+    """Merged into one they would be another run than the federation's, which forgets one after the other."""
+    named = f"model.model_args.pretrained_model_name_or_path={made}"
+    with pytest.raises(UserError) as caught:
+        central(pocket, saves, "unlearn", "two", named, "requests=[{authors: [18]}, {authors: [19]}]")
+    (said,) = caught.value.faults
+    assert said.startswith("requests has 2 entries")
+    assert "src/fed_train.py serves them so" in said
+    assert "requests=[{authors: [18, 19]}]" in said
+    assert not saves.exists()
+    run = central(pocket, saves, "unlearn", "one", named, "requests=[{authors: [18, 19]}]")
+    assert json.loads((run / "request.json").read_text())["rows"] == sorted(author(18, 19))
+
+
+def test_all_that_only_a_federation_can_do_is_told_at_once(pocket, saves):
+    several = ("requests=[{authors: [18]}, {authors: [19]}]", "ledger.enabled=true", "resume=true")
+    with pytest.raises(UserError) as caught:
+        central(pocket, saves, "unlearn", "two", *several)
+    assert [said.split(" ")[0] for said in caught.value.faults] == ["resume=true:", "method", "requests"]
+
+
+def test_the_central_oracle_leaves_out_all_that_its_requests_name(pocket, saves):
+    """Nothing is served there: an oracle of two requests knows neither."""
+    run = central(pocket, saves, "retrain", "oracle", "requests=[{authors: [18]}, {authors: [19]}]")
+    assert json.loads((run / "request.json").read_text())["rows"] == sorted(author(18, 19))
 
 
 def test_every_fault_of_a_request_is_told_at_once(pocket, saves, made):

@@ -33,7 +33,7 @@ def test_rollback_of_a_late_client_is_a_federation_that_never_had_it(runs, name,
     assert hashes(tuned)[2] == hashes(without)[2]
     assert hashes(tuned)[3] != hashes(without)[3]
     assert adapter_bytes(back) == adapter_bytes(without)
-    assert roles(back, 3).get(3) == (None if target == "gone" else "idle")
+    assert roles(back, 3).get(3) is None
 
 
 def test_rollback_of_one_that_was_there_from_round_1_is_the_retrain_and_says_so(runs, caplog):
@@ -80,3 +80,13 @@ def test_rollback_to_a_pruned_round_is_refused_with_the_way_out_and_nothing_is_w
     (fault,) = runs.refused(tuned, *REPLAY, *LATE, *few, "method=rollback", "requests=[{client: 3}]")
     assert f"round 2 of '{tuned.resolve()}' is wanted and was pruned" in fault
     assert "trainer.federated.keep_rounds=all" in fault
+
+
+def test_rollback_of_a_whole_client_draws_as_the_oracle_does(runs):
+    """Half of the clients are drawn: a client without a retain row is not there to be drawn, in the replay as in the oracle."""
+    few = (*LATE, "trainer.federated.fraction_train=0.5")
+    tuned = runs.tuned("late_few", *KEPT, *few)
+    without = runs.tuned("late_few_without", *FOUR, *few, *ORACLE, "requests=[{client: 3}]")
+    back = runs.unlearned("back_few", tuned, *REPLAY, *few, "method=rollback", "requests=[{client: 3}]")
+    assert list(roles(back, 4)) == list(roles(without, 4))
+    assert hashes(back)[4] == hashes(without)[4]

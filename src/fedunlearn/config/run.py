@@ -251,13 +251,13 @@ class TrainRun:
         return [server.step(stage) is ServerStep.OWN for stage in stages]
 
     def _own_step_rules(self) -> list[tuple[bool, str]]:
-        """What would have no effect beside a method that makes every step itself; a replay must have fine-tuning's settings all the same."""
+        """What would have no effect beside a method that makes every step itself."""
         server, chosen = self.server_method, self.aggregation
         if server is None:
             return []
         own, name = self._own_steps(server), type(server).__name__
         at = f"beside method {name}, which makes every step itself, as the best rank r of an exact sum, has no effect"
-        averages = server.replays or not all(own)
+        averages = not server.never_averages
         return [
             (
                 any(own) == (type(server).change is not ServerMethod.change),

@@ -5,106 +5,32 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from fedunlearn.config.parse import parse_config
 from fedunlearn.config.run import TrainRun
+from fedunlearn.doors.comparison import Comparison, read_comparison
 from fedunlearn.doors.compose import ComposedConfig, compose
+from fedunlearn.doors.reuse import how_to_begin, is_same
 from fedunlearn.doors.stages import run_evaluation, run_federated
-from fedunlearn.errors import NotApplicableError, UserError, did_you_mean
+from fedunlearn.errors import NotApplicableError
 from fedunlearn.evals.files import EVAL_FILE, read_log
 from fedunlearn.models.resident import release
 from fedunlearn.protocols.by_method import ByMethod
 from fedunlearn.records.comparison import Figures, MethodRun
 from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.reporting.comparison import SHORT, lines_of, show, write
-from fedunlearn.reporting.run_folder import DONE, changed_keys, is_done, run_path
+from fedunlearn.reporting.run_folder import DONE, run_path
 
 log = logging.getLogger(__name__)
 MODEL = "model.model_args.pretrained_model_name_or_path="
 ORACLE, TUNED = "retrain", "fine-tuned"
-KEYS = ("experiment", "methods", "seeds", "request", "requests", "task_name", "saves_dir", "pocket_dir")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """What is compared. recipe: configs/compare/<name>.yaml as it stands. requests: what is asked for, one after the other; None is the recipe's forget split."""
-
-    recipe: Mapping[str, Any]
-    methods: tuple[str, ...]
-    seeds: tuple[int, ...]
-    request: str
-    requests: tuple[str | None, ...]
-    task_name: str
-    configs: Path
-    saves: Path
-    pocket_dir: Path
-
-
-def read_comparison(argv: Sequence[str], configs: Path) -> Comparison:
-    """Reads key=value words. Raises UserError for keys, methods or requests that are unknown, telling all at once."""
-    given = _given(argv)
-    experiment = str(given.get("experiment", "unlearn/tofu/pocket"))
-    path = configs / "compare" / f"{experiment.rpartition('/')[2]}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
-        raise UserError(f"experiment={experiment!r} has no recipe for comparing, {str(path)!r}: known are {known}")
-    recipe = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(path)))
-    methods = tuple(map(str, given.get("methods", list(recipe["methods"]))))
-    request = str(given.get("request", "sample"))
-    faults = [
-        f"methods: {name!r} is unknown{did_you_mean(name, recipe['methods'])} Known: {', '.join(recipe['methods'])}"
-        for name in methods
-        if name not in recipe["methods"]
-    ]
-    if request not in recipe["requests"]:
-        faults.append(f"request={request!r} is unknown: known are {', '.join(recipe['requests'])}")
-    if faults:
-        raise UserError(*faults)
-    return Comparison(
-        recipe=recipe,
-        methods=methods,
-        seeds=tuple(int(seed) for seed in given.get("seeds", [0])),
-        request=request,
-        requests=_requests(given, recipe["requests"][request]),
-        task_name=str(given.get("task_name", "compare")),
-        configs=configs,
-        saves=Path(str(given.get("saves_dir", "saves"))),
-        pocket_dir=Path(str(given.get("pocket_dir", "saves/pocket"))),
-    )
-
-
-def _given(argv: Sequence[str]) -> dict[str, Any]:
-    faults = [
-        f"{word!r} is no setting of a comparison{did_you_mean(word.partition('=')[0], KEYS)} Known: {', '.join(KEYS)}"
-        for word in argv
-        if word.partition("=")[0] not in KEYS or "=" not in word
-    ]
-    if faults:
-        raise UserError(*faults)
-    found = OmegaConf.to_container(OmegaConf.from_dotlist(list(argv)))
-    return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
-
-
-def _requests(given: Mapping[str, Any], chosen: Mapping[str, Any]) -> tuple[str | None, ...]:
-    listed = given.get("requests", chosen.get("requests"))
-    return (None,) if listed is None else tuple(_word(one) for one in listed)
-
-
-def _word(value: object) -> str:
-    """Writes a value as a command line's override has it: keys without quotes."""
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_word(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(_word, value)) + "]"
-    return "null" if value is None else str(value)
 
 
 def run_comparison(chosen: Comparison) -> Iterator[MethodRun]:
     """Runs what is not done yet and yields a row for each method, request and seed, fine-tuned model and oracle first."""
+    _Seed(chosen, chosen.seeds[0]).check()
     for seed in chosen.seeds:
         yield from _Seed(chosen, seed).rows()
     release()
@@ -118,17 +44,28 @@ class _Oracle:
     log: Path
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class _Seed:
-    """One seed of a comparison. anew: something in front was run now, so that what lies behind it on disk is of another adapter."""
+    """One seed of a comparison."""
 
     chosen: Comparison
     seed: int
-    anew: bool = False
+
+    @property
+    def beside(self) -> Sequence[str]:
+        """What the request wants of the federation, in every run."""
+        wanted: Sequence[str] = self.chosen.recipe["requests"][self.chosen.request].get("federation", [])
+        return wanted
+
+    def check(self) -> None:
+        """Raises UserError for requests, or a task_name, that no config takes."""
+        named = f"task_name={self.chosen.task_name}"
+        asked = self._asked(self.chosen.requests)
+        self._composed("train-lora.yaml", [*self.chosen.recipe["oracle"], *self.beside, named, *asked])
 
     def rows(self) -> Iterator[MethodRun]:
-        recipe, asked = self.chosen.recipe, self.chosen.recipe["requests"][self.chosen.request]
-        beside = asked.get("federation", [])
+        """Runs what is not done yet, and yields a row for each model as soon as it is there."""
+        recipe, beside = self.chosen.recipe, self.beside
         tuned = self._train("train-lora.yaml", TUNED, [*recipe["finetune"], *beside])
         oracles: list[_Oracle] = []
         for number in range(1, len(self.chosen.requests) + 1):
@@ -137,10 +74,8 @@ class _Seed:
             before = self._evaluated(f"{TUNED}{number}", tuned, number, [f"retain_logs_path={oracle.log}"])
             yield self._row(TUNED, "", "", number, tuned, oracle, read_log(before))
             yield self._row(ORACLE, "", "", number, oracle.folder, oracle, read_log(oracle.log))
-        anew = self.anew
         for name in self.chosen.methods:
-            self.anew = anew
-            yield from self._method(name, tuned, oracles, beside)
+            yield from self._method(name, tuned, oracles)
 
     def _oracle(self, number: int, tuned: Path, overrides: Sequence[str]) -> _Oracle:
         """The retrain without the rows of requests 1 to `number`; of several it is evaluated on those of the last."""
@@ -153,11 +88,11 @@ class _Seed:
     def _asked(self, requests: Sequence[str | None]) -> list[str]:
         return [] if requests[0] is None else [f"requests=[{','.join(str(one) for one in requests)}]"]
 
-    def _method(self, name: str, tuned: Path, oracles: Sequence[_Oracle], beside: Sequence[str]) -> Iterator[MethodRun]:
+    def _method(self, name: str, tuned: Path, oracles: Sequence[_Oracle]) -> Iterator[MethodRun]:
         entry = self.chosen.recipe["methods"][name] or {}
         settings = [str(one) for one in entry.get("settings", [])]
         base = self.chosen.recipe[entry.get("recipe", "unlearn")]
-        clients = [one for one in beside if one.startswith("trainer.")]
+        clients = [one for one in self.beside if one.startswith("trainer.")]
         adapter = tuned
         for number, (request, oracle) in enumerate(zip(self.chosen.requests, oracles, strict=True), 1):
             overrides = [
@@ -204,10 +139,9 @@ class _Seed:
         named += [] if oracle is None else [f"retain_logs_path={oracle.log}"]
         composed = self._composed(primary, [*overrides, *named])
         folder = run_path(composed.run)
-        if self.anew or not _is_same(folder, composed):
+        if not is_same(composed):
             log.info("%s", folder)
-            run_federated(self._composed(primary, [*overrides, *named, *_control(folder, composed, self.anew)]))
-            self.anew = True
+            run_federated(self._composed(primary, [*overrides, *named, *how_to_begin(composed)]))
         return folder
 
     def _evaluated(self, name: str, folder: Path, number: int, more: Sequence[str]) -> Path:
@@ -221,10 +155,9 @@ class _Seed:
             *self._asked([self.chosen.requests[number - 1]]),
         ]
         composed = self._composed("eval.yaml", overrides)
-        place = run_path(composed.run)
-        if self.anew or not _is_same(place, composed):
+        if not is_same(composed):
             run_evaluation(composed)
-        return place / EVAL_FILE
+        return run_path(composed.run) / EVAL_FILE
 
     def _composed(self, primary: str, overrides: Sequence[str]) -> ComposedConfig:
         common = (
@@ -234,23 +167,6 @@ class _Seed:
             f"paths.cache_dir={self.chosen.saves}/cache",
         )
         return compose(self.chosen.configs, primary, [*overrides, *common])
-
-
-def _is_same(folder: Path, composed: ComposedConfig) -> bool:
-    """Whether a run of this very config lies there and is done."""
-    return is_done(folder) and not _changed(folder, composed)
-
-
-def _changed(folder: Path, composed: ComposedConfig) -> bool:
-    path = folder / "config.json"
-    return not path.is_file() or bool(changed_keys(json.loads(path.read_text(encoding="utf-8")), composed.plain))
-
-
-def _control(folder: Path, composed: ComposedConfig, anew: bool) -> list[str]:
-    """What to do about a folder that is there: go on with the same config, else begin in its place."""
-    if not folder.is_dir():
-        return []
-    return ["overwrite=true"] if anew or is_done(folder) or _changed(folder, composed) else ["resume=true"]
 
 
 def _account(folder: Path) -> Mapping[str, float]:
@@ -288,7 +204,7 @@ def _all_tokens(account: Mapping[str, float]) -> float:
 
 
 def compare_and_tell(argv: Sequence[str], configs: Path) -> None:
-    """Runs a comparison, prints its table and leaves it in <saves>/compare/<task_name>/, after every seed anew."""
+    """Runs a comparison, prints its table and leaves it in <saves>/compare/<task_name>/, after every row anew."""
     chosen = read_comparison(argv, configs)
     folder = chosen.saves / "compare" / chosen.task_name
     runs: list[MethodRun] = []

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import resource
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from fedunlearn.models.resident import Resident, take_probe
 from fedunlearn.records.adapter import Adapter
 from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.records.requests import Request
+from fedunlearn.reporting.peak_memory import peak_memory
 from fedunlearn.reporting.run_folder import DONE, PACKAGES, versions
 
 log = logging.getLogger(__name__)
@@ -36,8 +35,10 @@ RESULT = "adapter"
 @dataclass(frozen=True, kw_only=True)
 class Account:
     """What a run cost: optimiser steps, input tokens with and without gradient (reference, generation) and seconds of all clients together, bytes by
-    direction, peak resident memory of this process.
+    direction.
 
+    peak_memory_mib: the most that this process held since the run began or went on (reporting.peak_memory says where it can only grow); peak_device_memory_mib:
+    of its CUDA tensors, None without CUDA. Workers of launcher=ray and launcher.isolate=true are processes of their own, and in neither.
     dropped: a sentence for each client whose updates did not all count, and for each that the roll call refused. stopped: one for each epoch
     that a client's guard ended.
     """
@@ -50,6 +51,7 @@ class Account:
     bytes_down_reference: int
     bytes_up: int
     peak_memory_mib: float
+    peak_device_memory_mib: float | None = None
     dropped: tuple[str, ...] = ()
     stopped: tuple[str, ...] = ()
 
@@ -151,7 +153,7 @@ def evaluate(
 
 
 def account(folder: Path) -> Account:
-    """Adds up history.jsonl; peak memory is that of this process so far."""
+    """Adds up history.jsonl; peak memory is that of this process since the run began in it."""
     history = read_history(folder)
     clients = [client for line in history for client in line["clients"]]  # type: ignore[attr-defined]
     totals = {
@@ -166,7 +168,15 @@ def account(folder: Path) -> Account:
         if client["stopped"]
     )
     seconds = sum(float(client["seconds"]) for client in clients)
-    return Account(**totals, seconds=seconds, peak_memory_mib=peak_memory_mib(), dropped=dropped, stopped=stopped)
+    peak = peak_memory()
+    return Account(
+        **totals,
+        seconds=seconds,
+        peak_memory_mib=peak.resident,
+        peak_device_memory_mib=peak.device,
+        dropped=dropped,
+        stopped=stopped,
+    )
 
 
 def _refused(folder: Path) -> tuple[str, ...]:
@@ -184,9 +194,3 @@ def _dropped(history: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
         f"client {client}: {reason} in round{'s' if len(when) > 1 else ''} {', '.join(map(str, when))}"
         for (client, reason), when in sorted(rounds.items())
     )
-
-
-def peak_memory_mib() -> float:
-    """Peak resident memory of this process in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024.0 * 1024.0 if sys.platform == "darwin" else 1024.0)

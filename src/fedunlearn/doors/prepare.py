@@ -34,6 +34,7 @@ from fedunlearn.federation.planning import check_plans
 from fedunlearn.federation.start import START, counted, load_start, save_start
 from fedunlearn.files import write_json
 from fedunlearn.methods.tokens import Need
+from fedunlearn.models.adapter_files import saved_hash
 from fedunlearn.models.hidden_states import num_blocks
 from fedunlearn.models.resident import Resident, resident
 from fedunlearn.models.source import ModelSource, resolve_source
@@ -104,6 +105,7 @@ def prepare(composed: ComposedConfig) -> Prepared:
     hashes = {
         "base": made.fingerprint,
         "start_adapter": made.start.tensor_hash,
+        "source": saved_hash(source.adapter),
         "data": tofu.hash("full"),
         "partition": partition.hash,
         "request": request.hash,

@@ -14,7 +14,7 @@ from fedunlearn.doors.compose import ComposedConfig
 from fedunlearn.doors.prepare import check_requests
 from fedunlearn.doors.stages import run_federated
 from fedunlearn.records.evaluation import EvalLog
-from fedunlearn.reporting.run_folder import is_done, run_path
+from fedunlearn.reporting.run_folder import check_folders, is_done, run_path
 
 log = logging.getLogger(__name__)
 
@@ -23,48 +23,41 @@ def run_served(composed: ComposedConfig) -> tuple[Path, EvalLog | None]:
     """Runs a federation, once for each request where there are several; gives the last folder and its evaluation."""
     run = composed.run
     if isinstance(run, TrainRun) and run.mode == "unlearn" and len(run.requests or ()) > 1:
-        return run_requests(composed)
+        return run_requests(composed, run)
     return run_path(run), run_federated(composed)
 
 
-def run_requests(composed: ComposedConfig) -> tuple[Path, EvalLog | None]:
+def run_requests(composed: ComposedConfig, run: TrainRun) -> tuple[Path, EvalLog | None]:
     """Serves the requests one after the other, as runs `<task_name>.1`, `<task_name>.2` ...; gives the last folder and its evaluation.
 
-    All of them are checked before the first begins. With resume=true those that are done are left alone, the one that was stopped goes on.
+    All of them, and their folders, are checked before the first begins. With resume=true those that are done are left alone, the one that was
+    stopped goes on.
     """
-    legs = split_requests(composed)
-    if isinstance(composed.run, TrainRun):
-        check_requests(composed.run)
-    folder, result = run_path(composed.run), None
+    legs = split_requests(composed, run)
+    check_folders((leg.run, leg.plain) for leg in legs)
+    check_requests(run)
+    folder, result = run_path(run), None
     for number, leg in enumerate(legs, 1):
         folder = run_path(leg.run)
         if leg.run.resume and is_done(folder):
             log.info("request %d of %d: %s is done", number, len(legs), folder)
             continue
-        if leg.run.resume and not folder.is_dir():
-            leg = _changed(leg, {"resume": False})
         log.info("request %d of %d: %s", number, len(legs), folder)
         result = run_federated(leg)
     return folder, result
 
 
-def split_requests(composed: ComposedConfig) -> tuple[ComposedConfig, ...]:
-    """Gives one config a request; from the second on the model is the run before."""
-    run = composed.run
-    if not isinstance(run, TrainRun) or run.requests is None:
-        raise ValueError("there is no list of requests")
+def split_requests(composed: ComposedConfig, run: TrainRun) -> tuple[ComposedConfig, ...]:
+    """Gives one config a request; from the second on the model is the run before. Only what is there is resumed."""
     legs: list[ComposedConfig] = []
-    for number, request in enumerate(_listed(composed.plain), 1):
+    for number, request in enumerate(cast("list[object]", composed.plain["requests"]), 1):
         changes: dict[str, object] = {"task_name": f"{run.task_name}.{number}", "requests": [request]}
         if legs:
             changes["model"] = _from(composed.plain, run_path(legs[-1].run))
-        legs.append(_changed(composed, changes))
+        leg = _changed(composed, changes)
+        there = run_path(leg.run).is_dir()
+        legs.append(leg if there or not run.resume else _changed(leg, {"resume": False}))
     return tuple(legs)
-
-
-def _listed(plain: Mapping[str, object]) -> list[object]:
-    requests = plain["requests"]
-    return list(requests) if isinstance(requests, list) else []
 
 
 def _from(plain: Mapping[str, object], folder: Path) -> dict[str, object]:

@@ -17,11 +17,13 @@ from fedunlearn.federation.checkpoint import append_history, latest_checkpoint
 from fedunlearn.federation.launchers import launch
 from fedunlearn.federation.site import Site, reads_reference, set_threads
 from fedunlearn.files import write_json
+from fedunlearn.models.adapter_files import saved_hash
 from fedunlearn.records.adapter import Adapter, Tensors
 from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.records.partition import OwnedRows
 from fedunlearn.records.rounds import ClientOutcome, ClientTask, Role, RoundResult
 from fedunlearn.reporting.curves import open_curves
+from fedunlearn.reporting.peak_memory import reset_peak
 from fedunlearn.reporting.run_folder import DONE, config_hash, make_folder, provenance
 from fedunlearn.seeds import seed_of
 from fedunlearn.training.local import LocalResult
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 
 def run_federated(composed: ComposedConfig) -> EvalLog | None:
     """Fine-tunes or unlearns in the federation, saves adapter and account, evaluates; gives the evaluation where there is one."""
+    reset_peak()  # before the model is loaded: it is the run's too
     set_threads(composed.run)
     prepared = prepare(composed)
     launch(prepared.run.launcher, composed.plain)
@@ -45,20 +48,10 @@ def run_federated(composed: ComposedConfig) -> EvalLog | None:
 
 def run_central(composed: ComposedConfig) -> EvalLog | None:
     """The central baseline: the same loop over all clients' rows at once, in one round, without a federation."""
+    reset_peak()
     composed = replace(composed, plain={**composed.plain, "door": CENTRAL})
     set_threads(composed.run)
-    if composed.run.resume:
-        raise UserError(
-            "resume=true: the central baseline is one round, there is nothing to go on with; use overwrite=true"
-        )
-    if isinstance(composed.run, TrainRun) and composed.run.ranks_differ:
-        raise UserError(
-            "partition.ranks and lora_alphas belong to clients, of which the central baseline has none: leave them null"
-        )
-    if isinstance(composed.run, TrainRun) and (composed.run.server_method or composed.run.ledger.enabled):
-        raise UserError(
-            "method and ledger: a server-side method or a ledger needs a federation, of which the central baseline has none; use src/fed_train.py"
-        )
+    _check_central(composed.run)
     prepared = prepare(composed)
     run = prepared.run
     log.info("central: one round of trainer.args over all rows; trainer.federated, protocol and the server do not act")
@@ -76,6 +69,31 @@ def run_central(composed: ComposedConfig) -> EvalLog | None:
     with open_curves(prepared.folder, run.trainer.args.report_to) as curves:
         curves.add(line)
     return finish(prepared, result, config_hash(composed.plain))
+
+
+def _check_central(run: TrainRun | EvalRun) -> None:
+    """Raises UserError, all faults at once, for what only a federation can do."""
+    faults = []
+    if run.resume:
+        faults.append(
+            "resume=true: the central baseline is one round, there is nothing to go on with; use overwrite=true"
+        )
+    if isinstance(run, TrainRun) and run.ranks_differ:
+        faults.append(
+            "partition.ranks and lora_alphas belong to clients, of which the central baseline has none: leave them null"
+        )
+    if isinstance(run, TrainRun) and (run.server_method or run.ledger.enabled):
+        faults.append(
+            "method and ledger: a server-side method or a ledger needs a federation, of which the central baseline has none; use src/fed_train.py"
+        )
+    num_requests = len(run.requests or ())
+    if run.mode == "unlearn" and num_requests > 1:
+        faults.append(
+            f"requests has {num_requests} entries, to be served one after the other, and the central baseline is one run: src/fed_train.py serves them so; "
+            "to forget several authors at once name them in one request, as in requests=[{authors: [18, 19]}]"
+        )
+    if faults:
+        raise UserError(*faults)
 
 
 def central_task(run: TrainRun) -> ClientTask:
@@ -139,14 +157,19 @@ def run_evaluation(composed: ComposedConfig) -> EvalLog:
     check_evaluation(run, inputs.tofu, request, inputs.retain_log)
     made = load_model(run, inputs.source)
     sha = config_hash(composed.plain)
-    log = evaluate(run, made, made.start, inputs.tofu, inputs.retain_log, sha, request)
+    found = evaluate(run, made, made.start, inputs.tofu, inputs.retain_log, sha, request)
     adapter_hash = made.start.tensor_hash if made.start else "none"
-    hashes = {"base": made.fingerprint, "adapter": adapter_hash, "data": inputs.tofu.hash("full")}
+    hashes = {
+        "base": made.fingerprint,
+        "adapter": adapter_hash,
+        "source": saved_hash(inputs.source.adapter),
+        "data": inputs.tofu.hash("full"),
+    }
 
     def fill(place: Path) -> None:
         write_json(place / "provenance.json", {**provenance(run, hashes), "config_hash": sha})
-        write_log(log, place)
+        write_log(found, place)
         write_json(place / DONE, {"adapter_hash": adapter_hash})
 
     make_folder(run, composed.plain, composed.text, fill)
-    return log
+    return found

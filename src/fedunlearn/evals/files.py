@@ -3,8 +3,10 @@
 Ours hold one block more, `provenance`; a log without it is theirs and follows their definitions.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from fedunlearn.errors import UserError
@@ -36,18 +38,25 @@ def summary(log: EvalLog) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def log_file(path: Path) -> Path:
+    """Gives the file that retain_logs_path stands for: a folder's TOFU_EVAL.json, or the path itself."""
+    return path / EVAL_FILE if path.is_dir() else path
+
+
 def read_log(path: Path) -> EvalLog:
     """Reads a TOFU_EVAL.json of ours or of open-unlearning; a folder stands for the file in it.
 
     Raises UserError where there is no such file, where it is no JSON (NaN is none), or no log of an evaluation.
     """
-    file = path / EVAL_FILE if path.is_dir() else path
+    file = log_file(path)
     if not file.is_file():
         raise UserError(
             f"retain_logs_path={str(path)!r}: there is no such file; give the {EVAL_FILE} of an evaluation of the oracle, or null"
         )
     try:
-        return _parse_log(json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant))
+        content = file.read_bytes()
+        log = _parse_log(json.loads(content.decode("utf-8"), parse_constant=_refuse_constant))
+        return replace(log, file_hash=hashlib.sha256(content).hexdigest())
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"retain_logs_path={str(path)!r} is no {EVAL_FILE} ({error}); expected JSON with agg_value and value_by_index under each metric's "

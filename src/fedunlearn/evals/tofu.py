@@ -29,7 +29,7 @@ def evaluate_tofu(
     """Evaluates a model, base or PEFT, on forget rows, retain rows, real authors and world facts of TOFU.
 
     request: what was forgotten, where that is not the split. retain_log: the evaluation of the oracle, for forget_quality (None: that is null). provenance: what the caller knows of the
-    model (base, hashes, dtype, versions); split, definition, template and data hashes are added here, and `trial` with
+    model (base, hashes, dtype, versions); split, definition, template, the hashes of data and of the retain log's file are added here, and `trial` with
     `max_rows` where settings.max_rows cuts the data sets short.
     Raises UserError for a retain log of other rows or definitions (before the model is asked), a row that does not fit
     max_length, a split or column that is missing, and a loss that is not finite. The model's mode and the global random state stay.
@@ -45,6 +45,7 @@ def evaluate_tofu(
         "definition": definition_of(settings.compat),
         "template": dict(chat.provenance),
         "data": {data.split: data.hash for data in sets.values()},
+        "retain_log": None if retain_log is None else retain_log.file_hash,
     }
     lacking = {name: data.lacking for name, data in sets.items() if data.lacking}
     if lacking:

@@ -80,6 +80,11 @@ def load_adapter(folder: Path) -> tuple[Adapter, Probe | None]:
     return Adapter(tensors, peft_config, proof.base_fingerprint), proof.probe
 
 
+def saved_hash(folder: Path | None) -> str:
+    """Gives the sha256 of an adapter's numbers as they lie in a PEFT folder, `none` without one. A stack is loaded as another adapter, so this is not that one's hash."""
+    return "none" if folder is None else load_adapter(folder)[0].tensor_hash
+
+
 def stacked_of(folder: Path) -> Stacked | None:
     """Gives what the trainable factors of a stacked adapter were; None for a plain one, and for a foreign folder. Raises UserError as load_adapter does."""
     try:

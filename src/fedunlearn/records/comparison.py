@@ -53,10 +53,23 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Standard:
-    """What a method is held against: the oracle's forget probability and the fine-tuned model's utility, means over seeds."""
+    """What a method is held against: the oracle's forget probability and the fine-tuned model's utility, means over seeds; None where they are not known."""
 
-    oracle_prob: float
-    tuned_utility: float
+    oracle_prob: float | None
+    tuned_utility: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """fails: bounds that a method misses. unknown: those that nothing is known of, for the data had nothing to compute it from."""
+
+    fails: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def good(self) -> bool:
+        """Whether it meets all four."""
+        return not self.fails and not self.unknown
 
 
 SMALLEST_P = 1e-300
@@ -75,14 +88,28 @@ def spread(values: Sequence[float | None], *, geometric: bool = False) -> Spread
 
 def verdict(
     prob: Spread | None, quality: Spread | None, utility: Spread | None, cost: Spread | None, than: Standard
-) -> tuple[str, ...]:
-    """Gives what a method fails of: `forget_prob` between 0.2 and 1.25 x the oracle's, `forget_quality` >= 1e-2, `utility` >= 0.9 x the fine-tuned
-    model's, `cost` <= 0.25 of the oracle's tokens; empty where it meets all.
+) -> Verdict:
+    """Holds a method against four bounds: `forget_prob` between 0.2 and 1.25 x the oracle's, `forget_quality` >= 1e-2, `utility` >= 0.9 x the
+    fine-tuned model's, `cost` <= 0.25 of the oracle's tokens.
     """
     holds = {
-        "forget_prob": prob is not None and 0.2 * than.oracle_prob <= prob.mean <= 1.25 * than.oracle_prob,
-        "forget_quality": quality is not None and quality.mean >= 1e-2,
-        "utility": utility is not None and utility.mean >= 0.9 * than.tuned_utility,
-        "cost": cost is not None and cost.mean <= 0.25,
+        "forget_prob": _between(prob, _times(0.2, than.oracle_prob), _times(1.25, than.oracle_prob)),
+        "forget_quality": _between(quality, 1e-2, math.inf),
+        "utility": _between(utility, _times(0.9, than.tuned_utility), math.inf),
+        "cost": _between(cost, 0.0, 0.25),
     }
-    return tuple(name for name, good in holds.items() if not good)
+    return Verdict(
+        fails=tuple(name for name, good in holds.items() if good is False),
+        unknown=tuple(name for name, good in holds.items() if good is None),
+    )
+
+
+def _times(factor: float, value: float | None) -> float | None:
+    return None if value is None else factor * value
+
+
+def _between(value: Spread | None, least: float | None, most: float | None) -> bool | None:
+    """Whether a mean lies between two bounds; None where one of the three is not known."""
+    if value is None or least is None or most is None:
+        return None
+    return least <= value.mean <= most

@@ -103,7 +103,11 @@ class MetricResult:
 
 @dataclass(frozen=True)
 class EvalLog:
-    """A whole evaluation. metrics: by their names in TOFU_EVAL.json. provenance: what it was made of; empty in a log of open-unlearning."""
+    """A whole evaluation. metrics: by their names in TOFU_EVAL.json. provenance: what it was made of; empty in a log of open-unlearning.
+
+    file_hash: sha256 of the file it was read from, byte by byte; None where it was made here. Two logs of the same content are equal without it.
+    """
 
     metrics: Mapping[str, MetricResult]
     provenance: Mapping[str, object]
+    file_hash: str | None = field(default=None, compare=False)

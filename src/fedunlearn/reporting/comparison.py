@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedunlearn.files import write_bytes, write_json
-from fedunlearn.records.comparison import FIELDS, MethodRun, Spread, Standard, spread, verdict
+from fedunlearn.records.comparison import FIELDS, MethodRun, Spread, Standard, Verdict, spread, verdict
 
 HEADS = {
     "forget_prob": "forget Prob",
@@ -31,7 +31,7 @@ NOT_COUNTED = (*REFERENCES, "rollback")
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One method on one request, over seeds. fails: what it misses of the four bounds; below: whether it forgets more than the oracle."""
+    """One method on one request, over seeds. verdict: how it stands to the four bounds; below: whether it forgets more than the oracle."""
 
     name: str
     protocol: str
@@ -39,7 +39,7 @@ class Line:
     request: int
     values: dict[str, Spread | None]
     why: str
-    fails: tuple[str, ...]
+    verdict: Verdict
     below: bool
 
 
@@ -56,7 +56,7 @@ def _standard(runs: Sequence[MethodRun], request: int) -> Standard:
     mine = [run for run in runs if run.request == request]
     tuned, oracle = (_values([run for run in mine if run.name == name]) for name in REFERENCES)
     prob, utility = oracle["forget_prob"], tuned["utility"]
-    return Standard(oracle_prob=prob.mean if prob else 0.0, tuned_utility=utility.mean if utility else 0.0)
+    return Standard(oracle_prob=prob.mean if prob else None, tuned_utility=utility.mean if utility else None)
 
 
 def _values(runs: Sequence[MethodRun]) -> dict[str, Spread | None]:
@@ -71,7 +71,7 @@ def _values(runs: Sequence[MethodRun]) -> dict[str, Spread | None]:
 
 def _line(runs: Sequence[MethodRun], than: Standard) -> Line:
     first, values = runs[0], _values(runs)
-    prob = values["forget_prob"]
+    prob, oracle = values["forget_prob"], than.oracle_prob
     return Line(
         name=first.name,
         protocol=first.protocol,
@@ -79,15 +79,15 @@ def _line(runs: Sequence[MethodRun], than: Standard) -> Line:
         request=first.request,
         values=values,
         why=next((run.why for run in runs if run.why), ""),
-        fails=verdict(prob, values["forget_quality"], values["utility"], values["tokens"], than),
-        below=prob is not None and first.name not in REFERENCES and prob.mean < than.oracle_prob,
+        verdict=verdict(prob, values["forget_quality"], values["utility"], values["tokens"], than),
+        below=prob is not None and oracle is not None and first.name not in REFERENCES and prob.mean < oracle,
     )
 
 
 def told(lines: Sequence[Line]) -> tuple[str, ...]:
-    """Gives the closing sentences: how many methods meet all four bounds, and which."""
+    """Gives the closing sentences of one request: how many methods meet all four bounds, and which."""
     counted = [line for line in lines if line.name not in NOT_COUNTED]
-    good = [line for line in counted if not line.fails and not line.why]
+    good = [line for line in counted if line.verdict.good and not line.why]
     below = [line.name for line in counted if line.below]
     return (
         f"{len(good)} of {len(counted)} meet all of: forget Prob between 0.2 and 1.25 x the oracle's, forget quality >= 1e-2, model utility >= 0.9 x the fine-tuned "
@@ -101,8 +101,12 @@ def cells(line: Line) -> list[str]:
     head = [line.name, line.protocol, *(_cell(line, name) for name in FIELDS)]
     if line.why:
         return [*head, line.settings, f"not applicable: {line.why}"]
-    judged = "" if line.name in REFERENCES else "meets all" if not line.fails else f"fails {', '.join(line.fails)}"
-    return [*head, line.settings, judged]
+    return [*head, line.settings, "" if line.name in REFERENCES else _judged(line.verdict)]
+
+
+def _judged(found: Verdict) -> str:
+    told = (("fails", found.fails), ("not known:", found.unknown))
+    return "; ".join(f"{what} {', '.join(names)}" for what, names in told if names) or "meets all"
 
 
 def _cell(line: Line, name: str) -> str:
@@ -124,13 +128,13 @@ def header() -> list[str]:
 def show(lines: Sequence[Line], console: Console, columns: Sequence[str] | None = None) -> None:
     """Prints the table, one a request, and the closing sentences. columns: those of header() that are shown; None: all."""
     places = [place for place, name in enumerate(header()) if columns is None or name in columns]
-    for request in sorted({line.request for line in lines}):
-        table = Table(*(header()[place] for place in places), title=f"request {request}")
-        for line in (line for line in lines if line.request == request):
+    for group in _by_request(lines):
+        table = Table(*(header()[place] for place in places), title=f"request {group[0].request}")
+        for line in group:
             row = cells(line)
             table.add_row(*(row[place] for place in places))
         console.print(table)
-        for sentence in told([line for line in lines if line.request == request]):
+        for sentence in told(group):
             console.print(sentence, soft_wrap=True)
 
 
@@ -146,10 +150,19 @@ def write(runs: Sequence[MethodRun], folder: Path) -> None:
 
 
 def _markdown(lines: Sequence[Line]) -> str:
+    """A table and the closing sentences for each request: every one has an oracle, and so a judgement, of its own."""
+    return "\n".join(_markdown_of(group) for group in _by_request(lines))
+
+
+def _markdown_of(lines: Sequence[Line]) -> str:
     rows = [["request", *header()], ["---"] * (len(header()) + 1)]
     rows += [[str(line.request), *(cell.replace("|", "/") for cell in cells(line))] for line in lines]
     closing = "\n".join(told(lines))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + f"\n\n{closing}\n"
+
+
+def _by_request(lines: Sequence[Line]) -> list[list[Line]]:
+    return [[line for line in lines if line.request == number] for number in sorted({line.request for line in lines})]
 
 
 def _csv(lines: Sequence[Line]) -> str:

@@ -95,6 +95,9 @@ def _cost(account: Mapping[str, float], share: Mapping[str, float | None]) -> st
         "bytes_down": f"{account['bytes_down'] / 1e6:.1f} MB down",
         "peak_memory_mib": f"{account['peak_memory_mib']:.0f} MiB at the peak",
     }
+    device = account.get("peak_device_memory_mib")
+    if device is not None:
+        told["peak_device_memory_mib"] = f"{device:.0f} MiB on the device"
     parts = [text + (f" ({share[key]:.0%})" if share.get(key) is not None else "") for key, text in told.items()]
     return "cost" + (", of the oracle's" if share else "") + ": " + ", ".join(parts)
 

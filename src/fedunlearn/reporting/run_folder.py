@@ -6,7 +6,7 @@ import logging
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -46,6 +46,25 @@ def judge_folder(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> None:
     Another config needs overwrite=true. The same config goes on with resume=true; finished, it is repeated from the start,
     which one log line says. Raises UserError where neither is said, or there is nothing to resume.
     """
+    _check_folder(run, plain)
+    folder = run_path(run)
+    if is_done(folder) and not run.resume and not run.overwrite:
+        log.warning("%s holds a finished run of this very config: it is repeated from the start", folder)
+
+
+def check_folders(runs: Iterable[tuple[TrainRun | EvalRun, Mapping[str, object]]]) -> None:
+    """Judges the folders of several runs, each with its plain config, and says nothing. Raises UserError with the faults of all."""
+    faults: list[str] = []
+    for run, plain in runs:
+        try:
+            _check_folder(run, plain)
+        except UserError as error:
+            faults += error.faults
+    if faults:
+        raise UserError(*faults)
+
+
+def _check_folder(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> None:
     folder = run_path(run)
     if _is_there(folder) and not run.overwrite:
         _judge(folder, plain, run.resume)
@@ -116,10 +135,9 @@ def _judge(folder: Path, plain: Mapping[str, object], resume: bool) -> None:
         )
     if resume:
         return
-    if not (folder / DONE).is_file():
+    if not is_done(folder):
         goes_on = "" if plain.get("door") == "central" else "resume=true goes on, "
         raise UserError(f"{str(folder)!r} holds an unfinished run of this config: {goes_on}overwrite=true starts anew")
-    log.warning("%s holds a finished run of this very config: it is repeated from the start", folder)
 
 
 def _saved_config(path: Path) -> Mapping[str, object]:

@@ -165,6 +165,11 @@ class ServerMethod(Unlearner):
         """What the server does with this round's updates."""
         return ServerStep.AVERAGE
 
+    @property
+    def never_averages(self) -> bool:
+        """Whether every step is its own, however many rounds there are: strategy, robust weights and reducer would have no effect."""
+        return False
+
     def change(self, scene: Scene) -> Change:
         """Gives what becomes of the adapter in a round whose step is its own."""
         raise NotImplementedError(type(self).__name__)

@@ -60,6 +60,11 @@ class FedOSD(ServerMethod):
         """Every second of the first 2 * steps rounds."""
         return range(2, 2 * self.steps + 1, 2)
 
+    @property
+    def never_averages(self) -> bool:
+        """Yes: repair has its own step too."""
+        return True
+
     def step(self, stage: Stage) -> ServerStep:
         """Its own, always."""
         return ServerStep.OWN
