@@ -39,6 +39,7 @@ from fedunlearn.models.lora import attach_lora, draw_fresh, hold_reference, plai
 from fedunlearn.models.resident import Resident
 from fedunlearn.records.adapter import Adapter, Weights, hash_tensors
 from fedunlearn.records.rounds import ClientTask, Role
+from fedunlearn.training.charges import Charges
 from fedunlearn.training.client_update import client_update
 from fedunlearn.training.local import LocalData, LocalResult, LocalSettings
 from fedunlearn.training.reference import ReferenceSums
@@ -140,7 +141,7 @@ class Bench:
 
     def sums(self) -> ReferenceSums:
         """Sums under the start adapter, kept in the cache."""
-        return ReferenceSums(self.made, self.reference, self.cache, False)
+        return ReferenceSums(self.made, self.reference, self.cache, False, Charges(None, 1))
 
     @property
     def reference(self) -> Weights:

@@ -31,6 +31,7 @@ from fedunlearn.methods.rmu import RMU
 from fedunlearn.methods.tokens import Need
 from fedunlearn.models.lora import hold_reference
 from fedunlearn.records.adapter import Weights
+from fedunlearn.training.charges import Charges
 from fedunlearn.training.reference import ReferenceSums
 from fedunlearn.training.sampling import sampled_alternates
 from fedunlearn.training.steps import Supply, plan_steps, warmup_of
@@ -109,11 +110,15 @@ def test_the_retain_pairing_does_not_change_when_anything_else_is_drawn(made, tm
         torch.manual_seed(99)
         torch.rand(1000)
     elif between == "a reference's sums":
-        data = replace(DATA, reference=ReferenceSums(model, Weights(model.start.tensors), tmp_path, False))
+        data = replace(
+            DATA, reference=ReferenceSums(model, Weights(model.start.tensors), tmp_path, False, Charges(None, 1))
+        )
         data.reference.prepare(FORGET)
     elif between == "samples":
         how = Sampled(count=1, tries=3, prompt=None, max_new_tokens=4)
-        sampled_alternates(model, model.start.weights, {0: QaRow("Who?", "I.")}, how, seed=7, cache=tmp_path)
+        sampled_alternates(
+            model, model.start.weights, {0: QaRow("Who?", "I.")}, how, seed=7, cache=tmp_path, charges=Charges(None, 1)
+        )
     elif between == "another client":
         train(model, NPO(), seed=3, epochs=2)
     elif between == "alternates":
@@ -160,9 +165,11 @@ def test_reference_sums_and_sampling_run_in_eval_mode(tmp_path):
     how = Sampled(count=1, tries=3, prompt=None, max_new_tokens=4)
     made.model.train()
     with forwards(made) as seen:
-        ReferenceSums(made, made.start.weights, tmp_path, False).prepare(FORGET)
+        ReferenceSums(made, made.start.weights, tmp_path, False, Charges(None, 1)).prepare(FORGET)
         made.model.train()
-        sampled_alternates(made, made.start.weights, {0: QaRow("Who?", "I.")}, how, seed=0, cache=tmp_path)
+        sampled_alternates(
+            made, made.start.weights, {0: QaRow("Who?", "I.")}, how, seed=0, cache=tmp_path, charges=Charges(None, 1)
+        )
     assert len(seen) > 2
     assert not any(f.training or f.gradient for f in seen)
 

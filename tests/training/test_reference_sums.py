@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers_training import FORGET, RETAIN, made_model, rows
+from helpers_training import FORGET, RETAIN, forwards, made_model, rows
 
 from fedunlearn.models.lora import check_trainable, read_tensors
 from fedunlearn.models.ranks import scaled_for
 from fedunlearn.records.adapter import Weights
 from fedunlearn.records.shape import ClientShape
+from fedunlearn.training.charges import Charges
 from fedunlearn.training.reference import BATCH_ROWS, ReferenceSums
 
 
@@ -29,7 +30,7 @@ def reference(made):
 
 def sums_of(made, reference, chosen, cache, bf16=False):
     """The sums as a fresh process would have them: what is known comes from the cache."""
-    sums = ReferenceSums(made, reference, cache, bf16)
+    sums = ReferenceSums(made, reference, cache, bf16, Charges(None, 1))
     sums.prepare(chosen)
     return sums.of(chosen)
 
@@ -103,8 +104,8 @@ def test_they_are_read_again_from_the_cache(made, reference, tmp_path):
 
 
 def test_each_row_s_forward_is_run_once_and_its_tokens_counted(made, reference, tmp_path):
-    """8 rows, then 3 of them with 5 new ones, then all 13 again: the tokens of 8, of 5, of none; a new process runs none either."""
-    sums = ReferenceSums(made, reference, tmp_path, False)
+    """8 rows, then 3 of them with 5 new ones, then all 13 again: the tokens of 8, of 5, of none; a later run computes none and is charged for all."""
+    sums = ReferenceSums(made, reference, tmp_path, False, Charges(None, 1))
     assert sums.tokens == 0
     sums.prepare(FORGET)
     assert sums.tokens == tokens_of(FORGET)
@@ -113,14 +114,16 @@ def test_each_row_s_forward_is_run_once_and_its_tokens_counted(made, reference, 
     sums.prepare((*FORGET, *RETAIN))
     assert sums.tokens == tokens_of((*FORGET, *RETAIN))
     assert len(known(tmp_path)) == 13
-    later = ReferenceSums(made, reference, tmp_path, False)
-    later.prepare((*FORGET, *RETAIN))
-    assert later.tokens == 0
+    later = ReferenceSums(made, reference, tmp_path, False, Charges(None, 1))
+    with forwards(made) as seen:
+        later.prepare((*FORGET, *RETAIN))
+    assert not seen
+    assert later.tokens == tokens_of((*FORGET, *RETAIN))
     assert torch.equal(later.of((*RETAIN, *FORGET)), sums.of((*RETAIN, *FORGET)))
 
 
 def test_a_row_that_occurs_twice_is_run_once(made, reference, tmp_path):
-    sums = ReferenceSums(made, reference, tmp_path, False)
+    sums = ReferenceSums(made, reference, tmp_path, False, Charges(None, 1))
     sums.prepare((FORGET[0], FORGET[1], FORGET[0]))
     assert sums.tokens == tokens_of(FORGET[:2])
     first, second, third = sums.of((FORGET[0], FORGET[1], FORGET[0])).tolist()
@@ -128,7 +131,7 @@ def test_a_row_that_occurs_twice_is_run_once(made, reference, tmp_path):
 
 
 def test_a_row_that_was_not_prepared_has_no_sum(made, reference, tmp_path):
-    sums = ReferenceSums(made, reference, tmp_path, False)
+    sums = ReferenceSums(made, reference, tmp_path, False, Charges(None, 1))
     sums.prepare(FORGET[:2])
     with pytest.raises(KeyError, match=r"[0-9a-f]{64}"):
         sums.of(FORGET[:3])
@@ -161,7 +164,7 @@ def test_token_ids_and_prompt_length_make_another_row(made, reference, tmp_path)
     """The same ids with one more of them as a label are another sum: the missing row is run, the others are not."""
     shorter = replace(FORGET[1], num_prompt=FORGET[1].num_prompt - 1)
     other = replace(FORGET[1], input_ids=(*FORGET[1].input_ids[:-1], 3))
-    sums = ReferenceSums(made, reference, tmp_path, False)
+    sums = ReferenceSums(made, reference, tmp_path, False, Charges(None, 1))
     for number, row in enumerate((FORGET[1], shorter, other), start=1):
         sums.prepare([FORGET[0], row])
         assert len(known(tmp_path)) == 1 + number
@@ -237,14 +240,15 @@ def test_a_damaged_file_is_computed_anew_and_told(made, reference, tmp_path, cap
 
 def test_half_a_file_costs_its_own_rows_alone(made, reference, tmp_path, caplog):
     """Two files, one of them cut off: its rows are run again, those of the other are not."""
-    sums = ReferenceSums(made, reference, tmp_path, False)
+    sums = ReferenceSums(made, reference, tmp_path, False, Charges(None, 1))
     sums.prepare(FORGET)
     (first,) = files(tmp_path)
     sums.prepare(RETAIN)
     first.write_bytes(first.read_bytes()[:40])
-    again = ReferenceSums(made, reference, tmp_path, False)
-    again.prepare((*FORGET, *RETAIN))
-    assert again.tokens == tokens_of(FORGET)
+    again = ReferenceSums(made, reference, tmp_path, False, Charges(None, 1))
+    with forwards(made) as seen:
+        again.prepare((*FORGET, *RETAIN))
+    assert sum(f.num_rows for f in seen) == len(FORGET)
     assert torch.equal(again.of((*FORGET, *RETAIN)), sums.of((*FORGET, *RETAIN)))
     assert "is damaged" in caplog.text
 

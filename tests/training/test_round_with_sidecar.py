@@ -9,6 +9,7 @@ from fedunlearn.methods.npo import NPO
 from fedunlearn.models.lora import ACTIVE, check_trainable, hold_reference
 from fedunlearn.models.sidecar import put_sidecar
 from fedunlearn.records.adapter import Weights
+from fedunlearn.training.charges import Charges
 from fedunlearn.training.reference import ReferenceSums
 
 METHODS = [
@@ -72,7 +73,7 @@ def test_bf16_runs_near_float32(models):
 
 
 def reference_sums(made, reference, cache):
-    sums = ReferenceSums(made, reference, cache, bf16=False)
+    sums = ReferenceSums(made, reference, cache, False, Charges(None, 1))
     sums.prepare(FORGET)
     return sums.of(FORGET)
 

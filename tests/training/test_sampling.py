@@ -15,6 +15,7 @@ from fedunlearn.methods.alternates import Sampled
 from fedunlearn.models.lora import check_trainable, read_tensors
 from fedunlearn.records.adapter import Weights
 from fedunlearn.training import sampling
+from fedunlearn.training.charges import Charges
 from fedunlearn.training.sampling import sampled_alternates
 
 ROWS = {3: QaRow("Who?", "Ann."), 9: QaRow("Where?", "In Rome.")}
@@ -35,7 +36,8 @@ def reference(made):
 
 
 def drawn(made, reference, cache, rows=ROWS, how=HOW, seed=0):
-    return sampled_alternates(made, reference, rows, how, seed=seed, cache=cache)
+    charges = Charges(cache / "charged.json", 1)
+    return sampled_alternates(made, reference, rows, how, seed=seed, cache=cache, charges=charges)
 
 
 def files(cache):
@@ -90,9 +92,12 @@ def test_dropout_is_off_and_no_gradient_is_kept(made, reference, tmp_path, train
 def test_they_are_drawn_once_and_read_again(made, reference, tmp_path):
     first = drawn(made, reference, tmp_path)
     assert len(files(tmp_path)) == 2
-    files(tmp_path)[0].write_text(json.dumps(["x", "y", "z"]))
-    again = drawn(made, reference, tmp_path)
-    assert again.tokens == 0
+    saved = json.loads(files(tmp_path)[0].read_text())
+    files(tmp_path)[0].write_text(json.dumps({**saved, "texts": ["x", "y", "z"]}))
+    with forwards(made) as seen:
+        again = drawn(made, reference, tmp_path)
+    assert not seen
+    assert again.tokens == first.tokens  # a new run pays for what an older one left
     assert ("x", "y", "z") in again.texts.values()
     assert len(set(again.texts.values()) & set(first.texts.values())) == 1
 
@@ -115,7 +120,19 @@ def test_what_they_depend_on_makes_another_file(made, reference, tmp_path):
         assert len(files(tmp_path)) == number
 
 
-@pytest.mark.parametrize("damage", [b"", b"no json", b"\xff", b'["one"]', b"[1, 2, 3]", b'{"a": 1}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"no json",
+        b"\xff",
+        b'["one"]',
+        b'{"a": 1}',
+        b'{"texts": ["one"], "tokens": 1}',
+        b'{"texts": [1, 2, 3], "tokens": 1}',
+        b'{"texts": ["a", "b", "c"]}',
+    ],
+)
 def test_a_damaged_file_is_drawn_anew_and_told(made, reference, tmp_path, caplog, damage):
     rows = {3: ROWS[3]}
     first = drawn(made, reference, tmp_path, rows)
@@ -124,7 +141,7 @@ def test_a_damaged_file_is_drawn_anew_and_told(made, reference, tmp_path, caplog
     again = drawn(made, reference, tmp_path, rows)
     assert again == first
     assert f"{path} is damaged" in caplog.text
-    assert tuple(json.loads(path.read_text())) == first.texts[3]
+    assert tuple(json.loads(path.read_text())["texts"]) == first.texts[3]
 
 
 class Scripted:

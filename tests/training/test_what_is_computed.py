@@ -31,6 +31,7 @@ from fedunlearn.methods.undial import UNDIAL
 from fedunlearn.methods.wga import WGA
 from fedunlearn.models.lora import hold_reference
 from fedunlearn.records.adapter import Weights
+from fedunlearn.training.charges import Charges
 from fedunlearn.training.reference import ReferenceSums
 
 OWN = Forward(True, "default", True, 8, (0, 1), True)
@@ -107,8 +108,10 @@ class TestReferenceSums:
     def test_npo_runs_one_reference_forward_a_forget_row_and_run_and_none_in_later_rounds(self, made, other, tmp_path):
         """8 rows in one batch without gradient before round 1, whose 3 epochs see each three times; round 2 runs none, in a new process too."""
         tokens = sum(len(row.input_ids) for row in FORGET)
-        sums = ReferenceSums(made, other, tmp_path, False)
-        for reference, expected in ((sums, tokens), (sums, 0), (ReferenceSums(made, other, tmp_path, False), 0)):
+        sums, later = (
+            ReferenceSums(made, other, tmp_path, False, Charges(tmp_path / "charged.json", r)) for r in (1, 2)
+        )
+        for reference, expected in ((sums, tokens), (sums, 0), (later, 0)):
             with forwards(made) as seen:
                 result = train(made, NPO(), replace(DATA, reference=reference), epochs=3)
             silent = [f for f in seen if not f.gradient]
@@ -119,7 +122,7 @@ class TestReferenceSums:
 
     def test_only_rows_that_the_round_s_steps_meet_are_run(self, made, other, tmp_path):
         """One step of 4 rows in round 1, another 4 at most in round 2: 4 sums, then those that are new."""
-        sums = ReferenceSums(made, other, tmp_path, False)
+        sums = ReferenceSums(made, other, tmp_path, False, Charges(None, 1))
         first, second = (
             train(made, NPO(), replace(DATA, reference=sums), max_steps=1, seed=seed).num_reference_tokens
             for seed in (1, 2)
@@ -129,8 +132,8 @@ class TestReferenceSums:
 
     def test_what_the_loss_reads_is_the_reference_s_sum(self, made, other, tmp_path):
         """At the reference itself NPO is (2/beta) ln 2 = 20 ln 2; with another adapter's sums it is another number."""
-        own = ReferenceSums(made, made.start.weights, tmp_path, False)
-        changed = ReferenceSums(made, other, tmp_path, False)
+        own = ReferenceSums(made, made.start.weights, tmp_path, False, Charges(None, 1))
+        changed = ReferenceSums(made, other, tmp_path, False, Charges(None, 1))
         at, off = (
             train(made, NPO(alpha=0.0, retain="none"), replace(DATA, reference=sums), **STEP).loss
             for sums in (own, changed)
@@ -146,7 +149,7 @@ class TestReferenceSums:
             met.append((place, choice))
             return OTHERS[place][choice]
 
-        sums = ReferenceSums(made, other, tmp_path, False)
+        sums = ReferenceSums(made, other, tmp_path, False, Charges(None, 1))
         data = replace(with_alternates(encode), reference=sums)
         with forwards(made) as seen:
             result = train(made, DPO(), data)

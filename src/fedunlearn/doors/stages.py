@@ -26,6 +26,7 @@ from fedunlearn.reporting.curves import open_curves
 from fedunlearn.reporting.peak_memory import reset_peak
 from fedunlearn.reporting.run_folder import DONE, config_hash, make_folder, provenance
 from fedunlearn.seeds import seed_of
+from fedunlearn.training.charges import Charges
 from fedunlearn.training.local import LocalResult
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def run_central(composed: ComposedConfig) -> EvalLog | None:
     task = central_task(run)
     try:
         start = prepared.start.weights
-        done = site.work(task, rows, start, start if reads_reference(run) else None)
+        done = site.work(task, rows, start, start if reads_reference(run) else None, Charges(None, 1))
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt("the central baseline is one piece, overwrite=true starts anew") from stop
     result = prepared.start.replace({**prepared.start.tensors, **_float32(done.tensors)})

@@ -29,6 +29,7 @@ from fedunlearn.federation.wire import (
     unpack_scalars,
 )
 from fedunlearn.records.adapter import Weights
+from fedunlearn.training.charges import charges_of
 from fedunlearn.training.local import LocalResult
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,8 @@ def _train(site: Site, client: int, content: RecordDict) -> RecordDict:
     request = unpack_scalars(TrainRequest, typed_record(ConfigRecord, content.get(REQUEST)))
     if request.client_id != client:
         raise ValueError(f"client {client} got the task of client {request.client_id}")
-    store = PartStore(Path(site.run.paths.cache_dir) / "clients" / str(client))
+    cache = Path(site.run.paths.cache_dir)
+    store = PartStore(cache / "clients" / str(client))
     wanted = (*request.adapter, *request.sidecar, *request.reference, *request.reference_sidecar)
     received = {key.removeprefix(PART): _blob(content, key) for key in content if key.startswith(PART)}
     parts, missing = store.obtain(wanted, received, request.keep)
@@ -104,7 +106,8 @@ def _train(site: Site, client: int, content: RecordDict) -> RecordDict:
     beside = side_by_side([parts[name] for name in request.reference_sidecar])
     reference = Weights(joined(request.reference, parts), beside) if request.reference else None
     released = unpack_released(typed_record(ConfigRecord, content[RELEASED])) if RELEASED in content else ()
-    result = site.work(request.task, site.owned[client], start, reference, released)
+    charges = charges_of(cache, request.run_id, client, request.round)
+    result = site.work(request.task, site.owned[client], start, reference, charges, released)
     return RecordDict({ADAPTER: pack_adapter(result.tensors), REPLY: pack_scalars(_reply(site, request, result))})
 
 

@@ -59,7 +59,6 @@ class Server:
     grid: Grid
     run: TrainRun
     folder: Path
-    run_id: str
     start: Start
     members: Mapping[int, Member]
     stepper: Stepper
@@ -73,7 +72,7 @@ class Server:
         return {client: member.node_id for client, member in self.members.items()}
 
 
-def run_rounds(grid: Grid, run: TrainRun, folder: Path, run_id: str, reads_reference: bool) -> None:
+def run_rounds(grid: Grid, run: TrainRun, folder: Path, reads_reference: bool) -> None:
     """Runs the rounds that are left and leaves each one's checkpoint in `folder`.
 
     What the run began with and partition.json lie there. reads_reference: whether those who unlearn need the adapter it began with.
@@ -94,7 +93,6 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, run_id: str, reads_refer
         grid=grid,
         run=run,
         folder=folder,
-        run_id=run_id,
         start=start,
         members=called.members,
         stepper=stepper,
@@ -248,7 +246,7 @@ def _call(server: Server, before: Checkpoint, number: int) -> Call:
     return Call(
         grid=server.grid,
         run=run,
-        run_id=server.run_id,
+        run_id=server.start.run_id,
         base_fingerprint=str(server.start.adapter.base_fingerprint),
         members=server.members,
         shapes=stepper.shapes,

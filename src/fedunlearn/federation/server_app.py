@@ -9,7 +9,7 @@ from fedunlearn.config.parse import parse_config
 from fedunlearn.config.run import TrainRun
 from fedunlearn.federation.rounds import run_rounds
 from fedunlearn.federation.site import reads_reference, set_threads
-from fedunlearn.reporting.run_folder import config_hash, run_path
+from fedunlearn.reporting.run_folder import run_path
 
 
 def make_server_app(config_json: str) -> ServerApp:
@@ -18,11 +18,10 @@ def make_server_app(config_json: str) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        plain = json.loads(config_json)
-        run = parse_config(plain)
+        run = parse_config(json.loads(config_json))
         if not isinstance(run, TrainRun):
             raise TypeError(f"the server runs training and unlearning, not mode={run.mode!r}")
         set_threads(run)
-        run_rounds(grid, run, run_path(run), config_hash(plain)[:16], reads_reference(run))
+        run_rounds(grid, run, run_path(run), reads_reference(run))
 
     return app

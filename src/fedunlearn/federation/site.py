@@ -27,6 +27,7 @@ from fedunlearn.records.requests import ReleasedRow, Request
 from fedunlearn.records.rounds import ClientTask, Role
 from fedunlearn.records.shape import ClientShape
 from fedunlearn.reporting.run_folder import run_path
+from fedunlearn.training.charges import Charges
 from fedunlearn.training.client_update import client_update
 from fedunlearn.training.forward import OF_REFERENCE
 from fedunlearn.training.local import LocalData, LocalResult, LocalSettings, OtherAnswers
@@ -92,12 +93,13 @@ class Site:
         owned: OwnedRows,
         start: Weights,
         reference: Weights | None,
+        charges: Charges,
         released: Sequence[ReleasedRow] = (),
     ) -> LocalResult:
         """Trains on one client's rows for one round and gives the factors it trained, at its own rank, in the wire's dtype.
 
         start, reference (the adapter that unlearning began with, where it is read): as they came over the wire.
-        released: rows of others to unlearn, where the client owns none of the request.
+        charges: of this client in this run. released: rows of others to unlearn, where the client owns none of the request.
         """
         run, model = self.run, self.made.model
         shape = self.shapes[task.client_id] if run.ranks_differ else None
@@ -107,7 +109,10 @@ class Site:
         if before is not None and task.role is Role.UNLEARN and needs_of(run) & OF_REFERENCE:
             hold_reference(model, before)  # outside the block: the second adapter is made with the model's own scale
         with scaled_for(model, shape):
-            data = self._forget_data(owned, before, released) if task.role.on_forget_rows else self._retain_data(owned)
+            if task.role.on_forget_rows:
+                data = self._forget_data(owned, before, charges, released)
+            else:
+                data = self._retain_data(owned)
             done = client_update(self.made, inside.factors, data, task, self._settings())
         sent = done.tensors if shape is None else cut(done.tensors, shape.rank)
         dtype = WIRE_DTYPES[run.trainer.federated.wire_dtype]
@@ -131,7 +136,9 @@ class Site:
     def _retain_data(self, owned: OwnedRows) -> LocalData:
         return LocalData(forget=(), retain=self.encode(owned.retain))
 
-    def _forget_data(self, owned: OwnedRows, reference: Weights | None, released: Sequence[ReleasedRow]) -> LocalData:
+    def _forget_data(
+        self, owned: OwnedRows, reference: Weights | None, charges: Charges, released: Sequence[ReleasedRow]
+    ) -> LocalData:
         """The client's rows, with the reference's sums and the alternates that the method reads."""
         full = self.tofu.rows("full")
         rows = {number: full[number] for number in owned.forget} or {
@@ -139,8 +146,8 @@ class Site:
         }
         run, cache, sums = self.run, Path(self.run.paths.cache_dir), None
         if reference is not None and Need.REFERENCE_SUMS in needs_of(run):
-            sums = ReferenceSums(self.made, reference, cache, run.trainer.args.bf16)
-        alternates, tokens = self._alternates(rows, reference, cache)
+            sums = ReferenceSums(self.made, reference, cache, run.trainer.args.bf16, charges)
+        alternates, tokens = self._alternates(rows, reference, charges, cache)
         encode = self.made.chat.encode
         return LocalData(
             forget=tuple(encode(row.question, row.answer, f"full row {number}") for number, row in rows.items()),
@@ -151,7 +158,7 @@ class Site:
         )
 
     def _alternates(
-        self, rows: Mapping[int, QaRow], reference: Weights | None, cache: Path
+        self, rows: Mapping[int, QaRow], reference: Weights | None, charges: Charges, cache: Path
     ) -> tuple[OtherAnswers | None, int]:
         """Gives the forget rows' alternates, and the tokens that making them cost."""
         run = self.run
@@ -164,8 +171,9 @@ class Site:
         elif reference is None:
             raise ValueError("alternates are sampled from the reference, which was not sent")
         else:
-            args = run.trainer.args
-            drawn = sampled_alternates(self.made, reference, rows, wanted, seed=args.seed, cache=cache)
+            drawn = sampled_alternates(
+                self.made, reference, rows, wanted, seed=run.trainer.args.seed, cache=cache, charges=charges
+            )
             texts, tokens = drawn.texts, drawn.tokens
 
         def encode(place: int, choice: int) -> EncodedRow:

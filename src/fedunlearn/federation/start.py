@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from fedunlearn.errors import UserError
 from fedunlearn.federation.block_store import FOLDER, BlockStore
@@ -19,8 +20,9 @@ START, BEGAN = "start", "began.json"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Start:
-    """adapter: with its side-car; blocks: that side-car's hashes. rows: what each client owns by the partition, entry k is client k."""
+    """run_id: of this run alone, kept when it goes on. adapter: with its side-car; blocks: that side-car's hashes. rows: what each client owns by the partition, entry k is client k."""
 
+    run_id: str
     adapter: Adapter
     blocks: tuple[str, ...]
     rows: tuple[ClientRows, ...]
@@ -31,7 +33,7 @@ def save_start(folder: Path, adapter: Adapter, owned: Sequence[OwnedRows]) -> No
     save_adapter(folder / START, adapter.replace(adapter.tensors, {}))
     blocks = [BlockStore(folder / FOLDER).keep(adapter.sidecar)] if adapter.sidecar else []
     rows = [asdict(counted(one)) for one in owned]
-    write_json(folder / BEGAN, {"sidecar": blocks, "rows": rows})
+    write_json(folder / BEGAN, {"run_id": uuid4().hex[:16], "sidecar": blocks, "rows": rows})
 
 
 def counted(owned: OwnedRows) -> ClientRows:
@@ -49,12 +51,12 @@ def load_start(folder: Path) -> Start:
     factors, _ = load_adapter(folder / START)
     saved = _began(folder)
     try:
-        rows = tuple(ClientRows(**row) for row in saved["rows"])
+        run_id, rows = str(saved["run_id"]), tuple(ClientRows(**row) for row in saved["rows"])
     except (KeyError, TypeError) as error:
         raise _damaged(folder, error) from error
     blocks = began_with(folder)
     sidecar = BlockStore(folder / FOLDER).read(blocks)
-    return Start(adapter=factors.replace(factors.tensors, sidecar), blocks=blocks, rows=rows)
+    return Start(run_id=run_id, adapter=factors.replace(factors.tensors, sidecar), blocks=blocks, rows=rows)
 
 
 def began_with(folder: Path) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from fedunlearn.models.ranks import scales_in
 from fedunlearn.models.resident import Resident
 from fedunlearn.models.sidecar import put_sidecar, use_sidecar
 from fedunlearn.records.adapter import Weights
+from fedunlearn.training.charges import Charges
 from fedunlearn.training.forward import batch_logits
 
 log = logging.getLogger(__name__)
@@ -52,11 +53,11 @@ def reference_name(made: Resident, reference: Weights, bf16: bool) -> str:
 class ReferenceSums:
     """NLL_i of rows under the reference adapter: each row's forward is run once and its sum kept under `cache`, from round to round.
 
-    bf16: under autocast, as the training forward is. tokens: input tokens of the forwards that were run here.
+    bf16: under autocast, as the training forward is. tokens: input tokens of the rows that these charges had not met; what other runs left under `cache` costs no less.
     """
 
-    def __init__(self, made: Resident, reference: Weights, cache: Path, bf16: bool) -> None:
-        self._made, self._reference, self._bf16 = made, reference, bf16
+    def __init__(self, made: Resident, reference: Weights, cache: Path, bf16: bool, charges: Charges) -> None:
+        self._made, self._reference, self._bf16, self._charges = made, reference, bf16, charges
         self._folder = cache / "reference_sums" / reference_name(made, reference, bf16)
         self.tokens = 0
 
@@ -69,13 +70,14 @@ class ReferenceSums:
 
     def prepare(self, rows: Sequence[EncodedRow]) -> None:
         """Computes the sums that are not known yet, in batches of rows of like length. The active adapter keeps its values."""
-        lacking = {name: row for name, row in ((_name(row), row) for row in rows) if name not in self._known}
+        wanted = {_name(row): row for row in rows}
+        self.tokens += sum(len(wanted[name].input_ids) for name in self._charges.due(wanted))
+        lacking = {name: row for name, row in wanted.items() if name not in self._known}
         if not lacking:
             return
         with as_reference(self._made, self._reference):
             sums = _sums_of(self._made, list(lacking.values()), self._bf16)
         new = dict(zip(lacking, sums.tolist(), strict=True))
-        self.tokens += sum(len(row.input_ids) for row in lacking.values())
         self._known.update(new)
         write_json(self._folder / f"{hashlib.sha256(canonical_json(sorted(new)).encode()).hexdigest()}.json", new)
 

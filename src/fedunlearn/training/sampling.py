@@ -15,6 +15,7 @@ from fedunlearn.methods.alternates import Sampled
 from fedunlearn.models.resident import Resident
 from fedunlearn.records.adapter import Weights
 from fedunlearn.seeds import seed_of
+from fedunlearn.training.charges import Charges
 from fedunlearn.training.reference import as_reference, reference_name
 
 log = logging.getLogger(__name__)
@@ -22,32 +23,40 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Drawn:
-    """texts: row number -> its alternates. tokens: input and new tokens of the draws that were made here (0 where all were kept)."""
+    """texts: row number -> its alternates. tokens: input and new tokens of the draws of rows that these charges had not met, kept ones too."""
 
     texts: Mapping[int, tuple[str, ...]]
     tokens: int
 
 
 def sampled_alternates(
-    made: Resident, reference: Weights, rows: Mapping[int, QaRow], how: Sampled, *, seed: int, cache: Path
+    made: Resident,
+    reference: Weights,
+    rows: Mapping[int, QaRow],
+    how: Sampled,
+    *,
+    seed: int,
+    cache: Path,
+    charges: Charges,
 ) -> Drawn:
     """Gives how.count alternates of each row, none of them empty or the row's answer. rows: by number in `full`; seed: the run's.
 
     Raises UserError naming a row whose draws all equalled its answer.
     """
     known = [reference_name(made, reference, False), made.chat.provenance, asdict(how), seed]
-    texts, tokens = {}, 0
+    drawn: dict[str, tuple[tuple[str, ...], int]] = {}
     for number, row in rows.items():
         name = hashlib.sha256(canonical_json([*known, number, row.question, row.answer]).encode()).hexdigest()
         path = cache / "alternates" / f"{name}.json"
         kept = _read(path, how.count)
         if kept is None:
             with as_reference(made, reference):
-                kept, spent = _draw(made, number, row, how, seed)
-            write_json(path, list(kept))
-            tokens += spent
-        texts[number] = kept
-    return Drawn(texts, tokens)
+                kept = _draw(made, number, row, how, seed)
+            write_json(path, {"texts": kept[0], "tokens": kept[1]})
+        drawn[name] = kept
+    due = charges.due(drawn)
+    texts = dict(zip(rows, (texts for texts, _ in drawn.values()), strict=True))
+    return Drawn(texts, sum(tokens for name, (_, tokens) in drawn.items() if name in due))
 
 
 def _draw(made: Resident, number: int, row: QaRow, how: Sampled, seed: int) -> tuple[tuple[str, ...], int]:
@@ -75,14 +84,15 @@ def _draw(made: Resident, number: int, row: QaRow, how: Sampled, seed: int) -> t
     )
 
 
-def _read(path: Path, count: int) -> tuple[str, ...] | None:
+def _read(path: Path, count: int) -> tuple[tuple[str, ...], int] | None:
     if not path.is_file():
         return None
     try:
-        texts = json.loads(path.read_text(encoding="utf-8"))
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        texts = saved["texts"]
         if not isinstance(texts, list) or len(texts) != count or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"no list of {count} texts")
-        return tuple(texts)
-    except (OSError, ValueError) as error:
+        return tuple(texts), int(saved["tokens"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("%s is damaged (%s): the alternates are drawn anew", path, error)
         return None
