@@ -321,6 +321,21 @@ def test_a_method_that_ownership_forbids_is_a_row_with_its_reason_and_the_others
     assert runs["retrain"].figures.forget_prob == pytest.approx(runs["retrain"].figures.forget_prob)
 
 
+def test_a_method_that_wants_owners_who_are_gone_is_a_row_with_its_reason(small):
+    """Only negation can serve a request whose owners are gone; the local method and FedOSD say why not."""
+    asked = {"negation": {}, "npo": {}, "fedosd": {}}
+    chosen = replace(
+        small,
+        methods=tuple(asked),
+        requests=("{authors:[18],target:gone}",),
+        recipe={**small.recipe, "methods": asked},
+    )
+    runs = {run.name: run for run in run_comparison(chosen)}
+    assert "target=gone beside method NPO: with its owners gone nobody can unlearn their rows" in runs["npo"].why
+    assert "target=gone beside method FedOSD, for which the owners must unlearn" in runs["fedosd"].why
+    assert runs["negation"].figures is not None
+
+
 def test_a_second_request_after_a_method_that_leaves_a_stack_is_not_made_twice(small, ran):
     """Negation exports its subtraction beside the factors: what the second run begins with is no longer the adapter as it lies in the folder."""
     requests = tuple(f"{{authors:[{author}]}}" for author in (18, 19))

@@ -51,6 +51,15 @@ def test_what_is_set_arrives_where_it_is_sampled():
     assert AltPO().alternates == Sampled(count=5, tries=20, prompt=altpo.PROMPT, max_new_tokens=100)
 
 
+@pytest.mark.parametrize(
+    "prompt", ["{question}", "{question} {answer} {more}", "{question} {answer} {", "{question} {answer} {}", "}{", ""]
+)
+def test_a_prompt_that_cannot_be_filled_in_is_refused(prompt):
+    with pytest.raises(UserError, match=r"method\.prompt=.* must hold \{question\} and \{answer\} and no other braces"):
+        AltPO(prompt=prompt)
+    assert AltPO(prompt="{{{question}}} {answer}").alternates.prompt.format(question="a", answer="b") == "{a} b"
+
+
 def test_weights_and_sampling_are_both_checked():
     with pytest.raises(UserError, match=r"method\.beta=0\.0 of AltPO must be above 0"):
         AltPO(beta=0.0)

@@ -63,6 +63,8 @@ REFUSED = {
     "gone beside a local method": (("requests=[{client: 3, target: gone}]", *ALONE), r"target=gone beside method NPO: with its owners gone nobody can unlearn"),
     "gone beside a method for which owners work": (("requests=[{client: 3, target: gone}]", "method=fedosd"), r"target=gone beside method FedOSD, for which the owners must unlearn or ascend themselves"),
     "gone beside MSA, whose owners tune": (("requests=[{client: 3, target: gone}]", "method=msa"), r"target=gone beside method MSA"),
+    "CE-U past every label": (("method=ceu", "method.skip=1000"), r"method CEU leaves out each row's first 1000 labels \(method.skip\), and no row of the request has more than \d+"),
+    "FedEraser's interval above the rounds": (("method=federaser", "method.interval=50"), r"method.interval=50 of FedEraser is above trainer.federated.num_rounds=\d+"),
     "an oracle's log beside several": (("requests=[{authors: [18]},{authors: [19]}]", "retain_logs_path=x"), r"retain_logs_path='x' beside several requests: each has an oracle of its own"),
     "an unknown key": (("requests=[{author: [19]}]",), r"author"),
     "another target": (("requests=[{client: 3, target: away}]",), r"target"),
@@ -122,6 +124,22 @@ def test_the_central_oracle_leaves_out_all_that_its_requests_name(pocket, saves)
     """Nothing is served there: an oracle of two requests knows neither."""
     run = central(pocket, saves, "retrain", "oracle", "requests=[{authors: [18]}, {authors: [19]}]")
     assert json.loads((run / "request.json").read_text())["rows"] == sorted(author(18, 19))
+
+
+CENTRAL_REFUSES = {
+    "owners_only": (("protocol=owners_only",), r"protocol OwnersOnly: the central baseline has nobody to share roles with"),
+    "all_clients": (("protocol=all_clients", "protocol.released=true"), r"protocol AllClients: the central baseline"),
+    "joins": (("partition.joins={3: 2}",), r"partition.joins: the central baseline has one round and no clients"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CENTRAL_REFUSES)
+def test_the_central_baseline_refuses_what_only_a_federation_can_do(pocket, saves, name):
+    tuned = finetune(pocket, saves, "ft")
+    overrides, said = CENTRAL_REFUSES[name]
+    with pytest.raises(UserError, match=said):
+        central(pocket, saves, "unlearn", "un", f"model.model_args.pretrained_model_name_or_path={tuned}", *overrides)
+    assert not (saves / "unlearn").exists()
 
 
 def test_every_fault_of_a_request_is_told_at_once(pocket, saves, made):

@@ -72,6 +72,8 @@ class TrainRun:
         faults = [fault for holds, fault in (*self._rules(), *self._client_rules()) if not holds]
         faults += combination_faults(self._combination())
         faults += self.protocol.faults(self.trainer.federated.num_rounds)
+        if self.server_method is not None:
+            faults += self.server_method.faults(self.trainer.federated.num_rounds)
         if faults:
             raise UserError(*faults)
 
@@ -216,20 +218,11 @@ class TrainRun:
 
     def _server_method_rules(self) -> list[tuple[bool, str]]:
         server, name = self.server_method, type(self.method).__name__
-        gone = any(request.target == "gone" for request in self.requests or ())
         several = len(self.requests or ()) > 1
         return [
             (
                 server is None or isinstance(self.protocol, ByMethod),
                 f"protocol {type(self.protocol).__name__} beside method {name}, a server-side method that says itself who works: leave protocol out (by_method)",
-            ),
-            (
-                not gone or server is not None or self.mode == "train",
-                f"requests with target=gone beside method {name}: with its owners gone nobody can unlearn their rows; choose a server-side method such as rollback, or target=stays",
-            ),
-            (
-                not gone or server is None or not tuple(server.owner_rounds(self.total_rounds)),
-                f"requests with target=gone beside method {name}, for which the owners must unlearn or ascend themselves: choose rollback, federaser, negation or fused, or target=stays",
             ),
             (
                 server is None or not isinstance(self.strategy, FlowerStrategy),

@@ -175,17 +175,33 @@ def _owned(client: int, rows: tuple[int, ...], kind: str, request: Request, repl
 
 
 def check_ownership(run: TrainRun, tofu: Tofu, partition: Partition, request: Request) -> None:
-    """Raises UserError for rows without a client and clients without rows, NotApplicableError for owners without retain rows under a retain term; all
-    of a kind at once.
+    """Raises UserError for rows without a client and clients without rows, NotApplicableError for owners that are gone where they must work, and for
+    those without retain rows under a retain term; all of a kind at once.
     """
     clients = owned_rows(run.data.rows, partition, request, replays=run.replays)
     faults = [_gap_fault(run, tofu, partition), *(_empty_fault(run, rows, tofu, partition) for rows in clients)]
     faults = [fault for fault in faults if fault]
     if faults:
         raise UserError(*faults)
-    forbidden = [fault for rows in clients if (fault := _retain_fault(run, rows))]
+    forbidden = _absence_faults(run) or [fault for rows in clients if (fault := _retain_fault(run, rows))]
     if forbidden:
         raise NotApplicableError(*forbidden)
+
+
+def _absence_faults(run: TrainRun) -> list[str]:
+    """What the absence of a request's owners forbids."""
+    server, at = run.server_method, f"requests with target=gone beside method {type(run.method).__name__}"
+    if run.mode == "train" or all(request.target != "gone" for request in run.requests or ()):
+        return []
+    if server is None:
+        return [
+            f"{at}: with its owners gone nobody can unlearn their rows; choose a server-side method such as rollback, or target=stays"
+        ]
+    if tuple(server.owner_rounds(run.total_rounds)):
+        return [
+            f"{at}, for which the owners must unlearn or ascend themselves: choose rollback, federaser, negation or fused, or target=stays"
+        ]
+    return []
 
 
 def _gap_fault(run: TrainRun, tofu: Tofu, partition: Partition) -> str:

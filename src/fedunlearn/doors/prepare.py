@@ -10,6 +10,7 @@ from fedunlearn.aggregation.factors import modules_of
 from fedunlearn.aggregation.flower import FlowerStrategy
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.data.alternates import given_alternates
+from fedunlearn.data.chat import EncodedRow
 from fedunlearn.data.ownership import (
     FILE,
     check_ownership,
@@ -33,6 +34,7 @@ from fedunlearn.federation.past import write_past
 from fedunlearn.federation.planning import check_plans
 from fedunlearn.federation.start import START, counted, load_start, save_start
 from fedunlearn.files import write_json
+from fedunlearn.methods.base import Method
 from fedunlearn.methods.tokens import Need
 from fedunlearn.models.adapter_files import saved_hash
 from fedunlearn.models.hidden_states import num_blocks
@@ -192,17 +194,27 @@ def _check_ranks(run: TrainRun, start: Adapter) -> None:
 
 
 def _check_method(run: TrainRun, made: Resident, tofu: Tofu, owned: Sequence[OwnedRows]) -> None:
-    """Raises UserError for a layer that the model lacks, and for forget rows whose alternate answers are missing or too long."""
+    """Raises UserError for a layer that the model lacks, for forget rows whose alternate answers are missing or too long, and where all of them are too short."""
     if run.local_method is None:
         return
     if {Need.HIDDEN, Need.REFERENCE_HIDDEN} & (run.local_method.needs | run.local_method.retain_needs):
         run.local_method.hidden_layer(num_blocks(made.model))
+    numbers = tuple(number for rows in owned for number in rows.forget)
+    _check_skip(run.local_method, encode_rows(made.chat, tofu, numbers))
     if run.local_method.alternates in ("idk", "pairs"):
-        numbers = [number for rows in owned for number in rows.forget]
         texts, full = given_alternates(run.data, numbers), tofu.rows("full")
         for number in numbers:
             longest = max(texts[number], key=len)
             made.chat.encode(full[number].question, longest, f"alternate of full row {number}")
+
+
+def _check_skip(method: Method, rows: Sequence[EncodedRow]) -> None:
+    longest = max((len(row.input_ids) - row.num_prompt for row in rows), default=0)
+    if rows and longest <= method.skipped_labels:
+        raise UserError(
+            f"method {type(method).__name__} leaves out each row's first {method.skipped_labels} labels (method.skip), and no row of the request has more than "
+            f"{longest}: nothing would be unlearned; lower it"
+        )
 
 
 def _check_sides(run: TrainRun, start: Adapter) -> None:

@@ -18,6 +18,8 @@ from fedunlearn.federation.launchers import launch
 from fedunlearn.federation.site import Site, reads_reference, set_threads
 from fedunlearn.files import write_json
 from fedunlearn.models.adapter_files import saved_hash
+from fedunlearn.protocols.finetune import Finetune
+from fedunlearn.protocols.in_round import InRound
 from fedunlearn.records.adapter import Adapter, Tensors
 from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.records.partition import OwnedRows
@@ -86,6 +88,12 @@ def _check_central(run: TrainRun | EvalRun) -> None:
     if isinstance(run, TrainRun) and (run.server_method or run.ledger.enabled):
         faults.append(
             "method and ledger: a server-side method or a ledger needs a federation, of which the central baseline has none; use src/fed_train.py"
+        )
+    if isinstance(run, TrainRun) and run.partition.joins:
+        faults.append("partition.joins: the central baseline has one round and no clients; leave it null")
+    if isinstance(run, TrainRun) and not isinstance(run.protocol, Finetune | InRound):
+        faults.append(
+            f"protocol {type(run.protocol).__name__}: the central baseline has nobody to share roles with; leave protocol out"
         )
     num_requests = len(run.requests or ())
     if run.mode == "unlearn" and num_requests > 1:

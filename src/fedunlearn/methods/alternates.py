@@ -1,6 +1,7 @@
 """Where the other answers of a preference loss come from."""
 
 from dataclasses import dataclass
+from string import Formatter
 from typing import Literal
 
 from fedunlearn.errors import UserError
@@ -26,13 +27,22 @@ class Sampled:
             (self.tries >= 1, f"{at}tries={self.tries} must be at least 1"),
             (self.max_new_tokens >= 1, f"{at}max_new_tokens={self.max_new_tokens} must be at least 1"),
             (
-                self.prompt is None or ("{question}" in self.prompt and "{answer}" in self.prompt),
-                f"{at}prompt={self.prompt!r} must hold {{question}} and {{answer}}, or be null (the bare question)",
+                self.prompt is None or _asks(self.prompt),
+                f"{at}prompt={self.prompt!r} must hold {{question}} and {{answer}} and no other braces (write {{{{ and }}}} for one that is meant), or be null (the bare question)",
             ),
         ]
         faults = [fault for holds, fault in rules if not holds]
         if faults:
             raise UserError(*faults)
+
+
+def _asks(prompt: str) -> bool:
+    """Whether a prompt takes question and answer, and nothing else."""
+    try:
+        fields = [field for _, field, _, _ in Formatter().parse(prompt) if field is not None]
+    except ValueError:
+        return False
+    return set(fields) == {"question", "answer"}
 
 
 Alternates = Literal["none", "idk", "pairs"] | Sampled

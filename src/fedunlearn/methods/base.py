@@ -52,6 +52,11 @@ class Method(Unlearner):
         raise ValueError(f"{type(self).__name__} declares hidden states but names no layer")
 
     @property
+    def skipped_labels(self) -> int:
+        """How many of each row's first labels `forget` does not read."""
+        return 0
+
+    @property
     def alternates(self) -> Alternates:
         """Where the answers of Need.ALTERNATES come from."""
         return "none"

@@ -32,6 +32,11 @@ class CEU(Method):
         """The logits."""
         return frozenset({Need.LOGITS})
 
+    @property
+    def skipped_labels(self) -> int:
+        """See Method.skipped_labels."""
+        return self.skip
+
     def forget(self, batch: TokenLosses, totals: StepTotals) -> torch.Tensor:
         """See Method.forget."""
         first = batch.num_labels.cumsum(0) - batch.num_labels  # [B]: where each row begins

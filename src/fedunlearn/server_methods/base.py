@@ -133,6 +133,10 @@ class ServerMethod(Unlearner):
         """Says why the method is not defined after fine-tuning that averaged so; empty where it is."""
         return ""
 
+    def faults(self, num_rounds: int) -> tuple[str, ...]:
+        """A sentence for every parameter that does not fit trainer.federated.num_rounds."""
+        return ()
+
     def rounds(self, num_rounds: int) -> int:
         """How many rounds a run has. num_rounds: trainer.federated.num_rounds."""
         return num_rounds

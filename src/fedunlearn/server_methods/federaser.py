@@ -43,6 +43,14 @@ class FedEraser(ServerMethod):
         """Old updates of the first round, old norms of the others."""
         return True
 
+    def faults(self, num_rounds: int) -> tuple[str, ...]:
+        """See ServerMethod.faults."""
+        if self.interval <= num_rounds:
+            return ()
+        return (
+            f"method.interval={self.interval} of FedEraser is above trainer.federated.num_rounds={num_rounds}, fine-tuning's rounds: lower it",
+        )
+
     def rounds(self, num_rounds: int) -> int:
         """Every interval-th."""
         return math.ceil(num_rounds / self.interval)
