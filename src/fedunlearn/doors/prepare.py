@@ -96,23 +96,15 @@ def prepare(composed: ComposedConfig) -> Prepared:
     owned = owned_rows(run.data.rows, partition, request, replays=run.replays)
     if composed.plain.get("door") != CENTRAL:  # where there are no rounds there is no plan
         check_plans(run, {rows.client_id: counted(rows) for rows in owned})
-    made = load_model(run, source)
-    if made.start is None:
-        raise ValueError("a federated run has an adapter")
-    for check in (_check_ranks, _check_sides, _check_export):
-        check(run, made.start)
-    _check_method(run, made, tofu, owned)
-    for rows in owned:
-        encode_rows(made.chat, tofu, (*rows.forget, *rows.retain))
+    made, start = _loaded(run, source, tofu, owned)
     hashes = {
         "base": made.fingerprint,
-        "start_adapter": made.start.tensor_hash,
+        "start_adapter": start.tensor_hash,
         "source": saved_hash(source.adapter),
         "data": tofu.hash("full"),
         "partition": partition.hash,
         "request": request.hash,
     }
-    start = made.start
     check_ledger_size(run, start, owned)
     check_ledgers(run, source.run)
     past = past_of(run, composed.plain, source.run, partition, request)
@@ -140,6 +132,19 @@ def prepare(composed: ComposedConfig) -> Prepared:
         retain_log=inputs.retain_log,
         request=request,
     )
+
+
+def _loaded(run: TrainRun, source: ModelSource, tofu: Tofu, owned: Sequence[OwnedRows]) -> tuple[Resident, Adapter]:
+    """Gives the model and its adapter. Raises UserError where the two, or the rows, do not fit what is asked of them."""
+    made = load_model(run, source)
+    if made.start is None:
+        raise ValueError("a federated run has an adapter")
+    for check in (_check_ranks, _check_sides, _check_export):
+        check(run, made.start)
+    _check_method(run, made, tofu, owned)
+    for rows in owned:
+        encode_rows(made.chat, tofu, (*rows.forget, *rows.retain))
+    return made, made.start
 
 
 def check_requests(run: TrainRun) -> None:
