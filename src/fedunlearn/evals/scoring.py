@@ -3,7 +3,7 @@
 Rows are sorted by length and batched by a budget of padded tokens; the vocabulary projection sees label rows only.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,30 +14,30 @@ from fedunlearn.data.chat import EncodedRow
 from fedunlearn.errors import UserError
 from fedunlearn.evals.inference import inference
 from fedunlearn.models.label_logits import label_logits
-from fedunlearn.records.evaluation import AnswerScore, Compat
+from fedunlearn.records.evaluation import AnswerScore, Compat, Detail, TokenScores
 from fedunlearn.reporting.progress import track
 
 LABELS_AT_ONCE = 1024
 
 
 def score_rows(
-    model: nn.Module, rows: Sequence[EncodedRow], *, pad_id: int, batch_tokens: int, compat: Compat = None
-) -> tuple[AnswerScore, ...]:
-    """Gives one score a row, in the order of `rows`; rows that are equal in ids and prompt length are scored once.
+    model: nn.Module, wanted: Mapping[EncodedRow, Detail], *, pad_id: int, batch_tokens: int, compat: Compat = None
+) -> dict[EncodedRow, AnswerScore]:
+    """Gives the score of every row, as much of it as is wanted.
 
-    batch_tokens: padded tokens of one batch (a longer row goes alone). Log-softmax in float32, a row's sum in float64, both
-    avg_loss and prob rounded to float32. Neither padding nor order moves a score by more than float32's rounding.
+    batch_tokens: padded tokens of one batch (a longer row goes alone). Log-softmax in float32 (float64 where the logits are), a row's sum in float64, both
+    avg_loss and prob rounded to that dtype again. Neither padding nor order moves a score by more than float32's rounding.
     compat: attention is masked where an id equals pad_id, wherever that is, and positions are 0 .. n-1 all the same.
     The model's mode and the global random state are left as they were. Raises UserError where a loss is not finite.
     """
-    unique = sorted(dict.fromkeys(rows), key=lambda row: len(row.input_ids), reverse=True)
+    unique = sorted(wanted, key=lambda row: len(row.input_ids), reverse=True)
     scores: dict[EncodedRow, AnswerScore] = {}
     with inference(model) as device:
         for batch in track(
             token_batches(unique, batch_tokens), "scoring", len(list(token_batches(unique, batch_tokens)))
         ):
-            scores.update(zip(batch, _score_batch(model, batch, pad_id, device, compat), strict=True))
-    return tuple(scores[row] for row in rows)
+            scores.update(zip(batch, _score_batch(model, batch, wanted, pad_id, device, compat), strict=True))
+    return scores
 
 
 def token_batches(rows: Sequence[EncodedRow], batch_tokens: int) -> Iterator[list[EncodedRow]]:
@@ -50,7 +50,12 @@ def token_batches(rows: Sequence[EncodedRow], batch_tokens: int) -> Iterator[lis
 
 
 def _score_batch(
-    model: nn.Module, batch: list[EncodedRow], pad_id: int, device: torch.device, compat: Compat
+    model: nn.Module,
+    batch: list[EncodedRow],
+    detail: Mapping[EncodedRow, Detail],
+    pad_id: int,
+    device: torch.device,
+    compat: Compat,
 ) -> list[AnswerScore]:
     width = max(len(row.input_ids) for row in batch)
     ids = torch.full((len(batch), width), pad_id)
@@ -66,24 +71,41 @@ def _score_batch(
     else:
         with _positions_from_zero(model):
             logits = label_logits(model, ids.to(device), (ids != pad_id).to(device), wanted.to(device))
-    return _averages(_label_losses(logits, labels), [row.num_labels for row in batch])
+    columns = _columns(logits, labels, max(detail[row] for row in batch))
+    parts = zip(*(torch.split(column.cpu(), [row.num_labels for row in batch]) for column in columns), strict=True)
+    return [_score(tuple(part), detail[row]) for row, part in zip(batch, parts, strict=True)]
 
 
-def _label_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihoods [N], float32; only LABELS_AT_ONCE rows of logits stand in float32 at a time."""
+def _columns(logits: torch.Tensor, labels: torch.Tensor, detail: Detail) -> list[torch.Tensor]:
+    """Gives logp, hit, mu and sigma2 [N], as far as `detail` goes; LABELS_AT_ONCE rows of logits are looked at at a time."""
     chunks = zip(torch.split(logits, LABELS_AT_ONCE), torch.split(labels, LABELS_AT_ONCE), strict=True)
-    return torch.cat([nn.functional.cross_entropy(part.float(), target, reduction="none") for part, target in chunks])
+    found = [_chunk(part, target, detail) for part, target in chunks]
+    return [torch.cat(column) for column in zip(*found, strict=True)]
 
 
-def _averages(losses: torch.Tensor, counts: list[int]) -> list[AnswerScore]:
-    means = torch.stack([row.double().mean() for row in torch.split(losses.cpu(), counts)]).float()
-    probs = torch.exp(-means)
-    if not torch.isfinite(means).all():
+def _chunk(logits: torch.Tensor, labels: torch.Tensor, detail: Detail) -> list[torch.Tensor]:
+    logp = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+    found = [logp.gather(1, labels[:, None])[:, 0]]
+    if detail >= Detail.TOKENS:
+        found.append(logp.argmax(1) == labels)
+    if detail >= Detail.MOMENTS:
+        p = logp.exp()
+        mu = (p * logp).sum(1)
+        found += [mu, (p * logp.square()).sum(1) - mu.square()]
+    return found
+
+
+def _score(columns: tuple[torch.Tensor, ...], detail: Detail) -> AnswerScore:
+    logp = columns[0]
+    mean = -logp.double().mean().to(logp.dtype)
+    if not torch.isfinite(mean):
         raise UserError(
             "the model gives an answer a loss that is not finite (NaN or infinity in its logits), so no metric has a value; "
             "the adapter has diverged, or torch_dtype=float16 overflows: train it with a lower trainer.args.learning_rate, or evaluate in float32"
         )
-    return [AnswerScore(*numbers) for numbers in zip(means.tolist(), probs.tolist(), counts, strict=True)]
+    kept = columns[: (0, 2, 4)[detail]]
+    tokens = TokenScores(*(column.numpy() for column in kept)) if kept else None
+    return AnswerScore(float(mean), float(torch.exp(-mean)), len(logp), tokens)
 
 
 @contextmanager

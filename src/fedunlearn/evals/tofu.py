@@ -12,7 +12,7 @@ from fedunlearn.evals.retain_log import check_retain_log
 from fedunlearn.evals.scoring import score_rows
 from fedunlearn.evals.sets import Sets, read_sets
 from fedunlearn.metrics.tofu import FORGET_TRUTH_RATIO, tofu_metrics
-from fedunlearn.records.evaluation import AnswerScore, EvalLog, Generations, ScoreTable, definition_of
+from fedunlearn.records.evaluation import AnswerScore, Detail, EvalLog, Generations, ScoreTable, definition_of
 from fedunlearn.records.requests import Request
 
 
@@ -63,8 +63,9 @@ def score_sets(model: nn.Module, chat: ChatFormat, sets: Sets, settings: EvalCon
         for i, row in enumerate(data.rows)
         for answer in _encode(chat, row, f"{data.split} row {i}")
     ]
-    found = score_rows(model, flat, pad_id=chat.pad_id, batch_tokens=settings.batch_tokens, compat=settings.compat)
-    scores = iter(found)
+    wanted = dict.fromkeys(flat, Detail.LOSS)
+    found = score_rows(model, wanted, pad_id=chat.pad_id, batch_tokens=settings.batch_tokens, compat=settings.compat)
+    scores = iter([found[row] for row in flat])
     return {name: _table(data.rows, scores) for name, data in sets.items()}
 
 

@@ -3,7 +3,11 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 Compat = Literal["open-unlearning"] | None
 Definition = Literal["log-space", "open-unlearning"]
@@ -16,17 +20,42 @@ def definition_of(compat: Compat) -> Definition:
     return "log-space" if compat is None else compat
 
 
+class Detail(IntEnum):
+    """How much is kept of an answer's score; each level holds those below it."""
+
+    LOSS = 0
+    TOKENS = 1
+    MOMENTS = 2
+
+
+Floats = NDArray[np.float32] | NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScores:
+    """One answer label by label, T of them: `logp` [T], log-probability in nats; `hit` [T] bool, whether it is the likeliest token.
+
+    mu, sigma2 (Detail.MOMENTS): [T], mean and variance of log p(v) over v ~ p, before any floor. Float32, or the model's dtype where that is wider.
+    """
+
+    logp: Floats
+    hit: NDArray[np.bool_]
+    mu: Floats | None = None
+    sigma2: Floats | None = None
+
+
 @dataclass(frozen=True)
 class AnswerScore:
     """One answer under the model.
 
     avg_loss: mean negative log-likelihood of its labels, in nats; prob: exp(-avg_loss); both are float32 numbers held as
-    Python floats. num_labels: tokens of the answer and what closes it.
+    Python floats (float64 where the model is). num_labels: tokens of the answer and what closes it. tokens: from Detail.TOKENS on.
     """
 
     avg_loss: float
     prob: float
     num_labels: int
+    tokens: TokenScores | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
