@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from fedunlearn.config.model import TemplateArgs
 from fedunlearn.errors import UserError
+from fedunlearn.files import canonical_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +35,11 @@ class EncodedRow:
     def num_labels(self) -> int:
         """Labels of the row: the answer's tokens and what closes it."""
         return len(self.input_ids) - self.num_prompt
+
+    @property
+    def hash(self) -> str:
+        """sha256 of ids and prompt length: what its scores are kept under."""
+        return hashlib.sha256(canonical_json([list(self.input_ids), self.num_prompt]).encode()).hexdigest()
 
     @property
     def labels(self) -> tuple[int, ...]:

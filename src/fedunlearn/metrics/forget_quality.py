@@ -1,8 +1,32 @@
 """Forget quality: can the truth ratios be told from those of a model that never saw the forget rows? (TOFU, arXiv:2401.06121)"""
 
+from dataclasses import dataclass
+
 from scipy.stats import ks_2samp
 
+from fedunlearn.metrics.base import Evidence, LogReading, Metric
 from fedunlearn.records.evaluation import MetricResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgetQuality(Metric):
+    """Forget quality from the truth ratios that the metric `of` stored here and in the retain log."""
+
+    of: str = "forget_truth_ratio"
+
+    @property
+    def made_of(self) -> tuple[str, ...]:
+        """The truth ratio."""
+        return (self.of,)
+
+    @property
+    def reads_log(self) -> LogReading:
+        """The oracle's truth ratios, row by row."""
+        return LogReading(metric=self.of, rows=True)
+
+    def compute(self, found: Evidence) -> MetricResult:
+        """See forget_quality."""
+        return forget_quality(found.metrics[self.of], None if found.retain is None else found.retain.metrics[self.of])
 
 
 def forget_quality(ratio: MetricResult, retain_ratio: MetricResult | None) -> MetricResult:

@@ -1,9 +1,11 @@
 """Model utility: what must stay, as one number (TOFU, arXiv:2401.06121): the harmonic mean of nine metrics."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from scipy.stats import hmean
 
+from fedunlearn.metrics.base import Evidence, Metric
 from fedunlearn.records.evaluation import Compat, MetricResult, definition_of
 
 MODEL_UTILITY_PARTS = (
@@ -19,12 +21,30 @@ MODEL_UTILITY_PARTS = (
 )
 
 
-def model_utility(metrics: Mapping[str, MetricResult], *, compat: Compat = None) -> MetricResult:
-    """Harmonic mean of MODEL_UTILITY_PARTS, in [0, 1]: 0 where one of them is 0, None where one of them is None.
+@dataclass(frozen=True, kw_only=True)
+class ModelUtility(Metric):
+    """Model utility: the harmonic mean of `parts`, which must be among eval.metrics."""
+
+    parts: tuple[str, ...] = MODEL_UTILITY_PARTS
+
+    @property
+    def made_of(self) -> tuple[str, ...]:
+        """The parts."""
+        return self.parts
+
+    def compute(self, found: Evidence) -> MetricResult:
+        """See model_utility."""
+        return model_utility(found.metrics, self.parts, compat=found.compat)
+
+
+def model_utility(
+    metrics: Mapping[str, MetricResult], parts: tuple[str, ...] = MODEL_UTILITY_PARTS, *, compat: Compat = None
+) -> MetricResult:
+    """Harmonic mean of the parts, in [0, 1]: 0 where one of them is 0, None where one of them is None.
 
     Raises KeyError where a part is missing altogether.
     """
-    values = [metrics[name].agg_value for name in MODEL_UTILITY_PARTS]
+    values = [metrics[name].agg_value for name in parts]
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return MetricResult(None, definition_of(compat))

@@ -1,10 +1,57 @@
 """Probability of an answer, per token: prob = exp(-avg_loss) (TOFU, arXiv:2401.06121, section 2.2.2), and its normalised kind."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 import numpy as np
 
+from fedunlearn.metrics.base import Evidence, Metric, Part, Reading
 from fedunlearn.records.evaluation import AnswerScore, Compat, MetricResult, Row, definition_of
 
 EPSILON = 1e-10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probability(Metric):
+    """Probability of a data set's answers: the plain ones (`*_Q_A_Prob`), the paraphrased (`*_Q_A_PARA_Prob`) or the wrong ones (`*_Q_A_PERT_Prob`)."""
+
+    of: str
+    answers: Literal["plain", "paraphrased", "perturbed"] = "plain"
+
+    @property
+    def reads(self) -> frozenset[Reading]:
+        """These answers."""
+        return frozenset({Reading(self.of, Part(self.answers))})
+
+    def compute(self, found: Evidence) -> MetricResult:
+        """See answer_probability and perturbed_probability; None where the data set has no such answers."""
+        table, compat = found.tables[self.of], found.compat
+        if self.answers == "plain":
+            return answer_probability(table.plain, compat=compat)
+        if not table.compares:
+            return MetricResult(None, definition_of(compat))
+        if self.answers == "perturbed":
+            return perturbed_probability(table.perturbed, compat=compat)
+        return answer_probability(table.paraphrased, compat=compat)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormalisedProbability(Metric):
+    """Share of the right answer among right and wrong ones (`ra_Q_A_Prob_normalised`, `wf_...`)."""
+
+    of: str
+
+    @property
+    def reads(self) -> frozenset[Reading]:
+        """Plain and wrong answers."""
+        return frozenset({Reading(self.of, Part.PLAIN), Reading(self.of, Part.PERTURBED)})
+
+    def compute(self, found: Evidence) -> MetricResult:
+        """See normalised_probability; None where there are no wrong answers."""
+        table = found.tables[self.of]
+        if not table.compares:
+            return MetricResult(None, definition_of(found.compat))
+        return normalised_probability(table.plain, table.perturbed, compat=found.compat)
 
 
 def answer_probability(scores: tuple[AnswerScore, ...], *, compat: Compat = None) -> MetricResult:

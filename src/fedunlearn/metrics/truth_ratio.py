@@ -5,15 +5,50 @@ geometric mean of the wrong answers' probabilities over the right one's. (The pa
 """
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from fedunlearn.metrics.base import Evidence, Metric, Part, Reading
 from fedunlearn.metrics.probability import EPSILON, mean_or_none
 from fedunlearn.records.evaluation import AnswerScore, Compat, MetricResult, ScoreTable, definition_of
 
 Kind = Literal["forget", "retain"]
+Form = Literal["ratio", "prob_mean"]
 LARGEST_EXPONENT = 700.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruthRatio(Metric):
+    """Truth ratio of a data set. kind: how it is aggregated (see truth_ratio). form: the ratio, or `prob_mean`, the right answer's share of the two.
+
+    paraphrased: whether right is the paraphrased answer (forget, retain) or the plain one (real authors, world facts).
+    """
+
+    of: str
+    kind: Kind
+    paraphrased: bool
+    form: Form = "ratio"
+
+    @property
+    def reads(self) -> frozenset[Reading]:
+        """Right and wrong answers."""
+        right = Part.PARAPHRASED if self.paraphrased else Part.PLAIN
+        return frozenset({Reading(self.of, right), Reading(self.of, Part.PERTURBED)})
+
+    def definition(self, compat: Compat) -> str:
+        """The form stands in the name."""
+        return definition_of(compat) if self.form == "ratio" else f"{definition_of(compat)}, {self.form}"
+
+    def compute(self, found: Evidence) -> MetricResult:
+        """None where there are no wrong answers."""
+        table, name = found.tables[self.of], self.definition(found.compat)
+        if not table.compares:
+            return MetricResult(None, name)
+        if self.form == "prob_mean":
+            return prob_mean(table, name, compat=found.compat)
+        return truth_ratio(table, self.kind, compat=found.compat)
 
 
 def truth_ratio(table: ScoreTable, kind: Kind, *, compat: Compat = None) -> MetricResult:
@@ -25,14 +60,32 @@ def truth_ratio(table: ScoreTable, kind: Kind, *, compat: Compat = None) -> Metr
     the order of scores. compat: w / (c + 1e-10) of c = exp(-L_c), w = exp(-L_w) and 1 / (r + 1e-10): for a model whose losses
     pass 23 nats that ratio is an artefact of the 1e-10.
     """
-    pairs = [(right.avg_loss, _mean_loss(wrong)) for right, wrong in zip(table.correct, table.perturbed, strict=True)]
-    scores = [_score(right, wrong, compat) for right, wrong in pairs]
+    scores = [_score(right, wrong, compat) for right, wrong in _losses(table)]
     small = EPSILON if compat is not None else 0.0
     if kind == "forget":
         parts = [min(score, 1.0 / (score + small)) for score in scores]
     else:
         parts = [max(0.0, 1.0 - score) for score in scores]
     return MetricResult(mean_or_none(parts), definition_of(compat), tuple({"score": score} for score in scores))
+
+
+def prob_mean(table: ScoreTable, definition: str, *, compat: Compat = None) -> MetricResult:
+    """Share of the right answer, c / (c + w), of c = exp(-L_c) and w = exp(-L_w); mean over rows, for all data sets (OpenUnlearning, arXiv:2506.12618).
+
+    Ours: 1 / (1 + exp(L_c - L_w)). compat: c / (c + w + 1e-10).
+    """
+    scores = []
+    for right, wrong in _losses(table):
+        if compat is not None:
+            c, w = math.exp(-right), math.exp(-wrong)
+            scores.append(c / (c + w + EPSILON))
+        else:
+            scores.append(1.0 / (1.0 + math.exp(min(right - wrong, LARGEST_EXPONENT))))
+    return MetricResult(mean_or_none(scores), definition, tuple({"score": score} for score in scores))
+
+
+def _losses(table: ScoreTable) -> list[tuple[float, float]]:
+    return [(right.avg_loss, _mean_loss(wrong)) for right, wrong in zip(table.correct, table.perturbed, strict=True)]
 
 
 def _mean_loss(wrong: tuple[AnswerScore, ...]) -> float:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from fedunlearn.models.lora import ACTIVE, REFERENCE, live_tensors
 from fedunlearn.records.adapter import Tensors
@@ -69,6 +70,6 @@ def module_scales(model: PeftModel) -> Mapping[str, float]:
     return {path.removeprefix("base_model.model."): scale for path, scale in scales_in(model).items()}
 
 
-def scales_in(model: PeftModel) -> Mapping[str, float]:
+def scales_in(model: nn.Module) -> Mapping[str, float]:
     """Gives the scale of every LoRA layer by its path, as it acts now."""
     return {path: float(layer.scaling[ACTIVE]) for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}

@@ -1,6 +1,7 @@
 """The one model of a process: base, LoRA, tokenizer, kept between stages, rounds and clients."""
 
 import gc
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from fedunlearn.config.model import ModelConfig
 from fedunlearn.data.chat import ChatFormat
 from fedunlearn.errors import UserError
+from fedunlearn.files import canonical_json
 from fedunlearn.models.adapter_files import Probe, load_adapter, stacked_of
 from fedunlearn.models.base import choose_device, load_base, load_tokenizer
 from fedunlearn.models.export import Stacked, unit_scaled
@@ -28,9 +30,10 @@ from fedunlearn.models.lora import (
     read_tensors,
     write_tensors,
 )
+from fedunlearn.models.ranks import scales_in
 from fedunlearn.models.sidecar import put_sidecar
 from fedunlearn.models.source import ModelSource, find_base
-from fedunlearn.records.adapter import Adapter
+from fedunlearn.records.adapter import Adapter, Weights
 
 log = logging.getLogger(__name__)
 PROBE_ROWS, PROBE_LENGTH, PROBE_IDS = 4, 16, 64
@@ -64,6 +67,13 @@ class Resident:
         if self.start is None:
             raise ValueError("a base without LoRA has no adapter")
         return self.start.replace(read_tensors(self.model))
+
+
+def numbers_name(made: Resident, weights: Weights, bf16: bool) -> str:
+    """Gives the sha256 of what a model's numbers depend on: base, how it is run (dtype, attention, device, autocast to bf16), LoRA scales, adapter."""
+    attention = str(made.model.config._attn_implementation)
+    model = [made.fingerprint, str(made.model.dtype), attention, made.device.type, bf16, scales_in(made.model)]
+    return hashlib.sha256(canonical_json([model, weights.hash]).encode()).hexdigest()
 
 
 _held: dict[tuple[object, ...], Resident] = {}

@@ -10,14 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 Compat = Literal["open-unlearning"] | None
-Definition = Literal["log-space", "open-unlearning"]
+Definition = str
+OURS, THEIRS = "log-space", "open-unlearning"
 RowValue = float | str | tuple[float, ...]
 Row = Mapping[str, RowValue]
 
 
 def definition_of(compat: Compat) -> Definition:
-    """Names the definitions in force: ours (log space, masks by length), or open-unlearning's (1e-10 in linear space, masks by pad id)."""
-    return "log-space" if compat is None else compat
+    """Names the definitions in force: ours (log space, masks by length), or open-unlearning's (1e-10 in linear space, masks by pad id).
+
+    A metric with more than one definition adds to the name.
+    """
+    return OURS if compat is None else compat
 
 
 class Detail(IntEnum):
@@ -63,21 +67,32 @@ class ScoreTable:
     """Scores of one data set; entry i of each tuple belongs to row i.
 
     plain: the answer itself. perturbed: the wrong answers in order, as many in each row (none where the data set has none). paraphrased: empty where the data set
-    has no paraphrased answers (real authors, world facts).
+    has no paraphrased answers (real authors, world facts). label_texts: the plain answers' labels as text, cleaned, not stripped. reference: the plain answers under
+    the reference model. gradnorms: see evals.gradnorm. Whatever no metric reads is empty.
     """
 
-    plain: tuple[AnswerScore, ...]
-    perturbed: tuple[tuple[AnswerScore, ...], ...]
+    plain: tuple[AnswerScore, ...] = ()
+    perturbed: tuple[tuple[AnswerScore, ...], ...] = ()
     paraphrased: tuple[AnswerScore, ...] = ()
+    label_texts: tuple[str, ...] = ()
+    reference: tuple[AnswerScore, ...] = ()
+    gradnorms: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        assert len(self.perturbed) == len(self.plain), "one list of wrong answers a row"
-        assert len(self.paraphrased) in (0, len(self.plain)), "a paraphrased answer for every row or for none"
+        parts = (
+            self.plain,
+            self.perturbed,
+            self.paraphrased,
+            self.label_texts,
+            self.reference,
+            self.gradnorms,
+        )
+        assert len({len(part) for part in parts if part}) <= 1, "one entry for every row, or none"
 
     @property
     def compares(self) -> bool:
-        """Whether every row has wrong answers to compare with."""
-        return all(self.perturbed)
+        """Whether there are wrong answers to compare with, in every row."""
+        return bool(self.perturbed) and all(self.perturbed)
 
     @property
     def correct(self) -> tuple[AnswerScore, ...]:

@@ -16,8 +16,7 @@ from fedunlearn.data.chat import EncodedRow
 from fedunlearn.data.collator import collate
 from fedunlearn.files import canonical_json, write_json
 from fedunlearn.models.lora import ACTIVE, REFERENCE, read_tensors, write_tensors
-from fedunlearn.models.ranks import scales_in
-from fedunlearn.models.resident import Resident
+from fedunlearn.models.resident import Resident, numbers_name
 from fedunlearn.models.sidecar import put_sidecar, use_sidecar
 from fedunlearn.records.adapter import Weights
 from fedunlearn.training.charges import Charges
@@ -43,13 +42,6 @@ def as_reference(made: Resident, reference: Weights) -> Iterator[None]:
         use_sidecar(made.model, ACTIVE)
 
 
-def reference_name(made: Resident, reference: Weights, bf16: bool) -> str:
-    """Gives the sha256 of what the reference's numbers depend on: base, how it is run (dtype, attention, device, bf16), LoRA scales, adapter."""
-    attention = str(made.model.config._attn_implementation)
-    model = [made.fingerprint, str(made.model.dtype), attention, made.device.type, bf16, scales_in(made.model)]
-    return hashlib.sha256(canonical_json([model, reference.hash]).encode()).hexdigest()
-
-
 class ReferenceSums:
     """NLL_i of rows under the reference adapter: each row's forward is run once and its sum kept under `cache`, from round to round.
 
@@ -58,7 +50,7 @@ class ReferenceSums:
 
     def __init__(self, made: Resident, reference: Weights, cache: Path, bf16: bool, charges: Charges) -> None:
         self._made, self._reference, self._bf16, self._charges = made, reference, bf16, charges
-        self._folder = cache / "reference_sums" / reference_name(made, reference, bf16)
+        self._folder = cache / "reference_sums" / numbers_name(made, reference, bf16)
         self.tokens = 0
 
     @cached_property
@@ -70,7 +62,7 @@ class ReferenceSums:
 
     def prepare(self, rows: Sequence[EncodedRow]) -> None:
         """Computes the sums that are not known yet, in batches of rows of like length. The active adapter keeps its values."""
-        wanted = {_name(row): row for row in rows}
+        wanted = {row.hash: row for row in rows}
         self.tokens += sum(len(wanted[name].input_ids) for name in self._charges.due(wanted))
         lacking = {name: row for name, row in wanted.items() if name not in self._known}
         if not lacking:
@@ -83,11 +75,7 @@ class ReferenceSums:
 
     def of(self, rows: Sequence[EncodedRow]) -> torch.Tensor:
         """Gives the sums of rows that were prepared, [B] float32. Raises KeyError for any other."""
-        return torch.tensor([self._known[_name(row)] for row in rows], dtype=torch.float32)
-
-
-def _name(row: EncodedRow) -> str:
-    return hashlib.sha256(canonical_json([list(row.input_ids), row.num_prompt]).encode()).hexdigest()
+        return torch.tensor([self._known[row.hash] for row in rows], dtype=torch.float32)
 
 
 def _read(path: Path) -> dict[str, float]:

@@ -12,11 +12,11 @@ from fedunlearn.errors import UserError
 from fedunlearn.evals.generation import sample_texts
 from fedunlearn.files import canonical_json, write_json
 from fedunlearn.methods.alternates import Sampled
-from fedunlearn.models.resident import Resident
+from fedunlearn.models.resident import Resident, numbers_name
 from fedunlearn.records.adapter import Weights
 from fedunlearn.seeds import seed_of
 from fedunlearn.training.charges import Charges
-from fedunlearn.training.reference import as_reference, reference_name
+from fedunlearn.training.reference import as_reference
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def sampled_alternates(
 
     Raises UserError naming a row whose draws all equalled its answer.
     """
-    known = [reference_name(made, reference, False), made.chat.provenance, asdict(how), seed]
+    known = [numbers_name(made, reference, False), made.chat.provenance, asdict(how), seed]
     drawn: dict[str, tuple[tuple[str, ...], int]] = {}
     for number, row in rows.items():
         name = hashlib.sha256(canonical_json([*known, number, row.question, row.answer]).encode()).hexdigest()
