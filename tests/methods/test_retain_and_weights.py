@@ -253,7 +253,7 @@ def test_a_weight_without_retain_term_is_refused(member, retain):
         (lambda: AltPO(max_new_tokens=0), r"method\.max_new_tokens=0 must be at least 1"),
         (
             lambda: AltPO(prompt="Another answer to {question}"),
-            r"must hold \{question\} and \{answer\}, and no other braces",
+            r"must hold \{question\} and \{answer\} and no other braces",
         ),
     ],
 )
