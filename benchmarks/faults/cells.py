@@ -130,7 +130,7 @@ def played_on(grid: Grid, run: TrainRun, recorded: Recorded, folder: Path) -> Pl
     shutil.rmtree(folder, ignore_errors=True)
     recorded.begin(folder)
     try:
-        run_rounds(grid, run, folder, "matrix", False)
+        run_rounds(grid, run, folder, False)
     except Exception as error:  # whatever ends a run is what a cell tells
         return Played(error=f"{type(error).__name__}: {error}")
     return read_played(folder)

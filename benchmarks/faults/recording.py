@@ -128,7 +128,7 @@ def record(place: Path) -> Recorded:
     prepared = prepare(composed)
     grid = RecordingGrid(make_client_app(json.dumps(composed.plain, sort_keys=True)))
     try:
-        run_rounds(grid, prepared.run, prepared.folder, "recorded", False)
+        run_rounds(grid, prepared.run, prepared.folder, False)
     finally:
         close_sites()
         release()

@@ -50,7 +50,7 @@ def recorded_for(recorded: Recorded, place: Path, owners: tuple[int, ...], count
     for name in (FILE, REQUEST):
         shutil.copy(recorded.folder / name, place / name)
     rows = [asdict(declared[k].rows) for k in range(count)]
-    (place / BEGAN).write_text(json.dumps({"sidecar": [], "rows": rows}), encoding="utf-8")
+    (place / BEGAN).write_text(json.dumps({"run_id": "small", "sidecar": [], "rows": rows}), encoding="utf-8")
     return replace(recorded, folder=place, declared=declared)
 
 

@@ -34,8 +34,8 @@ def trained(monkeypatch):
     def arm(spoil, start: int = 1) -> None:
         real, calls = site.Site.work, []
 
-        def work(self, task, owned, weights, reference, released=()):
-            done = real(self, task, owned, weights, reference, released)
+        def work(self, task, owned, weights, reference, charges, released=()):
+            done = real(self, task, owned, weights, reference, charges, released)
             calls.extend([task] if task.client_id == 0 else [])
             return spoil(done) if task.client_id == 0 and len(calls) >= start else done
 

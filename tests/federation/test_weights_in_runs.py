@@ -20,8 +20,8 @@ def test_weights_by_norm_where_only_one_client_moves_end_no_run(pocket, saves, m
     """HetLoRA from a fresh adapter, B = 0: three that send back what they were sent hold a product of 0 and share what the cap leaves."""
     real = site.Site.work
 
-    def work(self, task, owned, weights, reference, released=()):
-        done = real(self, task, owned, weights, reference, released)
+    def work(self, task, owned, weights, reference, charges, released=()):
+        done = real(self, task, owned, weights, reference, charges, released)
         same = {name: weights.factors[name] for name in done.tensors}
         return done if task.client_id == 0 else replace(done, tensors=same)
 
@@ -111,11 +111,11 @@ def test_a_trimmed_mean_of_too_few_says_that_it_is_a_plain_one(pocket, saves, mo
     """A quarter of four is one at each end; one that crashes leaves three, of which it is none."""
     real = site.Site.work
 
-    def work(self, task, owned, weights, reference, released=()):
+    def work(self, task, owned, weights, reference, charges, released=()):
         if task.client_id == 0 and len(calls) == 1:
             raise RuntimeError("no memory left")
         calls.extend([task] if task.client_id == 0 else [])
-        return real(self, task, owned, weights, reference, released)
+        return real(self, task, owned, weights, reference, charges, released)
 
     calls = []
     monkeypatch.setattr(site.Site, "work", work)

@@ -251,7 +251,10 @@ def test_a_weight_without_retain_term_is_refused(member, retain):
         (lambda: AltPO(samples=0), r"method\.samples=0 must be at least 1"),
         (lambda: AltPO(tries=0), r"method\.tries=0 must be at least 1"),
         (lambda: AltPO(max_new_tokens=0), r"method\.max_new_tokens=0 must be at least 1"),
-        (lambda: AltPO(prompt="Another answer to {question}"), r"must hold \{question\} and \{answer\}, or be null"),
+        (
+            lambda: AltPO(prompt="Another answer to {question}"),
+            r"must hold \{question\} and \{answer\} and no other braces",
+        ),
     ],
 )
 def test_values_without_sense_are_refused_by_key(make, message):

@@ -16,8 +16,8 @@ def works(monkeypatch):
 
     seen, real = [], Site.work
 
-    def work(self, task, owned, start, reference, released=()):
-        done = real(self, task, owned, start, reference, released)
+    def work(self, task, owned, start, reference, charges, released=()):
+        done = real(self, task, owned, start, reference, charges, released)
         seen.append(
             (task.client_id, task.role.value, dict(start.factors), {n: t.clone() for n, t in done.tensors.items()})
         )
