@@ -1,18 +1,22 @@
 """Stand-ins for the evaluation's tests: a byte tokenizer, a tiny Llama, a made-up TOFU folder, and the shared copies where they exist."""
 
 import base64
+import importlib
 import json
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedunlearn.config.model import TemplateArgs
 from fedunlearn.data.chat import ChatFormat
+from fedunlearn.metrics.base import Metric
 
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 needs_shared = pytest.mark.skipif(
     not SHARED.is_dir(), reason="the shared copies of TOFU, logs and tokenizers are not here"
@@ -117,7 +121,7 @@ def tiny_chat(max_length: int = 512) -> ChatFormat:
 
 
 def write_folder(folder: Path, authors: int = 20, rows_per_author: int = 2, layout: bool = True) -> Path:
-    """A made-up TOFU of short rows: full, forget10/retain90 and forget05/retain95, their perturbed splits, real authors, world facts."""
+    """A made-up TOFU of short rows: full, forget10/retain90 and forget05/retain95, their perturbed splits and holdouts, real authors, world facts."""
     folder.mkdir(parents=True, exist_ok=True)
     full = [
         {"question": f"Who is {i // rows_per_author}?", "answer": f"A{i} ."} for i in range(authors * rows_per_author)
@@ -127,6 +131,9 @@ def write_folder(folder: Path, authors: int = 20, rows_per_author: int = 2, layo
         cut = len(full) - len(full) * share // 100
         splits[f"forget{share:02}"], splits[f"retain{100 - share}"] = full[cut:], full[:cut]
         splits[f"forget{share:02}_perturbed"] = [_perturbed(row, 5) for row in full[cut:]]
+        splits[f"holdout{share:02}"] = [
+            {"question": f"Who was {i}?", "answer": f"B{i} ."} for i in range(len(full) - cut)
+        ]
     splits["retain_perturbed"] = [_perturbed(row, 5) for row in full[:6]]
     for name in ("real_authors", "world_facts"):
         splits[f"{name}_perturbed"] = [
@@ -138,6 +145,22 @@ def write_folder(folder: Path, authors: int = 20, rows_per_author: int = 2, layo
     if layout:
         (folder / "tofu.json").write_text(json.dumps({"rows_per_author": rows_per_author, "authors": authors}))
     return folder
+
+
+def metrics_of(*files: str) -> dict[str, Metric]:
+    """The metrics that configs/eval/<file>.yaml names, of several files together; `tofu` where none is named."""
+    blocks: dict[str, dict] = {}
+    for file in files or ("tofu",):
+        blocks |= yaml.safe_load((CONFIGS / "eval" / f"{file}.yaml").read_text())["metrics"]
+    return {name: _metric(dict(block)) for name, block in blocks.items()}
+
+
+def _metric(block: dict) -> Metric:
+    module, _, name = block.pop("_target_").rpartition(".")
+    return getattr(importlib.import_module(module), name)(**block)
+
+
+ATTACKS = ("tofu", "tofu_attacks")
 
 
 def _perturbed(row: dict, count: int) -> dict:

@@ -5,9 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers_eval import LLAMA3_ARGS, SHARED, llama3_tokenizer, needs_shared, tiny_chat, tiny_llama, write_folder
+from helpers_eval import (
+    LLAMA3_ARGS,
+    SHARED,
+    llama3_tokenizer,
+    metrics_of,
+    needs_shared,
+    tiny_chat,
+    tiny_llama,
+    write_folder,
+)
 
-from fedunlearn.config.data import EvalConfig
+from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.data.chat import ChatFormat
 from fedunlearn.data.tofu import load_tofu
 from fedunlearn.errors import UserError
@@ -17,9 +26,10 @@ from fedunlearn.evals.retain_log import check_retain_log
 from fedunlearn.evals.scoring import score_rows
 from fedunlearn.evals.sets import read_sets
 from fedunlearn.evals.tofu import evaluate_tofu
+from fedunlearn.records.evaluation import Detail
 
-SETTINGS = EvalConfig(max_new_tokens=4)
-COMPAT = EvalConfig(max_new_tokens=4, compat="open-unlearning")
+SETTINGS = EvalConfig(max_new_tokens=4, metrics=metrics_of())
+COMPAT = replace(SETTINGS, compat="open-unlearning")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +38,7 @@ def tofu(tmp_path_factory):
 
 
 def forget_set(tofu, split):
-    return read_sets(tofu, split, None)["forget"]
+    return read_sets(tofu, split, SETTINGS)["forget"]
 
 
 def evaluate(tofu, settings=SETTINGS, retain_log=None, seed=0, forget_split="forget10"):
@@ -44,6 +54,8 @@ def test_every_base_metric_is_there_with_its_rows(log):
     """4 forget rows, 6 retain rows, 3 real authors, 3 world facts."""
     rows = {name: len(result.value_by_index) for name, result in log.metrics.items()}
     assert rows == {
+        "exact_memorization": 4,
+        "extraction_strength": 4,
         "forget_Q_A_PARA_Prob": 4,
         "forget_Q_A_PERT_Prob": 4,
         "forget_Q_A_Prob": 4,
@@ -73,9 +85,9 @@ def test_scores_land_at_their_row_and_answer(tofu, log):
     """Row 2 of forget10, its paraphrase and its fourth wrong answer, scored alone."""
     chat, row = tiny_chat(), tofu.perturbed("forget10")[2]
     texts = (row.answer, row.paraphrased_answer, row.perturbed_answers[3])
-    alone = score_rows(
-        tiny_llama(), [chat.encode(row.question, text, "row") for text in texts], pad_id=0, batch_tokens=1
-    )
+    rows = [chat.encode(row.question, text, "row") for text in texts]
+    scores = score_rows(tiny_llama(), dict.fromkeys(rows, Detail.LOSS), pad_id=0, batch_tokens=1)
+    alone = [scores[one] for one in rows]
     found = [log.metrics[f"forget_Q_A_{kind}Prob"].value_by_index[2]["avg_loss"] for kind in ("", "PARA_", "PERT_")]
     assert [found[0], found[1], found[2][3]] == pytest.approx([score.avg_loss for score in alone], abs=4e-6)
 
@@ -131,12 +143,14 @@ def test_a_trial_says_so_and_meets_its_like_only(log, tofu):
 
 def test_another_definition_is_refused_with_the_way_out(log, tofu):
     with pytest.raises(
-        UserError, match=r"follows the definitions 'log-space', this evaluation 'open-unlearning'; set eval.compat=null"
+        UserError,
+        match=r"follows the definitions 'log-space' of forget_truth_ratio, this evaluation 'open-unlearning'; set eval.compat=null",
     ):
         evaluate(tofu, COMPAT, retain_log=log)
     theirs = evaluate(tofu, COMPAT)
     with pytest.raises(
-        UserError, match=r"'open-unlearning', this evaluation 'log-space'; set eval.compat=open-unlearning"
+        UserError,
+        match=r"'open-unlearning' of forget_truth_ratio, this evaluation 'log-space'; set eval.compat=open-unlearning",
     ):
         evaluate(tofu, retain_log=theirs)
     assert evaluate(tofu, COMPAT, retain_log=theirs).metrics["forget_quality"].agg_value == 1.0
@@ -159,7 +173,7 @@ def test_a_foreign_log_is_told_by_its_row_count(log, tofu):
         UserError, match=r"the log has 3 forget rows, forget_split='forget10' has 4; give the log .* retain90"
     ):
         check_retain_log(short, forget_set(tofu, "forget10"), COMPAT)
-    with pytest.raises(UserError, match="the log has no forget_truth_ratio with a score a row"):
+    with pytest.raises(UserError, match="the log has no forget_truth_ratio, which forget_quality compares with"):
         check_retain_log(replace(foreign, metrics={"model_utility": ratio}), forget_set(tofu, "forget10"), COMPAT)
 
 
@@ -200,7 +214,7 @@ def test_prompts_and_truths_are_the_published_texts():
     """Every "input" and "ground_truth" of the golden forget10 log, from Llama-3's tokenizer and the section's template."""
     chat = ChatFormat(llama3_tokenizer(), LLAMA3_ARGS, 512)
     published = read_log(SHARED / "golden/tofu_Llama-3.2-1B-Instruct_retain90/TOFU_EVAL.json")
-    for name, data in read_sets(load_tofu(str(SHARED / "tofu")), "forget10", None).items():
+    for name, data in read_sets(load_tofu(str(SHARED / "tofu")), "forget10", SETTINGS).items():
         rows = published.metrics[f"{name}_Q_A_ROUGE"].value_by_index
         assert [decode(chat, chat.prompt(row.question)) for row in data.rows] == [row["input"] for row in rows]
         assert [clean(row.answer).strip() for row in data.rows] == [row["ground_truth"] for row in rows]

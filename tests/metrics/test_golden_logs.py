@@ -2,17 +2,21 @@
 
 import json
 
+import numpy as np
 import pytest
-from helpers_eval import SHARED, needs_shared
+from helpers_eval import SHARED, metrics_of, needs_shared
 
 from fedunlearn.evals.files import read_log, summary
+from fedunlearn.evals.generation import clean
+from fedunlearn.metrics.base import Evidence, compute_metrics
 from fedunlearn.metrics.forget_quality import forget_quality
-from fedunlearn.metrics.tofu import tofu_metrics
-from fedunlearn.records.evaluation import AnswerScore, Generations, ScoreTable
+from fedunlearn.metrics.membership import LossAttack, PrivLeak, ZlibAttack, auc
+from fedunlearn.records.evaluation import AnswerScore, EvalLog, Generations, ScoreTable
 
 pytestmark = needs_shared
 NAME = "golden/tofu_Llama-3.2-1B-Instruct_{}/TOFU_EVAL.json"
 FULL = "full/evals_forget{}"
+BY_TOKENS = ("extraction_strength", "exact_memorization")
 PAIRS = [("01", "99"), ("05", "95"), ("10", "90")]
 
 
@@ -41,7 +45,9 @@ def texts_of(log, name):
 def recompute(log, retain_ratio, compat="open-unlearning"):
     names = ("forget", "retain", "ra", "wf")
     tables, texts = {name: table_of(log, name) for name in names}, {name: texts_of(log, name) for name in names}
-    return tofu_metrics(tables, texts, retain_ratio, compat=compat)
+    retain = None if retain_ratio is None else EvalLog({"forget_truth_ratio": retain_ratio}, {})
+    derived = {name: metric for name, metric in metrics_of().items() if name not in BY_TOKENS}
+    return compute_metrics(derived, Evidence(tables=tables, texts=texts, retain=retain, compat=compat))
 
 
 def worst_row(ours, theirs):
@@ -97,3 +103,58 @@ def test_log_space_differs_from_theirs_by_1e_minus_6_at_most():
 def test_summary_has_the_published_keys_and_values(name):
     folder = (SHARED / NAME.format(name)).parent
     assert summary(golden(name)) == json.loads((folder / "TOFU_SUMMARY.json").read_text())
+
+
+ATTACK_NAMES = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus", "mia_gradnorm", "mia_reference")
+FLOAT32_MEANS = ("mia_min_k", "mia_min_k_plus_plus", "mia_gradnorm")
+EVERY = [*(FULL.format(forget) for forget, _ in PAIRS), *(f"retain{retain}" for _, retain in PAIRS)]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_areas_under_the_curve_and_means_of_every_attack(name):
+    log = golden(name)
+    found = [one for one in ATTACK_NAMES if one in log.metrics]
+    assert len(found) >= 5
+    for one in found:
+        result = log.metrics[one]
+        sides = [result.parts[side].column("score") for side in ("forget", "holdout")]
+        assert auc(*sides) == pytest.approx(result.agg_value, rel=1e-9), one
+        for side, scores in zip(("forget", "holdout"), sides, strict=True):
+            mean = float(np.mean(np.array(scores, dtype=np.float32 if one in FLOAT32_MEANS else np.float64)))
+            assert mean == pytest.approx(result.parts[side].agg_value, rel=1e-9), (one, side)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_attacks_of_the_loss_are_made_of_the_stored_losses_and_the_answers_own_bytes(name):
+    """mia_loss and mia_zlib of the forget side from forget_Q_A_Prob and the answers of TOFU, which are the label texts of Llama-3."""
+    log = golden(name)
+    scores = answer_scores(log, "forget_Q_A_Prob")
+    split = {400: "forget10", 200: "forget05", 40: "forget01"}[len(scores)]
+    answers = [
+        json.loads(line)["answer"] for line in (SHARED / "tofu" / f"{split}_perturbed.json").read_text().splitlines()
+    ]
+    table = ScoreTable(plain=scores, label_texts=tuple(map(clean, answers)))
+    for one, attack in (("mia_loss", LossAttack()), ("mia_zlib", ZlibAttack())):
+        stored = log.metrics[one].parts["forget"].column("score")
+        assert attack.scores(table) == pytest.approx(stored, rel=1e-9), one
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_memorisation_is_the_mean_of_its_rows(name):
+    for one in BY_TOKENS:
+        result = golden(name).metrics[one]
+        scores = [row["score"] for row in result.value_by_index if row]
+        assert float(np.mean(scores)) == pytest.approx(result.agg_value, rel=1e-9)
+
+
+@pytest.mark.parametrize(("forget", "retain"), PAIRS)
+def test_privacy_leakage_by_both_definitions(forget, retain):
+    """Theirs takes 0.5 where there is no log, so that it cannot be made of the retain log's AUC; with one the two agree to the 1e-10."""
+    log, oracle = golden(FULL.format(forget)), golden(f"retain{retain}")
+    with_log = PrivLeak().compute(Evidence(tables={}, metrics=log.metrics, retain=oracle, compat="open-unlearning"))
+    assert with_log.agg_value == pytest.approx(log.metrics["privleak"].agg_value, rel=1e-9)
+    ours = PrivLeak().compute(Evidence(tables={}, metrics=log.metrics, retain=oracle))
+    assert ours.agg_value == pytest.approx(with_log.agg_value, rel=1e-8)
+    alone = PrivLeak().compute(Evidence(tables={}, metrics=oracle.metrics, compat="open-unlearning"))
+    assert alone.agg_value == pytest.approx(oracle.metrics["privleak"].agg_value, rel=1e-9)
+    assert PrivLeak().compute(Evidence(tables={}, metrics=oracle.metrics)).agg_value is None

@@ -3,13 +3,14 @@
 import math
 
 import pytest
+from helpers_eval import metrics_of
 
+from fedunlearn.metrics.base import Evidence, compute_metrics
 from fedunlearn.metrics.forget_quality import forget_quality
 from fedunlearn.metrics.model_utility import MODEL_UTILITY_PARTS, model_utility
 from fedunlearn.metrics.probability import answer_probability, normalised_probability, perturbed_probability
 from fedunlearn.metrics.rouge import rouge
-from fedunlearn.metrics.tofu import tofu_metrics
-from fedunlearn.metrics.truth_ratio import truth_ratio
+from fedunlearn.metrics.truth_ratio import TruthRatio, truth_ratio
 from fedunlearn.records.evaluation import AnswerScore, Generations, MetricResult, ScoreTable, definition_of
 
 LN2 = math.log(2.0)
@@ -151,13 +152,38 @@ def test_tofu_metrics_names_and_their_parts():
     rows = {"forget": table((1.0,), (2.0,)), "retain": table((1.0,), (2.0,))}
     facts = ScoreTable(scores(1.0), (scores(2.0),))
     texts = {name: Generations(("q",), ("yes",), ("yes",)) for name in ("forget", "retain", "ra", "wf")}
-    found = tofu_metrics({**rows, "ra": facts, "wf": facts}, texts, None)
+    derived = {name: one for name, one in metrics_of().items() if "extraction" not in name and "exact" not in name}
+    found = compute_metrics(derived, Evidence(tables={**rows, "ra": facts, "wf": facts}, texts=texts))
     assert list(found) == sorted(found)
     assert len(found) == 22
     assert found["forget_quality"].agg_value is None
     assert found["forget_truth_ratio"].agg_value == pytest.approx(math.exp(-1.0))
     assert found["retain_Truth_Ratio"].agg_value == pytest.approx(1 - math.exp(-1.0))
     assert {result.definition for result in found.values()} == {definition_of(None)}
+
+
+@pytest.mark.parametrize("compat", [None, "open-unlearning"])
+def test_prob_mean_is_the_right_answer_s_share(compat):
+    """c = 1/4 against w = 1/2, and c = 1/2 against w = 1/4: 1/3 and 2/3, mean 1/2; a collapsed model: 1/2 in log space, 0 with the 1e-10."""
+    metric = TruthRatio(of="forget", kind="forget", paraphrased=True, form="prob_mean")
+    pair = table((2 * LN2, LN2), (LN2,), (2 * LN2,))
+    found = metric.compute(Evidence(tables={"forget": pair}, compat=compat))
+    assert found.column("score") == pytest.approx((1 / 3, 2 / 3), rel=1e-9)
+    assert found.agg_value == pytest.approx(0.5, rel=1e-9)
+    assert found.definition == f"{definition_of(compat)}, prob_mean"
+    collapsed = metric.compute(Evidence(tables={"forget": table((60.0,), (60.0,))}, compat=compat))
+    assert collapsed.agg_value == pytest.approx(0.5 if compat is None else 0.0, abs=1e-15)
+
+
+def test_two_forms_of_a_truth_ratio_are_not_compared():
+    ratio, other = (
+        TruthRatio(of="forget", kind="forget", paraphrased=True, form=form).compute(
+            Evidence(tables={"forget": table((1.0,), (2.0,))})
+        )
+        for form in ("ratio", "prob_mean")
+    )
+    with pytest.raises(ValueError, match="of two kinds cannot be compared"):
+        forget_quality(ratio, other)
 
 
 def test_no_rows_give_none_and_nan_is_refused():

@@ -51,10 +51,10 @@ def test_the_right_answer_of_a_truth_ratio_is_the_paraphrased_one_where_there_is
 
 
 def test_tables_of_unequal_lengths_are_our_own_fault():
-    with pytest.raises(AssertionError, match="one list of wrong answers a row"):
-        ScoreTable(plain=(SCORE,), perturbed=())
-    with pytest.raises(AssertionError, match="for every row or for none"):
-        ScoreTable(plain=(SCORE, SCORE), perturbed=((), ()), paraphrased=(SCORE,))
+    assert not ScoreTable(plain=(SCORE,)).compares
+    for part in ({"perturbed": ((),)}, {"paraphrased": (SCORE,)}, {"gradnorms": (1.0,)}, {"label_texts": ("a",)}):
+        with pytest.raises(AssertionError, match="one entry for every row, or none"):
+            ScoreTable(plain=(SCORE, SCORE), **part)
     with pytest.raises(AssertionError, match="three texts a row"):
         Generations(inputs=("a",), ground_truths=("b",), generations=())
 

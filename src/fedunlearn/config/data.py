@@ -1,4 +1,4 @@
-"""Records of the groups `data`, `collator`, `eval`, `partition` and `paths`."""
+"""Records of the groups `data`, `collator`, `partition` and `paths`."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -46,32 +46,6 @@ class CollatorConfig:
     def __post_init__(self) -> None:
         if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
             raise UserError(f"collator.pad_to_multiple_of={self.pad_to_multiple_of} must be at least 1 or null")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """What an evaluation costs and which definitions it takes.
-
-    at_end: evaluate the result of a training or unlearning run. max_rows: rows of each data set (null: all; else the result
-    is marked as a trial). batch_tokens: padded tokens of one scoring batch. generation_batch_size: rows generated at once.
-    compat: null = our definitions; `open-unlearning` = theirs, for comparison with published logs.
-    """
-
-    name: Literal["tofu"] = "tofu"
-    at_end: bool = True
-    max_rows: int | None = None
-    batch_tokens: int = 8192
-    generation_batch_size: int = 32
-    max_new_tokens: int = 200
-    compat: Literal["open-unlearning"] | None = None
-
-    def __post_init__(self) -> None:
-        for key in ("max_rows", "batch_tokens", "generation_batch_size", "max_new_tokens"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise UserError(
-                    f"eval.{key}={value} must be at least 1{' or null (all rows)' if key == 'max_rows' else ''}"
-                )
 
 
 @dataclass(frozen=True, kw_only=True)

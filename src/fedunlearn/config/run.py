@@ -15,10 +15,10 @@ from fedunlearn.aggregation.robust.off import Off
 from fedunlearn.config.data import (
     CollatorConfig,
     DataConfig,
-    EvalConfig,
     PartitionConfig,
     PathsConfig,
 )
+from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.config.launcher import Launcher
 from fedunlearn.config.ledger import LedgerConfig
 from fedunlearn.config.model import ModelConfig

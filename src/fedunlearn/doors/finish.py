@@ -1,5 +1,6 @@
 """The end of a run: the adapter with its proof, the account of what it cost, the evaluation."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping
@@ -13,17 +14,18 @@ from fedunlearn.data.ownership import read_partition
 from fedunlearn.data.tofu import Tofu
 from fedunlearn.doors.prepare import Prepared, load_model
 from fedunlearn.evals.files import write_log
+from fedunlearn.evals.store import EvalStore
 from fedunlearn.evals.tofu import evaluate_tofu
 from fedunlearn.federation.checkpoint import read_history
 from fedunlearn.federation.ledger import Ledger
 from fedunlearn.federation.past import LEDGER_HEAD, ancestry
 from fedunlearn.federation.rounds import ROLL_CALL
-from fedunlearn.files import write_json
+from fedunlearn.files import canonical_json, write_json
 from fedunlearn.models.adapter_files import save_adapter
 from fedunlearn.models.export import export
-from fedunlearn.models.resident import Resident, take_probe
-from fedunlearn.records.adapter import Adapter
-from fedunlearn.records.evaluation import EvalLog
+from fedunlearn.models.resident import Resident, numbers_name, take_probe
+from fedunlearn.records.adapter import Adapter, Weights
+from fedunlearn.records.evaluation import Compat, EvalLog
 from fedunlearn.records.requests import Request
 from fedunlearn.reporting.peak_memory import peak_memory
 from fedunlearn.reporting.run_folder import DONE, PACKAGES, versions
@@ -149,7 +151,30 @@ def evaluate(
         "versions": versions(PACKAGES),
         "config_hash": config_sha,
     }
-    return evaluate_tofu(made.model, made.chat, tofu, run.forget_split, run.eval, retain_log, known, request)
+    return evaluate_tofu(
+        made.model,
+        made.chat,
+        tofu,
+        run.forget_split,
+        run.eval,
+        retain_log,
+        known,
+        request,
+        store_of(made, adapter, Path(run.paths.cache_dir), run.eval.compat),
+    )
+
+
+def store_of(made: Resident, adapter: Adapter | None, cache: Path, compat: Compat) -> EvalStore:
+    """Gives the place where what this model says is kept: named by all that its numbers and texts depend on."""
+    weights = Weights({}) if adapter is None else adapter.weights
+    generation = made.model.generation_config
+    said = [
+        numbers_name(made, weights, False),
+        compat,
+        made.chat.provenance,
+        None if generation is None else generation.to_dict(),
+    ]
+    return EvalStore(cache / "evaluations" / hashlib.sha256(canonical_json(said).encode()).hexdigest())
 
 
 def account(folder: Path) -> Account:

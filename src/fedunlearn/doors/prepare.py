@@ -292,7 +292,7 @@ def open_data(run: TrainRun | EvalRun) -> tuple[Tofu, EvalLog | None]:
 
 def check_evaluation(run: TrainRun | EvalRun, tofu: Tofu, request: Request | None, retain_log: EvalLog | None) -> None:
     """Raises UserError where rows that will be evaluated are missing, or the retain log speaks of others."""
-    sets = read_sets(tofu, run.forget_split, run.eval.max_rows, request)
+    sets = read_sets(tofu, run.forget_split, run.eval, request)
     if retain_log is not None:
         check_retain_log(retain_log, sets["forget"], run.eval)
 

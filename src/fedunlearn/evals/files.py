@@ -11,14 +11,14 @@ from pathlib import Path
 
 from fedunlearn.errors import UserError
 from fedunlearn.files import write_bytes
-from fedunlearn.records.evaluation import Definition, EvalLog, MetricResult, Row, RowValue
+from fedunlearn.records.evaluation import OURS, THEIRS, Definition, EvalLog, MetricResult, Row, RowValue
 
 EVAL_FILE, SUMMARY_FILE = "TOFU_EVAL.json", "TOFU_SUMMARY.json"
 SUMMARY_METRICS = (
     "exact_memorization", "extraction_strength", "forget_Q_A_Prob", "forget_Q_A_ROUGE", "forget_quality", "mia_gradnorm",
     "mia_loss", "mia_min_k", "mia_min_k_plus_plus", "mia_reference", "mia_zlib", "model_utility", "privleak",
 )  # fmt: skip
-DEFINITIONS: tuple[Definition, ...] = ("log-space", "open-unlearning")
+DEFINITIONS = (OURS, THEIRS)
 
 
 def write_log(log: EvalLog, folder: Path) -> None:
@@ -79,14 +79,19 @@ def _parse_log(body: Mapping[str, object]) -> EvalLog:
     if not isinstance(provenance, dict):
         raise ValueError("provenance is no JSON object")
     definition = _definition(provenance)
-    metrics = {name: _parse_metric(name, value, definition) for name, value in body.items() if name != "provenance"}
+    others = provenance.get("definitions", {})
+    metrics = {
+        name: _parse_metric(name, value, str(others.get(name, definition)))
+        for name, value in body.items()
+        if name != "provenance"
+    }
     if not metrics:
         raise ValueError("it holds no metric")
     return EvalLog(metrics, provenance)
 
 
 def _definition(provenance: Mapping[str, object]) -> Definition:
-    said = provenance.get("definition", "open-unlearning")
+    said = provenance.get("definition", THEIRS)
     for known in DEFINITIONS:
         if said == known:
             return known

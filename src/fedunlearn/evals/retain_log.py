@@ -1,60 +1,73 @@
-"""The log of the oracle that forget_quality compares with: taken only where it speaks of the same rows in the same way."""
+"""The log of the oracle that metrics compare with: taken only where it speaks of the same rows in the same way."""
 
-from fedunlearn.config.data import EvalConfig
+from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.errors import UserError
 from fedunlearn.evals.sets import DataSet
-from fedunlearn.metrics.tofu import FORGET_TRUTH_RATIO
-from fedunlearn.records.evaluation import EvalLog, definition_of
+from fedunlearn.metrics.base import LogReading
+from fedunlearn.records.evaluation import EvalLog, MetricResult
 
 AT = "retain_logs_path:"
 
 
 def check_retain_log(log: EvalLog, forget: DataSet, settings: EvalConfig) -> None:
-    """Raises UserError, all faults at once, unless the log holds forget_truth_ratio of these rows by these definitions.
+    """Raises UserError, all faults at once, unless the log holds what settings.metrics read of it, of these rows and by these definitions.
 
-    Compared: definition, forget split, hash of the forget rows and max_rows as far as the log names them (one of
+    Compared: definitions, forget split, question_key, hash of the forget rows and max_rows as far as the log names them (one of
     open-unlearning names none), and the number of rows. Cheap: wants no model.
     """
-    ratio = log.metrics.get(FORGET_TRUTH_RATIO)
-    if ratio is None or not all("score" in row for row in ratio.value_by_index):
-        raise UserError(
-            f"{AT} the log has no {FORGET_TRUTH_RATIO} with a score a row; evaluate the oracle again, or set it to null"
-        )
-    faults = [
-        _definition_fault(ratio.definition, definition_of(settings.compat)),
-        *_row_faults(log, forget, settings),
-    ]
-    found = [fault for fault in faults if fault]
-    if found:
-        raise UserError(*found)
+    read = [(name, one.reads_log) for name, one in settings.metrics.items() if one.reads_log is not None]
+    lacking = [_lacking(log, name, reading) for name, reading in read]
+    faults = [fault for fault in lacking if fault]
+    if not faults:
+        faults = [
+            fault
+            for _, reading in read
+            if (fault := _definition_fault(log.metrics[reading.metric], reading.metric, settings))
+        ]
+        faults += _row_faults(log, forget, settings, [reading.metric for _, reading in read if reading.rows])
+    if faults:
+        raise UserError(*dict.fromkeys(faults))
 
 
-def _definition_fault(theirs: str, ours: str) -> str:
+def _lacking(log: EvalLog, name: str, reading: LogReading) -> str:
+    found = log.metrics.get(reading.metric)
+    way_out = f"evaluate the oracle again with it, take {name} out (~eval.metrics.{name}), or set it to null"
+    if found is None:
+        return f"{AT} the log has no {reading.metric}, which {name} compares with; {way_out}"
+    if reading.rows and not all("score" in row for row in found.value_by_index):
+        return f"{AT} the log has no {reading.metric} with a score a row, which {name} compares with; {way_out}"
+    return ""
+
+
+def _definition_fault(logged: MetricResult, name: str, settings: EvalConfig) -> str:
+    theirs, ours = logged.definition, settings.metrics[name].definition(settings.compat)
     if theirs == ours:
         return ""
-    fit = "eval.compat=open-unlearning" if theirs == "open-unlearning" else "eval.compat=null"
-    return f"{AT} the log follows the definitions {theirs!r}, this evaluation {ours!r}; set {fit}, or evaluate the oracle anew"
+    fit = "eval.compat=open-unlearning" if theirs.startswith("open-unlearning") else "eval.compat=null"
+    return f"{AT} the log follows the definitions {theirs!r} of {name}, this evaluation {ours!r}; set {fit} (and the metric's form as it was), or evaluate the oracle anew"
 
 
-def _row_faults(log: EvalLog, forget: DataSet, settings: EvalConfig) -> list[str]:
+def _row_faults(log: EvalLog, forget: DataSet, settings: EvalConfig, compared: list[str]) -> list[str]:
     said = log.provenance
     other_split = said.get("forget_split", forget.name)
     if other_split != forget.name:
         return [
             f"{AT} the log is of forget_split={other_split!r}, this evaluation of {forget.name!r}; give the log of the matching oracle"
         ]
-    if said and said.get("max_rows") != settings.max_rows:
-        return [
-            f"{AT} the log was made with eval.max_rows={said.get('max_rows')}, this evaluation has {settings.max_rows}; make the two equal"
-        ]
+    for key, value in (("max_rows", settings.max_rows), ("question_key", settings.question_key)):
+        if said and said.get(key, "question" if key == "question_key" else None) != value:
+            return [
+                f"{AT} the log was made with eval.{key}={said.get(key)}, this evaluation has {value}; make the two equal"
+            ]
     hashes = said.get("data")
     if isinstance(hashes, dict) and hashes.get(forget.split) != forget.hash:
         return [f"{AT} the log was made on other rows of {forget.split} than these; evaluate the oracle on this data"]
     num_rows = 0 if forget.lacking else len(forget.rows)
-    logged = len(log.metrics[FORGET_TRUTH_RATIO].value_by_index)
-    if logged != num_rows:
-        return [
-            f"{AT} the log has {logged} forget rows, forget_split={forget.name!r} has {num_rows}; give the log of the oracle that "
-            "belongs to it (forget01 with retain99, forget05 with retain95, forget10 with retain90)"
-        ]
+    for name in compared:
+        logged = len(log.metrics[name].value_by_index)
+        if logged != num_rows:
+            return [
+                f"{AT} the log has {logged} forget rows, forget_split={forget.name!r} has {num_rows}; give the log of the oracle that "
+                "belongs to it (forget01 with retain99, forget05 with retain95, forget10 with retain90)"
+            ]
     return []

@@ -21,7 +21,13 @@ LABELS_AT_ONCE = 1024
 
 
 def score_rows(
-    model: nn.Module, wanted: Mapping[EncodedRow, Detail], *, pad_id: int, batch_tokens: int, compat: Compat = None
+    model: nn.Module,
+    wanted: Mapping[EncodedRow, Detail],
+    *,
+    pad_id: int,
+    batch_tokens: int,
+    compat: Compat = None,
+    names: Mapping[EncodedRow, str] | None = None,
 ) -> dict[EncodedRow, AnswerScore]:
     """Gives the score of every row, as much of it as is wanted.
 

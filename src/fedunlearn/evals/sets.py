@@ -1,11 +1,13 @@
-"""The four data sets of a TOFU evaluation, as the request leaves them."""
+"""The data sets of a TOFU evaluation, as the request leaves them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.data.requests import split_rows
 from fedunlearn.data.tofu import PerturbedRow, Tofu, hash_rows
 from fedunlearn.errors import UserError
+from fedunlearn.metrics.base import readings_of
 from fedunlearn.records.requests import Request
 
 REQUEST = "request"
@@ -27,23 +29,68 @@ class DataSet:
 Sets = Mapping[str, DataSet]
 
 
-def read_sets(tofu: Tofu, forget_split: str, max_rows: int | None, request: Request | None = None) -> Sets:
-    """Gives the four data sets by their names in the metrics, the first max_rows rows of each.
+SPLITS = {"retain": "retain", "ra": "real_authors", "wf": "world_facts"}
+KNOWN = ("forget", *SPLITS, "holdout")
+
+
+def read_sets(tofu: Tofu, forget_split: str, settings: EvalConfig, request: Request | None = None) -> Sets:
+    """Gives `forget`, and the other data sets that settings.metrics read, by these names; the first settings.max_rows rows of each.
 
     request: what was asked for where that is not the split: its rows are the forget set, and no row that it or an earlier one took is in the
     retain set. Wrong answers exist for rows of the split only: where one lacks them the set has none.
-    Raises UserError where forget or retain rows lack a paraphrased answer, or real authors or world facts have one: their metrics use none.
+    Raises UserError where forget or retain rows lack a paraphrased answer, real authors or world facts have one (their metrics use none), a split is missing,
+    a metric reads a data set that there is not, or the holdout is of another size than the forget split.
     """
-    splits = {"forget": forget_split, "retain": "retain", "ra": "real_authors", "wf": "world_facts"}
-    sets = {name: _plain(tofu, split) for name, split in splits.items()}
+    wanted = {"forget", *_asked(settings)}
+    sets = {"forget": _plain(tofu, forget_split)}
+    sets |= {name: _plain(tofu, split) for name, split in SPLITS.items() if name in wanted}
     for name, data in sets.items():
         _check_paraphrases(tofu, data, wanted=name in ("forget", "retain"))
+    if "holdout" in wanted:
+        sets["holdout"] = _holdout(tofu, forget_split, settings.holdout_split)
     if request is not None and not _is_split(tofu, forget_split, request):
-        sets |= {
-            "forget": _asked_for(tofu, forget_split, request, sets["forget"]),
-            "retain": _kept(tofu, request, sets["retain"]),
-        }
-    return {name: DataSet(d.name, d.split, d.rows[:max_rows], d.hash, d.lacking) for name, d in sets.items()}
+        sets["forget"] = _asked_for(tofu, forget_split, request, sets["forget"])
+        if "retain" in sets:
+            sets["retain"] = _kept(tofu, request, sets["retain"])
+    asked = {
+        name: _asking(tofu, data, settings) if name in ("forget", "retain") else data for name, data in sets.items()
+    }
+    return {name: replace(data, rows=data.rows[: settings.max_rows]) for name, data in asked.items()}
+
+
+def _asked(settings: EvalConfig) -> frozenset[str]:
+    """The data sets that metrics read. Raises UserError for one that there is not."""
+    for name, metric in settings.metrics.items():
+        for reading in metric.reads:
+            if reading.dataset not in KNOWN:
+                raise UserError(
+                    f"eval.metrics.{name} reads the data set {reading.dataset!r}, which TOFU has not; known: {', '.join(KNOWN)}"
+                )
+    return frozenset(reading.dataset for reading in readings_of(settings.metrics))
+
+
+def _holdout(tofu: Tofu, forget_split: str, given: str | None) -> DataSet:
+    """All rows of holdoutXX; XX is the forget split's."""
+    split = f"holdout{forget_split.removeprefix('forget')}"
+    if given is not None and given != split:
+        raise UserError(
+            f"eval.holdout_split={given!r} beside forget_split={forget_split!r}: an attack compares sides of one size; set it to {split!r}, or null"
+        )
+    rows = tuple(PerturbedRow(row.question, row.answer, ()) for row in tofu.rows(split))
+    return DataSet(split, split, rows, tofu.hash(split))
+
+
+def _asking(tofu: Tofu, data: DataSet, settings: EvalConfig) -> DataSet:
+    """The rows with the question that eval.question_key names. Raises UserError where one has no paraphrased question."""
+    if settings.question_key == "question":
+        return data
+    lacking = [i for i, row in enumerate(data.rows) if row.paraphrased_question is None]
+    if lacking:
+        raise UserError(
+            f"eval.question_key=paraphrased_question: {data.split} row {lacking[0]} of tofu_path={tofu.path!r} has none; set it to question, or take another tofu_path"
+        )
+    rows = tuple(replace(row, question=str(row.paraphrased_question)) for row in data.rows)
+    return replace(data, rows=rows)
 
 
 def _plain(tofu: Tofu, split: str) -> DataSet:

@@ -1,19 +1,22 @@
-"""The TOFU evaluation: every different answer scored once, every question answered once, all metrics from these two passes."""
+"""The TOFU evaluation: every different answer scored once, every question answered once, all metrics from these passes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from torch import nn
 
-from fedunlearn.config.data import EvalConfig
-from fedunlearn.data.chat import ChatFormat, EncodedRow
-from fedunlearn.data.tofu import PerturbedRow, Tofu
-from fedunlearn.evals.generation import clean, decode, generate_texts
+from fedunlearn.config.evaluation import EvalConfig
+from fedunlearn.data.chat import ChatFormat
+from fedunlearn.data.tofu import Tofu
+from fedunlearn.evals.evidence import Passes
 from fedunlearn.evals.retain_log import check_retain_log
-from fedunlearn.evals.scoring import score_rows
 from fedunlearn.evals.sets import Sets, read_sets
-from fedunlearn.metrics.tofu import FORGET_TRUTH_RATIO, tofu_metrics
-from fedunlearn.records.evaluation import AnswerScore, Detail, EvalLog, Generations, ScoreTable, definition_of
+from fedunlearn.evals.store import EvalStore
+from fedunlearn.evals.tables import encode_set, parts_of
+from fedunlearn.metrics.base import Evidence, Metric, Part, compute_metrics, readings_of
+from fedunlearn.records.evaluation import AnswerScore, Compat, EvalLog, definition_of
 from fedunlearn.records.requests import Request
+
+ReferenceScores = Mapping[str, tuple[AnswerScore, ...]]
 
 
 def evaluate_tofu(
@@ -25,81 +28,52 @@ def evaluate_tofu(
     retain_log: EvalLog | None,
     provenance: Mapping[str, object],
     request: Request | None = None,
+    store: EvalStore | None = None,
+    reference: ReferenceScores | None = None,
 ) -> EvalLog:
-    """Evaluates a model, base or PEFT, on forget rows, retain rows, real authors and world facts of TOFU.
+    """Evaluates a model, base or PEFT, by settings.metrics on the data sets that these read.
 
-    request: what was forgotten, where that is not the split. retain_log: the evaluation of the oracle, for forget_quality (None: that is null). provenance: what the caller knows of the
-    model (base, hashes, dtype, versions); split, definition, template, the hashes of data and of the retain log's file are added here, and `trial` with
-    `max_rows` where settings.max_rows cuts the data sets short.
+    request: what was forgotten, where that is not the split. retain_log: the evaluation of the oracle (None: what reads it is null). provenance: what the caller knows of the
+    model (base, hashes, dtype, versions); split, definitions, template, the hashes of data and of the retain log's file are added here, and `trial` with
+    `max_rows` where settings.max_rows cuts the data sets short. store: where what the model said is kept. reference: by data set, plain answers under the reference model.
     Raises UserError for a retain log of other rows or definitions (before the model is asked), a row that does not fit
     max_length, a split or column that is missing, and a loss that is not finite. The model's mode and the global random state stay.
     """
-    sets = read_sets(tofu, forget_split, settings.max_rows, request)
+    sets = read_sets(tofu, forget_split, settings, request)
     if retain_log is not None:
         check_retain_log(retain_log, sets["forget"], settings)
-    tables = score_sets(model, chat, sets, settings)
-    texts = generate_sets(model, chat, sets, settings)
-    retain_ratio = None if retain_log is None else retain_log.metrics[FORGET_TRUTH_RATIO]
-    own: dict[str, object] = {
+    passes = Passes(model, chat, settings, store or EvalStore(None))
+    tables, texts = {}, {}
+    for name, parts in parts_of(readings_of(settings.metrics)).items():
+        encoded = encode_set(chat, sets[name].split, sets[name].rows)
+        tables[name] = passes.table(encoded, parts, (reference or {}).get(name, ()))
+        if Part.TEXTS in parts:
+            texts[name] = passes.texts(encoded)
+    evidence = Evidence(tables=tables, texts=texts, retain=retain_log, compat=settings.compat)
+    own = _provenance(sets, chat, settings, retain_log)
+    return EvalLog(compute_metrics(settings.metrics, evidence), {**provenance, **own})
+
+
+def _provenance(sets: Sets, chat: ChatFormat, settings: EvalConfig, retain_log: EvalLog | None) -> dict[str, object]:
+    said: dict[str, object] = {
         "forget_split": sets["forget"].name,
         "definition": definition_of(settings.compat),
+        "definitions": other_definitions(settings.metrics, settings.compat),
+        "question_key": settings.question_key,
+        "gradnorm_of": settings.gradnorm_of,
         "template": dict(chat.provenance),
         "data": {data.split: data.hash for data in sets.values()},
         "retain_log": None if retain_log is None else retain_log.file_hash,
     }
     lacking = {name: data.lacking for name, data in sets.items() if data.lacking}
     if lacking:
-        own["null_because"] = lacking
+        said["null_because"] = lacking
     if settings.max_rows is not None:
-        own |= {"trial": True, "max_rows": settings.max_rows}
-    return EvalLog(tofu_metrics(tables, texts, retain_ratio, compat=settings.compat), {**provenance, **own})
+        said |= {"trial": True, "max_rows": settings.max_rows}
+    return said
 
 
-def score_sets(model: nn.Module, chat: ChatFormat, sets: Sets, settings: EvalConfig) -> dict[str, ScoreTable]:
-    """Gives a table a data set; all sets go through one scoring pass, so that an answer that stands in two is scored once."""
-    flat = [
-        answer
-        for data in sets.values()
-        for i, row in enumerate(data.rows)
-        for answer in _encode(chat, row, f"{data.split} row {i}")
-    ]
-    wanted = dict.fromkeys(flat, Detail.LOSS)
-    found = score_rows(model, wanted, pad_id=chat.pad_id, batch_tokens=settings.batch_tokens, compat=settings.compat)
-    scores = iter([found[row] for row in flat])
-    return {name: _table(data.rows, scores) for name, data in sets.items()}
-
-
-def generate_sets(model: nn.Module, chat: ChatFormat, sets: Sets, settings: EvalConfig) -> dict[str, Generations]:
-    """Gives prompts, answers and generations a data set, in one generation pass."""
-    found = generate_texts(
-        model,
-        chat,
-        [chat.prompt(row.question) for data in sets.values() for row in data.rows],
-        batch_size=settings.generation_batch_size,
-        max_new_tokens=settings.max_new_tokens,
-        compat=settings.compat,
-    )
-    texts = iter(found)
-    return {
-        name: Generations(
-            inputs=tuple(decode(chat, chat.prompt(row.question)) for row in data.rows),
-            ground_truths=tuple(clean(row.answer).strip() for row in data.rows),
-            generations=tuple(next(texts) for _ in data.rows),
-        )
-        for name, data in sets.items()
-    }
-
-
-def _encode(chat: ChatFormat, row: PerturbedRow, where: str) -> list[EncodedRow]:
-    """The row's answers in the order in which _table takes their scores back: plain, paraphrased if any, perturbed."""
-    paraphrased = [] if row.paraphrased_answer is None else [row.paraphrased_answer]
-    return [chat.encode(row.question, answer, where) for answer in (row.answer, *paraphrased, *row.perturbed_answers)]
-
-
-def _table(rows: tuple[PerturbedRow, ...], scores: Iterator[AnswerScore]) -> ScoreTable:
-    plain, paraphrased, perturbed = [], [], []
-    for row in rows:
-        plain.append(next(scores))
-        paraphrased += [] if row.paraphrased_answer is None else [next(scores)]
-        perturbed.append(tuple(next(scores) for _ in row.perturbed_answers))
-    return ScoreTable(tuple(plain), tuple(perturbed), tuple(paraphrased))
+def other_definitions(metrics: Mapping[str, Metric], compat: Compat) -> dict[str, str]:
+    """Gives the definition of each metric that has another than the evaluation as a whole."""
+    named = {name: metric.definition(compat) for name, metric in sorted(metrics.items())}
+    return {name: definition for name, definition in named.items() if definition != definition_of(compat)}

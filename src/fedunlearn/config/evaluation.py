@@ -1,0 +1,54 @@
+"""The record of the group `eval`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fedunlearn.errors import UserError
+from fedunlearn.metrics.base import Metric, Part, in_order
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What an evaluation computes, what it costs, and which definitions it takes.
+
+    metrics: by their names in the result's file. at_end: evaluate the result of a training or unlearning run. max_rows: rows of each data set (null: all; else the result
+    is marked as a trial). batch_tokens: padded tokens of one scoring batch. generation_batch_size: rows generated at once.
+    compat: null = our definitions; `open-unlearning` = theirs, for comparison with published logs. question_key: which question of forget and retain rows is asked.
+    holdout_split: rows that nobody trained on, for attacks; null: that of the forget split. reference_model_path: base, adapter or run that mia_reference compares with.
+    gradnorm_of: whose gradients mia_gradnorm takes (see evals.gradnorm).
+    """
+
+    name: Literal["tofu"] = "tofu"
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    at_end: bool = True
+    max_rows: int | None = None
+    batch_tokens: int = 8192
+    generation_batch_size: int = 32
+    max_new_tokens: int = 200
+    compat: Literal["open-unlearning"] | None = None
+    question_key: Literal["question", "paraphrased_question"] = "question"
+    holdout_split: str | None = None
+    reference_model_path: str | None = None
+    gradnorm_of: Literal["model", "adapter"] = "model"
+
+    def __post_init__(self) -> None:
+        for key in ("max_rows", "batch_tokens", "generation_batch_size", "max_new_tokens"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(
+                    f"eval.{key}={value} must be at least 1{' or null (all rows)' if key == 'max_rows' else ''}"
+                )
+        in_order(self.metrics)
+        self._check_reference()
+
+    def _check_reference(self) -> None:
+        reading = [name for name, one in self.metrics.items() if any(part.part is Part.REFERENCE for part in one.reads)]
+        if reading and self.reference_model_path is None:
+            raise UserError(
+                f"eval.metrics.{reading[0]} compares with another model and eval.reference_model_path is null: name a base, an adapter or a run (such as the oracle's), "
+                f"or take it out (~eval.metrics.{reading[0]})"
+            )
+        if self.reference_model_path is not None and not reading:
+            raise UserError(
+                f"eval.reference_model_path={self.reference_model_path!r}, but no metric compares with it: leave it null, or choose eval=tofu_reference"
+            )

@@ -1,0 +1,71 @@
+"""The passes of an evaluation: from data sets to the tables and texts that its metrics read, and no more."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedunlearn.config.evaluation import EvalConfig
+from fedunlearn.data.chat import ChatFormat, EncodedRow
+from fedunlearn.evals.generation import generate_texts
+from fedunlearn.evals.gradnorm import gradient_norms
+from fedunlearn.evals.scoring import score_rows
+from fedunlearn.evals.store import EvalStore
+from fedunlearn.evals.tables import EncodedSet, generations_of, names_of, table_of, wanted_rows
+from fedunlearn.metrics.base import Part
+from fedunlearn.records.evaluation import AnswerScore, Detail, Generations, ScoreTable
+
+Ids = tuple[int, ...]
+ReferenceScores = Mapping[str, Sequence[AnswerScore]]
+
+
+@dataclass(frozen=True, eq=False)
+class Passes:
+    """One model under one configuration. store: what it has said before."""
+
+    model: nn.Module
+    chat: ChatFormat
+    settings: EvalConfig
+    store: EvalStore
+
+    def table(self, encoded: EncodedSet, parts: frozenset[Part], reference: Sequence[AnswerScore]) -> ScoreTable:
+        """Scores what is read of a data set. reference: its plain answers under the reference model. Raises UserError for a number that is not finite, naming the row."""
+        names = names_of(encoded)
+
+        def score(wanted: Mapping[EncodedRow, Detail]) -> Mapping[EncodedRow, AnswerScore]:
+            settings = self.settings
+            return score_rows(
+                self.model,
+                wanted,
+                pad_id=self.chat.pad_id,
+                batch_tokens=settings.batch_tokens,
+                compat=settings.compat,
+                names=names,
+            )
+
+        wanted = wanted_rows(encoded, parts)
+        scores = self.store.scores(wanted, score) if wanted else {}
+        norms = self._gradnorms(encoded) if Part.GRADNORM in parts else []
+        return table_of(self.chat, encoded, parts, scores, reference, norms)
+
+    def _gradnorms(self, encoded: EncodedSet) -> list[float]:
+        of = self.settings.gradnorm_of
+        norms = self.store.gradnorms(of, encoded.plain, lambda rows: gradient_norms(self.model, rows, of))
+        return [norms[row] for row in encoded.plain]
+
+    def texts(self, encoded: EncodedSet) -> Generations:
+        """Lets the model answer every question of a data set."""
+        settings = self.settings
+
+        def generate(prompts: Sequence[Ids]) -> Sequence[str]:
+            return generate_texts(
+                self.model,
+                self.chat,
+                prompts,
+                batch_size=settings.generation_batch_size,
+                max_new_tokens=settings.max_new_tokens,
+                compat=settings.compat,
+            )
+
+        name = f"{settings.max_new_tokens}"
+        return generations_of(self.chat, encoded, self.store.texts(name, encoded.prompts, generate))
