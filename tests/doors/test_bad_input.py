@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from fedunlearn.config.parse import parse_config
 from fedunlearn.doors.compose import ComposedConfig, compose
+from fedunlearn.doors.evaluation import run_evaluation
 from fedunlearn.doors.main import guarded, hydra_door
-from fedunlearn.doors.stages import run_evaluation, run_federated
+from fedunlearn.doors.stages import run_federated
 from fedunlearn.errors import UserError
 from fedunlearn.files import append_line
 from fedunlearn.training.client_update import client_update

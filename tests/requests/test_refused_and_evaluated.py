@@ -8,7 +8,7 @@ from helpers_runs import CONFIGS, central, finetune, history
 
 from fedunlearn.data.tofu import load_tofu
 from fedunlearn.doors.compose import compose
-from fedunlearn.doors.stages import run_evaluation
+from fedunlearn.doors.evaluation import run_evaluation
 from fedunlearn.errors import UserError
 
 ALONE = ("method.retain=none", "method.alpha=0")

@@ -334,7 +334,10 @@ class TrainRun:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRun:
-    """Evaluation of a base, an adapter or a run; the result goes to saves/eval/<task_name>/."""
+    """Evaluation of a base, an adapter or a run; the result goes to saves/eval/<task_name>/.
+
+    adapters: several instead of the one that the model names, one evaluation each (`<task_name>.1`, ...); null: that one.
+    """
 
     task_name: str
     mode: Literal["eval"]
@@ -351,11 +354,23 @@ class EvalRun:
     overwrite: bool = False
     resume: bool = False
     max_length: int = 512
+    adapters: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        holds, fault = _task_name_rule(self.task_name)
-        if not holds:
-            raise UserError(fault)
+        rules = [
+            _task_name_rule(self.task_name),
+            (
+                self.adapters is None or bool(self.adapters),
+                "adapters=[] names none: give their paths, or null (what the model names)",
+            ),
+            (
+                len(set(self.adapters or ())) == len(self.adapters or ()),
+                f"adapters={list(self.adapters or ())} names one twice: give each once",
+            ),
+        ]
+        faults = [fault for holds, fault in rules if not holds]
+        if faults:
+            raise UserError(*faults)
 
 
 def _task_name_rule(name: str) -> tuple[bool, str]:

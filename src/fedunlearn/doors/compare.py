@@ -12,8 +12,9 @@ from fedunlearn.config.parse import parse_config
 from fedunlearn.config.run import TrainRun
 from fedunlearn.doors.comparison import Comparison, read_comparison
 from fedunlearn.doors.compose import ComposedConfig, compose
+from fedunlearn.doors.evaluation import run_evaluation
 from fedunlearn.doors.reuse import how_to_begin, is_same
-from fedunlearn.doors.stages import run_evaluation, run_federated
+from fedunlearn.doors.stages import run_federated
 from fedunlearn.errors import NotApplicableError
 from fedunlearn.evals.files import EVAL_FILE, read_log
 from fedunlearn.models.resident import release

@@ -1,7 +1,7 @@
 """Hydra's composition, with every fault told at once instead of the first."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -120,3 +120,16 @@ def _resolved(config_name: str, overrides: Sequence[str]) -> DictConfig:
 
 def _plain(config: DictConfig) -> dict[str, object]:
     return cast("dict[str, object]", OmegaConf.to_container(config))
+
+
+def changed(composed: ComposedConfig, changes: Mapping[str, object]) -> ComposedConfig:
+    """Gives the config with other values at its top level."""
+    plain = {**composed.plain, **changes}
+    return replace(composed, plain=plain, run=parse_config(plain), text=OmegaConf.to_yaml(OmegaConf.create(plain)))
+
+
+def model_from(plain: Mapping[str, object], path: str) -> dict[str, object]:
+    """Gives the config's model, loaded from another path: a run, an adapter or a base."""
+    model = cast("Mapping[str, Mapping[str, object]]", plain["model"])
+    args = {**model["model_args"], "pretrained_model_name_or_path": path, "lora_model_path": None}
+    return {**model, "model_args": args}

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from fedunlearn.data.ownership import open_tofu
 from fedunlearn.doors.compose import ComposedConfig, compose
+from fedunlearn.doors.evaluation import run_evaluation
 from fedunlearn.doors.finish import account
-from fedunlearn.doors.stages import run_evaluation, run_federated
+from fedunlearn.doors.stages import run_federated
 from fedunlearn.evals.files import EVAL_FILE
 from fedunlearn.files import write_json
 from fedunlearn.models.resident import release

@@ -1,6 +1,5 @@
 """The end of a run: the adapter with its proof, the account of what it cost, the evaluation."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping
@@ -8,27 +7,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fedunlearn.config.run import EvalRun, TrainRun
+from fedunlearn.config.run import TrainRun
 from fedunlearn.data.ownership import FILE as PARTITION
 from fedunlearn.data.ownership import read_partition
-from fedunlearn.data.tofu import Tofu
+from fedunlearn.doors.measure import evaluate, reference_scores
 from fedunlearn.doors.prepare import Prepared, load_model
 from fedunlearn.evals.files import write_log
-from fedunlearn.evals.store import EvalStore
-from fedunlearn.evals.tofu import evaluate_tofu
 from fedunlearn.federation.checkpoint import read_history
 from fedunlearn.federation.ledger import Ledger
 from fedunlearn.federation.past import LEDGER_HEAD, ancestry
 from fedunlearn.federation.rounds import ROLL_CALL
-from fedunlearn.files import canonical_json, write_json
+from fedunlearn.files import write_json
 from fedunlearn.models.adapter_files import save_adapter
 from fedunlearn.models.export import export
-from fedunlearn.models.resident import Resident, numbers_name, take_probe
-from fedunlearn.records.adapter import Adapter, Weights
-from fedunlearn.records.evaluation import Compat, EvalLog
+from fedunlearn.models.resident import take_probe
+from fedunlearn.records.adapter import Adapter
+from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.records.requests import Request
 from fedunlearn.reporting.peak_memory import peak_memory
-from fedunlearn.reporting.run_folder import DONE, PACKAGES, versions
+from fedunlearn.reporting.run_folder import DONE
 
 log = logging.getLogger(__name__)
 RESULT = "adapter"
@@ -63,14 +60,16 @@ def finish(prepared: Prepared, result: Adapter, config_sha: str) -> EvalLog | No
 
     A side-car is exported with it, as aggregation.export_rank says; what is evaluated is what is saved.
     """
-    made = load_model(prepared.run, prepared.source)
+    run, log, reference = prepared.run, None, None
+    if run.eval.at_end:
+        reference = reference_scores(run, prepared.tofu, _evaluated(prepared))
+    made = load_model(run, prepared.source)
     adapter, stacked = export(result, prepared.run.aggregation.export_rank)
     made.put(result if stacked else adapter)
     save_adapter(prepared.folder / RESULT, adapter, take_probe(made), stacked)
-    log = None
-    if prepared.run.eval.at_end:
+    if run.eval.at_end:
         log = evaluate(
-            prepared.run, made, adapter, prepared.tofu, prepared.retain_log, config_sha, _evaluated(prepared)
+            run, made, adapter, prepared.tofu, prepared.retain_log, config_sha, _evaluated(prepared), reference
         )
         write_log(log, prepared.folder)
     spent = account(prepared.folder)
@@ -130,51 +129,6 @@ def _purge(prepared: Prepared) -> None:
 def _evaluated(prepared: Prepared) -> Request | None:
     """What the forget set is: the request's rows, or where nothing was asked for the forget split."""
     return prepared.request if prepared.request.rows else None
-
-
-def evaluate(
-    run: TrainRun | EvalRun,
-    made: Resident,
-    adapter: Adapter | None,
-    tofu: Tofu,
-    retain_log: EvalLog | None,
-    config_sha: str,
-    request: Request | None,
-) -> EvalLog:
-    """Evaluates the model as it is now; the result's provenance names base, adapter, dtype, versions and config."""
-    args = run.model.model_args
-    known: Mapping[str, object] = {
-        "base": made.base_name,
-        "base_fingerprint": made.fingerprint,
-        "adapter_hash": adapter.tensor_hash if adapter is not None else None,
-        "dtype": args.torch_dtype,
-        "versions": versions(PACKAGES),
-        "config_hash": config_sha,
-    }
-    return evaluate_tofu(
-        made.model,
-        made.chat,
-        tofu,
-        run.forget_split,
-        run.eval,
-        retain_log,
-        known,
-        request,
-        store_of(made, adapter, Path(run.paths.cache_dir), run.eval.compat),
-    )
-
-
-def store_of(made: Resident, adapter: Adapter | None, cache: Path, compat: Compat) -> EvalStore:
-    """Gives the place where what this model says is kept: named by all that its numbers and texts depend on."""
-    weights = Weights({}) if adapter is None else adapter.weights
-    generation = made.model.generation_config
-    said = [
-        numbers_name(made, weights, False),
-        compat,
-        made.chat.provenance,
-        None if generation is None else generation.to_dict(),
-    ]
-    return EvalStore(cache / "evaluations" / hashlib.sha256(canonical_json(said).encode()).hexdigest())
 
 
 def account(folder: Path) -> Account:

@@ -265,11 +265,21 @@ def find_inputs(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> Inputs:
     _tried(faults, lambda: judge_folder(run, plain))
     opened = _tried(faults, lambda: open_data(run)) if not faults or Path(run.tofu_path).is_dir() else None
     source = _tried(faults, lambda: resolve_source(run.model.model_args, pocket_dir, fetch=not faults))
+    if run.eval.reference_model_path is not None:
+        _tried(faults, lambda: resolve_source(at_reference(run).model.model_args, pocket_dir, fetch=not faults))
     if source is not None and isinstance(run, TrainRun):
         _tried(faults, lambda: _check_source(source, run_path(run)))
     if faults or opened is None or source is None:
         raise UserError(*faults)
     return Inputs(tofu=opened[0], retain_log=opened[1], source=source)
+
+
+def at_reference(run: TrainRun | EvalRun) -> TrainRun | EvalRun:
+    """The run with the model of eval.reference_model_path in its model's place."""
+    args = replace(
+        run.model.model_args, pretrained_model_name_or_path=str(run.eval.reference_model_path), lora_model_path=None
+    )
+    return replace(run, model=replace(run.model, model_args=args))
 
 
 def _tried(faults: list[str], work: Callable[[], T]) -> T | None:

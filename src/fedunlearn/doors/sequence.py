@@ -1,16 +1,11 @@
 """Several requests in sequence: one run each, every one from the adapter that the last one left."""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from omegaconf import OmegaConf
-
-from fedunlearn.config.parse import parse_config
 from fedunlearn.config.run import TrainRun
-from fedunlearn.doors.compose import ComposedConfig
+from fedunlearn.doors.compose import ComposedConfig, changed, model_from
 from fedunlearn.doors.prepare import check_requests
 from fedunlearn.doors.stages import run_federated
 from fedunlearn.records.evaluation import EvalLog
@@ -53,19 +48,8 @@ def split_requests(composed: ComposedConfig, run: TrainRun) -> tuple[ComposedCon
     for number, request in enumerate(cast("list[object]", composed.plain["requests"]), 1):
         changes: dict[str, object] = {"task_name": f"{run.task_name}.{number}", "requests": [request]}
         if legs:
-            changes["model"] = _from(composed.plain, run_path(legs[-1].run))
-        leg = _changed(composed, changes)
+            changes["model"] = model_from(composed.plain, str(run_path(legs[-1].run)))
+        leg = changed(composed, changes)
         there = run_path(leg.run).is_dir()
-        legs.append(leg if there or not run.resume else _changed(leg, {"resume": False}))
+        legs.append(leg if there or not run.resume else changed(leg, {"resume": False}))
     return tuple(legs)
-
-
-def _from(plain: Mapping[str, object], folder: Path) -> dict[str, object]:
-    model = cast("Mapping[str, Mapping[str, object]]", plain["model"])
-    args = {**model["model_args"], "pretrained_model_name_or_path": str(folder), "lora_model_path": None}
-    return {**model, "model_args": args}
-
-
-def _changed(composed: ComposedConfig, changes: Mapping[str, object]) -> ComposedConfig:
-    plain = {**composed.plain, **changes}
-    return replace(composed, plain=plain, run=parse_config(plain), text=OmegaConf.to_yaml(OmegaConf.create(plain)))

@@ -10,15 +10,17 @@ Stage = Literal["federated", "central", "evaluation"]
 
 def run_shown(stage: Stage, composed: "ComposedConfig") -> None:
     """Does what a door is for. Imports torch inside, after the door has set the environment."""
+    from fedunlearn.doors.evaluation import run_evaluations
     from fedunlearn.doors.sequence import run_served
-    from fedunlearn.doors.stages import run_central, run_evaluation
-    from fedunlearn.reporting.console import set_logging, show_config, show_result
+    from fedunlearn.doors.stages import run_central
+    from fedunlearn.reporting.console import set_logging, show_config, show_evaluations, show_result
     from fedunlearn.reporting.run_folder import run_path
 
     set_logging()
     show_config(composed.plain)
     if stage == "federated":
         show_result(*run_served(composed))
+    elif stage == "central":
+        show_result(run_path(composed.run), run_central(composed))
     else:
-        work = {"central": run_central, "evaluation": run_evaluation}[stage]
-        show_result(run_path(composed.run), work(composed))
+        show_evaluations(run_evaluations(composed))

@@ -2,22 +2,17 @@
 
 import logging
 from dataclasses import asdict, replace
-from pathlib import Path
 
 from fedunlearn.aggregation.choices import trained_in
 from fedunlearn.config.run import EvalRun, TrainRun
-from fedunlearn.data.requests import evaluated_request
 from fedunlearn.doors.compose import ComposedConfig
-from fedunlearn.doors.finish import evaluate, finish
-from fedunlearn.doors.prepare import CENTRAL, check_evaluation, find_inputs, load_model, prepare
+from fedunlearn.doors.finish import finish
+from fedunlearn.doors.prepare import CENTRAL, prepare
 from fedunlearn.errors import UserError
-from fedunlearn.evals.files import write_log
 from fedunlearn.federation.block_store import FOLDER, BlockStore
 from fedunlearn.federation.checkpoint import append_history, latest_checkpoint
 from fedunlearn.federation.launchers import launch
 from fedunlearn.federation.site import Site, reads_reference, set_threads
-from fedunlearn.files import write_json
-from fedunlearn.models.adapter_files import saved_hash
 from fedunlearn.protocols.finetune import Finetune
 from fedunlearn.protocols.in_round import InRound
 from fedunlearn.records.adapter import Adapter, Tensors
@@ -26,7 +21,7 @@ from fedunlearn.records.partition import OwnedRows
 from fedunlearn.records.rounds import ClientOutcome, ClientTask, Role, RoundResult
 from fedunlearn.reporting.curves import open_curves
 from fedunlearn.reporting.peak_memory import reset_peak
-from fedunlearn.reporting.run_folder import DONE, config_hash, make_folder, provenance
+from fedunlearn.reporting.run_folder import config_hash
 from fedunlearn.seeds import seed_of
 from fedunlearn.training.charges import Charges
 from fedunlearn.training.local import LocalResult
@@ -151,34 +146,3 @@ def _central_line(result: Adapter, task: ClientTask, rows: OwnedRows, done: Loca
         loss_trace=done.loss_trace,
     )
     return RoundResult(round=1, attempt=1, adapter_hash=result.tensor_hash, seconds=done.seconds, clients=(outcome,))
-
-
-def run_evaluation(composed: ComposedConfig) -> EvalLog:
-    """Evaluates a base, an adapter or a run of ours into saves/eval/<task_name>/."""
-    run = composed.run
-    if not isinstance(run, EvalRun):
-        raise UserError(f"mode={run.mode!r} is no evaluation: give --config-name=eval.yaml, or use src/fed_train.py")
-    set_threads(run)
-    if run.resume:
-        raise UserError("resume=true: an evaluation is one piece; leave it out, or use overwrite=true")
-    inputs = find_inputs(run, composed.plain)
-    request = evaluated_request(run, inputs.source.run, inputs.tofu)
-    check_evaluation(run, inputs.tofu, request, inputs.retain_log)
-    made = load_model(run, inputs.source)
-    sha = config_hash(composed.plain)
-    found = evaluate(run, made, made.start, inputs.tofu, inputs.retain_log, sha, request)
-    adapter_hash = made.start.tensor_hash if made.start else "none"
-    hashes = {
-        "base": made.fingerprint,
-        "adapter": adapter_hash,
-        "source": saved_hash(inputs.source.adapter),
-        "data": inputs.tofu.hash("full"),
-    }
-
-    def fill(place: Path) -> None:
-        write_json(place / "provenance.json", {**provenance(run, hashes), "config_hash": sha})
-        write_log(found, place)
-        write_json(place / DONE, {"adapter_hash": adapter_hash})
-
-    make_folder(run, composed.plain, composed.text, fill)
-    return found

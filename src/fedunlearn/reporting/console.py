@@ -85,6 +85,18 @@ def show_result(folder: Path, log: EvalLog | None) -> None:
             console.print(f"a trial on {log.provenance['max_rows']} rows of each data set, no evaluation")
 
 
+def show_evaluations(logs: Mapping[Path, EvalLog]) -> None:
+    """Prints where evaluations lie, and their main figures side by side."""
+    if len(logs) == 1:
+        for folder, log in logs.items():
+            show_result(folder, log)
+        return
+    console = Console(highlight=False)
+    for folder in logs:
+        console.print(f"result: {folder}", soft_wrap=True)
+    console.print(metric_table({folder.name: figures(log) for folder, log in logs.items()}))
+
+
 def _cost(account: Mapping[str, float], share: Mapping[str, float | None]) -> str:
     """What a run cost, and in brackets how much that is of the oracle's where it is known."""
     told = {

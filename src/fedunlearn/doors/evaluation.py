@@ -1,0 +1,78 @@
+"""Evaluation of a base, an adapter or a run of ours; or of several, which share one base."""
+
+import logging
+from pathlib import Path
+
+from fedunlearn.config.run import EvalRun
+from fedunlearn.data.requests import evaluated_request
+from fedunlearn.doors.compose import ComposedConfig, changed, model_from
+from fedunlearn.doors.measure import evaluate, reference_scores
+from fedunlearn.doors.prepare import check_evaluation, find_inputs, load_model
+from fedunlearn.errors import UserError
+from fedunlearn.evals.files import write_log
+from fedunlearn.federation.site import set_threads
+from fedunlearn.files import write_json
+from fedunlearn.models.adapter_files import saved_hash
+from fedunlearn.models.source import resolve_source
+from fedunlearn.records.evaluation import EvalLog
+from fedunlearn.reporting.run_folder import DONE, check_folders, config_hash, make_folder, provenance, run_path
+
+log = logging.getLogger(__name__)
+
+
+def run_evaluations(composed: ComposedConfig) -> dict[Path, EvalLog]:
+    """Evaluates what the model names, or each of `adapters`, as `<task_name>.1`, `<task_name>.2` ...; gives the logs by their folders.
+
+    The folders of all are judged before the first begins. Adapters of one LoRA shape share one base, loaded once.
+    """
+    run = composed.run
+    adapters = run.adapters if isinstance(run, EvalRun) else None
+    if adapters is None:
+        return {run_path(run): run_evaluation(composed)}
+    legs = [
+        changed(
+            composed,
+            {"task_name": f"{run.task_name}.{number}", "adapters": None, "model": model_from(composed.plain, path)},
+        )
+        for number, path in enumerate(adapters, 1)
+    ]
+    check_folders((leg.run, leg.plain) for leg in legs)
+    for leg in legs:
+        resolve_source(leg.run.model.model_args, Path(leg.run.paths.pocket_dir), fetch=False)
+    found = {}
+    for path, leg in zip(adapters, legs, strict=True):
+        log.info("%s: %s", path, run_path(leg.run))
+        found[run_path(leg.run)] = run_evaluation(leg)
+    return found
+
+
+def run_evaluation(composed: ComposedConfig) -> EvalLog:
+    """Evaluates a base, an adapter or a run of ours into saves/eval/<task_name>/."""
+    run = composed.run
+    if not isinstance(run, EvalRun):
+        raise UserError(f"mode={run.mode!r} is no evaluation: give --config-name=eval.yaml, or use src/fed_train.py")
+    set_threads(run)
+    if run.resume:
+        raise UserError("resume=true: an evaluation is one piece; leave it out, or use overwrite=true")
+    inputs = find_inputs(run, composed.plain)
+    request = evaluated_request(run, inputs.source.run, inputs.tofu)
+    check_evaluation(run, inputs.tofu, request, inputs.retain_log)
+    reference = reference_scores(run, inputs.tofu, request)
+    made = load_model(run, inputs.source)
+    sha = config_hash(composed.plain)
+    found = evaluate(run, made, made.start, inputs.tofu, inputs.retain_log, sha, request, reference)
+    adapter_hash = made.start.tensor_hash if made.start else "none"
+    hashes = {
+        "base": made.fingerprint,
+        "adapter": adapter_hash,
+        "source": saved_hash(inputs.source.adapter),
+        "data": inputs.tofu.hash("full"),
+    }
+
+    def fill(place: Path) -> None:
+        write_json(place / "provenance.json", {**provenance(run, hashes), "config_hash": sha})
+        write_log(found, place)
+        write_json(place / DONE, {"adapter_hash": adapter_hash})
+
+    make_folder(run, composed.plain, composed.text, fill)
+    return found

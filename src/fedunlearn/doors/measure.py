@@ -1,0 +1,90 @@
+"""What a model is worth, for whoever has one in place: its evaluation, and that of the model it is compared with."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedunlearn.config.run import EvalRun, TrainRun
+from fedunlearn.data.tofu import Tofu
+from fedunlearn.doors.prepare import at_reference, load_model
+from fedunlearn.evals.evidence import Passes
+from fedunlearn.evals.sets import read_sets
+from fedunlearn.evals.store import EvalStore
+from fedunlearn.evals.tables import encode_set, parts_of
+from fedunlearn.evals.tofu import ReferenceScores, evaluate_tofu
+from fedunlearn.files import canonical_json
+from fedunlearn.metrics.base import Part, readings_of
+from fedunlearn.models.resident import Resident, numbers_name
+from fedunlearn.models.source import resolve_source
+from fedunlearn.records.adapter import Adapter, Weights
+from fedunlearn.records.evaluation import Compat, EvalLog
+from fedunlearn.records.requests import Request
+from fedunlearn.reporting.run_folder import PACKAGES, versions
+
+
+def evaluate(
+    run: TrainRun | EvalRun,
+    made: Resident,
+    adapter: Adapter | None,
+    tofu: Tofu,
+    retain_log: EvalLog | None,
+    config_sha: str,
+    request: Request | None,
+    reference: ReferenceScores | None = None,
+) -> EvalLog:
+    """Evaluates the model as it is now; the result's provenance names base, adapter, dtype, versions and config."""
+    args = run.model.model_args
+    known: Mapping[str, object] = {
+        "base": made.base_name,
+        "base_fingerprint": made.fingerprint,
+        "adapter_hash": adapter.tensor_hash if adapter is not None else None,
+        "dtype": args.torch_dtype,
+        "versions": versions(PACKAGES),
+        "config_hash": config_sha,
+    }
+    return evaluate_tofu(
+        made.model,
+        made.chat,
+        tofu,
+        run.forget_split,
+        run.eval,
+        retain_log,
+        known,
+        request,
+        store_of(made, adapter, Path(run.paths.cache_dir), run.eval.compat),
+        reference,
+    )
+
+
+def store_of(made: Resident, adapter: Adapter | None, cache: Path, compat: Compat) -> EvalStore:
+    """Gives the place where what this model says is kept: named by all that its numbers and texts depend on."""
+    weights = Weights({}) if adapter is None else adapter.weights
+    generation = made.model.generation_config
+    said = [
+        numbers_name(made, weights, False),
+        compat,
+        made.chat.provenance,
+        None if generation is None else generation.to_dict(),
+    ]
+    return EvalStore(cache / "evaluations" / hashlib.sha256(canonical_json(said).encode()).hexdigest())
+
+
+def reference_scores(run: TrainRun | EvalRun, tofu: Tofu, request: Request | None) -> ReferenceScores | None:
+    """Gives plain answers under the model of eval.reference_model_path, by data set; None where it is null.
+
+    It becomes the process's model: whoever needs another loads it afterwards.
+    """
+    if run.eval.reference_model_path is None:
+        return None
+    other = at_reference(run)
+    made = load_model(other, resolve_source(other.model.model_args, Path(run.paths.pocket_dir)))
+    passes = Passes(
+        made.model, made.chat, run.eval, store_of(made, made.start, Path(run.paths.cache_dir), run.eval.compat)
+    )
+    sets = read_sets(tofu, run.forget_split, run.eval, request)
+    found = {}
+    for name, parts in parts_of(readings_of(run.eval.metrics)).items():
+        if Part.REFERENCE in parts:
+            encoded = encode_set(made.chat, sets[name].split, sets[name].rows)
+            found[name] = passes.table(encoded, frozenset({Part.PLAIN}), ()).plain
+    return found

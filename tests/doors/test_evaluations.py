@@ -1,0 +1,242 @@
+"""Evaluations by the door: several adapters on one base, what is kept between them, attacks, another model to compare with, metrics of the user's own."""
+
+import json
+
+import pytest
+from helpers_runs import CONFIGS, finetune
+
+from fedunlearn.doors.compose import compose
+from fedunlearn.doors.evaluation import run_evaluation, run_evaluations
+from fedunlearn.errors import UserError
+from fedunlearn.evals import evidence
+from fedunlearn.models import resident
+
+
+@pytest.fixture
+def evaluation(pocket, saves):
+    """Composes an evaluation of a run."""
+
+    def composed(task, start, *overrides):
+        places = (
+            f"tofu_path={pocket.data}", f"paths.saves_dir={saves}", f"paths.cache_dir={saves}/cache", f"paths.pocket_dir={saves}/pocket",
+            "eval.max_new_tokens=2", "model.model_args.lora_config.r=4", f"task_name={task}",
+        )  # fmt: skip
+        named = () if start is None else (f"model.model_args.pretrained_model_name_or_path={start}",)
+        return compose(CONFIGS, "eval.yaml", ["experiment=eval/tofu/pocket", *places, *named, *overrides])
+
+    return composed
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The passes that really asked the model, by name, with the number of rows."""
+    calls = []
+
+    def noting(name, real):
+        def noted(model, rows_or_chat, *rest, **more):
+            rows = rest[0] if name == "generate_texts" else rows_or_chat
+            calls.append((name, len(rows)))
+            return real(model, rows_or_chat, *rest, **more)
+
+        return noted
+
+    for name in ("score_rows", "generate_texts", "gradient_norms"):
+        monkeypatch.setattr(evidence, name, noting(name, getattr(evidence, name)))
+    return calls
+
+
+def log_of(saves, task):
+    return json.loads((saves / "eval" / task / "TOFU_EVAL.json").read_text())
+
+
+def without_config(log):
+    return {**log, "provenance": {**log["provenance"], "config_hash": ""}}
+
+
+def test_a_second_evaluation_of_the_same_adapter_asks_the_model_nothing(pocket, saves, evaluation, asked):
+    tuned = finetune(pocket, saves, "ft")
+    run_evaluation(evaluation("first", tuned, "eval=tofu_attacks"))
+    assert {name for name, _ in asked} == {"score_rows", "generate_texts", "gradient_norms"}
+    asked.clear()
+    run_evaluation(evaluation("second", tuned, "eval=tofu_attacks"))
+    assert asked == []
+    assert without_config(log_of(saves, "second")) == without_config(log_of(saves, "first"))
+    run_evaluation(evaluation("compat", tuned, "eval.compat=open-unlearning"))
+    assert {name for name, _ in asked} == {"score_rows", "generate_texts"}
+
+
+def test_attacks_after_base_metrics_ask_only_for_what_is_new(pocket, saves, evaluation, asked):
+    """The forget answers are scored again for their moments, the holdout's for the first time; nothing is generated."""
+    tuned = finetune(pocket, saves, "ft")
+    run_evaluation(evaluation("base", tuned))
+    asked.clear()
+    log = run_evaluation(evaluation("attacks", tuned, "eval=tofu_attacks"))
+    rows = len(log.metrics["mia_min_k"].parts["forget"].value_by_index)
+    assert sorted(asked) == [
+        ("gradient_norms", rows),
+        ("gradient_norms", rows),
+        ("score_rows", rows),
+        ("score_rows", rows),
+    ]
+
+
+def test_an_interrupted_evaluation_goes_on_at_the_tables_it_has(pocket, saves, evaluation, asked, monkeypatch):
+    """Stopped in its second data set: the first is not scored again, and nothing but the cache was written."""
+    tuned, real, calls = finetune(pocket, saves, "ft"), evidence.score_rows, []
+
+    def stopping(*arguments, **named):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(evidence, "score_rows", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run_evaluation(evaluation("ev", tuned))
+    assert not (saves / "eval").exists()
+    calls.clear()
+    calls += [1, 1]
+    run_evaluation(evaluation("ev", tuned))
+    assert len(calls) == 2 + 3  # three of four data sets
+    monkeypatch.setattr(evidence, "score_rows", real)
+    fresh = run_evaluation(evaluation("fresh", tuned, f"paths.cache_dir={saves}/other"))
+    assert {name: m["agg_value"] for name, m in log_of(saves, "ev").items() if name != "provenance"} == {
+        name: metric.agg_value for name, metric in fresh.metrics.items()
+    }
+
+
+def test_a_damaged_table_is_computed_anew_and_told(pocket, saves, evaluation, asked, caplog):
+    tuned = finetune(pocket, saves, "ft")
+    run_evaluation(evaluation("first", tuned))
+    tables = sorted((saves / "cache" / "evaluations").rglob("*.safetensors"))
+    tables[0].write_bytes(tables[0].read_bytes()[:100])
+    asked.clear()
+    run_evaluation(evaluation("second", tuned))
+    assert [name for name, _ in asked] == ["score_rows"]
+    assert f"{tables[0]} is damaged" in caplog.text
+    assert without_config(log_of(saves, "second")) == without_config(log_of(saves, "first"))
+
+
+def test_three_adapters_cost_one_load_of_the_base(pocket, saves, evaluation, monkeypatch):
+    runs = [finetune(pocket, saves, f"ft{seed}", f"trainer.args.seed={seed}") for seed in range(3)]
+    alone = [run_evaluation(evaluation(f"alone{k}", run, f"paths.cache_dir={saves}/a")) for k, run in enumerate(runs)]
+    resident.release()
+    loads, real = [], resident.load_base
+    monkeypatch.setattr(resident, "load_base", lambda *a: loads.append(1) or real(*a))
+    found = run_evaluations(evaluation("all", None, f"adapters=[{','.join(map(str, runs))}]"))
+    assert len(loads) == 1
+    assert [folder.name for folder in found] == ["all.1", "all.2", "all.3"]
+    assert len({log.metrics["forget_Q_A_Prob"].agg_value for log in found.values()}) == 3
+    assert [log.metrics for log in found.values()] == [log.metrics for log in alone]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("adapters=[]",), r"adapters=\[\] names none"),
+        (("adapters=[a,a]",), "names one twice"),
+    ],
+)
+def test_adapters_without_sense_are_refused(evaluation, overrides, said):
+    with pytest.raises(UserError, match=said):
+        evaluation("x", None, *overrides)
+
+
+def test_one_adapter_that_is_not_there_is_told_before_any_is_evaluated(pocket, saves, evaluation, asked):
+    tuned = finetune(pocket, saves, "ft")
+    with pytest.raises(UserError, match="nowhere"):
+        run_evaluations(evaluation("all", None, f"adapters=[{tuned},{saves}/nowhere]"))
+    assert asked == []
+    assert not (saves / "eval").exists()
+
+
+def test_the_attack_against_another_model_reads_that_model(pocket, saves, evaluation):
+    tuned, other = finetune(pocket, saves, "ft"), finetune(pocket, saves, "other", "trainer.args.seed=5")
+    log = run_evaluation(evaluation("ev", tuned, "eval=tofu_reference", f"eval.reference_model_path={other}"))
+    theirs = run_evaluation(evaluation("theirs", other, "eval=tofu_attacks"))
+    for side in ("forget", "holdout"):
+        mine, its = (one.metrics["mia_loss"].parts[side].column("score") for one in (log, theirs))
+        wanted = [a - b for a, b in zip(mine, its, strict=True)]
+        assert log.metrics["mia_reference"].parts[side].column("score") == pytest.approx(wanted, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("eval=tofu_reference",), "reference_model_path"),
+        (("eval.reference_model_path=x",), "no metric compares with it: leave it null, or choose eval=tofu_reference"),
+        (("eval=tofu_reference", "eval.reference_model_path=null"), "compares with another model"),
+        (("~eval.metrics.retain_Q_A_ROUGE",), "model_utility is made of 'retain_Q_A_ROUGE'"),
+        (("+eval.metrics.mine._target_=fedunlearn.metrics.rouge.Rogue",), "Rogue"),
+        (("+eval.metrics.mine={_target_: fedunlearn.metrics.rouge.Rouge, of: forget, score: rouge9}",), "rouge9"),
+        (("eval=tofu_attack",), r"tofu_attacks"),
+        (("eval.question_key=other",), "question_key"),
+    ],
+)
+def test_what_cannot_be_composed_is_refused(evaluation, overrides, said):
+    with pytest.raises(UserError, match=said):
+        evaluation("x", None, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("eval=tofu_attacks", "eval.holdout_split=holdout05"), r"eval.holdout_split='holdout05' beside forget_split='forget10'"),
+        (("+eval.metrics.mine={_target_: fedunlearn.metrics.rouge.Rouge, of: forgot}",), r"eval.metrics.mine reads the data set 'forgot', which TOFU has not"),
+        (("eval=tofu_reference", "eval.reference_model_path=nowhere/at/all"), r"nowhere/at/all"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_evaluated_is_refused_before_the_model_is_asked(
+    pocket, saves, evaluation, asked, overrides, said
+):
+    tuned = finetune(pocket, saves, "ft")
+    with pytest.raises(UserError, match=said):
+        run_evaluation(evaluation("x", tuned, *overrides))
+    assert asked == []
+    assert not (saves / "eval").exists()
+
+
+def test_a_metric_of_the_users_own_needs_no_edit_of_ours(pocket, saves, evaluation, tmp_path, monkeypatch):
+    (tmp_path / "mine_metrics.py").write_text(
+        """
+from dataclasses import dataclass
+from fedunlearn.metrics.base import Evidence, Metric, Part, Reading
+from fedunlearn.records.evaluation import MetricResult
+
+@dataclass(frozen=True, kw_only=True)
+class LongestAnswer(Metric):
+    of: str = "forget"
+
+    @property
+    def reads(self):
+        return frozenset({Reading(self.of, Part.PLAIN)})
+
+    def compute(self, found: Evidence) -> MetricResult:
+        return MetricResult(float(max(s.num_labels for s in found.tables[self.of].plain)), self.definition(found.compat))
+"""
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tuned = finetune(pocket, saves, "ft")
+    log = run_evaluation(
+        evaluation("ev", tuned, "+eval.metrics.longest={_target_: mine_metrics.LongestAnswer, of: wf}")
+    )
+    assert log.metrics["longest"].agg_value >= 2
+    assert log_of(saves, "ev")["longest"] == {"agg_value": log.metrics["longest"].agg_value}
+
+
+def test_the_paraphrased_question_is_asked_where_it_is_named(pocket, saves, evaluation):
+    tuned = finetune(pocket, saves, "ft")
+    plain = run_evaluation(evaluation("plain", tuned))
+    asked = run_evaluation(evaluation("asked", tuned, "eval.question_key=paraphrased_question"))
+    for name, changes in (("forget", True), ("retain", True), ("ra", False)):
+        rows = [one.metrics[f"{name}_Q_A_ROUGE"].value_by_index for one in (plain, asked)]
+        assert (rows[0][0]["input"] != rows[1][0]["input"]) == changes
+    with pytest.raises(UserError, match=r"eval.question_key=question, this evaluation has paraphrased_question"):
+        run_evaluation(
+            evaluation(
+                "x",
+                tuned,
+                "eval.question_key=paraphrased_question",
+                f"retain_logs_path={saves}/eval/plain/TOFU_EVAL.json",
+            )
+        )
