@@ -13,7 +13,7 @@ from fedunlearn.evals.sets import Sets, read_sets
 from fedunlearn.evals.store import EvalStore
 from fedunlearn.evals.tables import encode_set, parts_of
 from fedunlearn.metrics.base import Evidence, Metric, Part, compute_metrics, readings_of
-from fedunlearn.records.evaluation import AnswerScore, Compat, EvalLog, definition_of
+from fedunlearn.records.evaluation import AnswerScore, Compat, EvalLog, MetricResult, definition_of
 from fedunlearn.records.requests import Request
 
 ReferenceScores = Mapping[str, tuple[AnswerScore, ...]]
@@ -43,15 +43,22 @@ def evaluate_tofu(
     if retain_log is not None:
         check_retain_log(retain_log, sets["forget"], settings)
     passes = Passes(model, chat, settings, store or EvalStore(None))
-    tables, texts = {}, {}
+    found = evaluate_sets(passes, sets, retain_log, reference or {})
+    return EvalLog(found, {**provenance, **_provenance(sets, chat, settings, retain_log)})
+
+
+def evaluate_sets(
+    passes: Passes, sets: Sets, retain_log: EvalLog | None, reference: ReferenceScores
+) -> dict[str, MetricResult]:
+    """Runs the passes that the metrics need over these data sets, and gives every metric by name."""
+    tables, texts, settings = {}, {}, passes.settings
     for name, parts in parts_of(readings_of(settings.metrics)).items():
-        encoded = encode_set(chat, sets[name].split, sets[name].rows)
-        tables[name] = passes.table(encoded, parts, (reference or {}).get(name, ()))
+        encoded = encode_set(passes.chat, sets[name].split, sets[name].rows)
+        tables[name] = passes.table(encoded, parts, reference.get(name, ()))
         if Part.TEXTS in parts:
             texts[name] = passes.texts(encoded)
     evidence = Evidence(tables=tables, texts=texts, retain=retain_log, compat=settings.compat)
-    own = _provenance(sets, chat, settings, retain_log)
-    return EvalLog(compute_metrics(settings.metrics, evidence), {**provenance, **own})
+    return compute_metrics(settings.metrics, evidence)
 
 
 def _provenance(sets: Sets, chat: ChatFormat, settings: EvalConfig, retain_log: EvalLog | None) -> dict[str, object]:
