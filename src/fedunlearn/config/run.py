@@ -35,7 +35,7 @@ from fedunlearn.server_methods.base import ServerMethod, ServerStep
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRun:
-    """Fine-tuning, the retrain oracle (mode `train`) or unlearning (mode `unlearn`).
+    """Fine-tuning, the retrain oracle (mode `train`) or unlearning (mode `unlearn`); `probe`: see config.probe.ProbeRun.
 
     tofu_path: hub id, folder or `pocket:SEED`. retain_logs_path: TOFU_EVAL.json of the oracle, for forget_quality.
     task_name: folder under saves/<finetune|unlearn>/; a name, no path. requests: what is to be forgotten, in sequence; null: the rows of
@@ -43,7 +43,7 @@ class TrainRun:
     """
 
     task_name: str
-    mode: Literal["train", "unlearn"]
+    mode: Literal["train", "unlearn", "probe"]
     tofu_path: str
     forget_split: str
     retain_split: str
