@@ -18,10 +18,15 @@ def takes_block_mask(model: nn.Module, longest: int) -> bool:
     among its arguments, no state besides attention, and no layer that the mask would not reach (linear, chunked, convolutional). A sliding window
     is in order where no row reaches it: the mask given takes the window's place.
     """
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    inner = _inner(model)
     config = getattr(inner, "config", None)
-    if config is None or not getattr(inner, "_supports_attention_backend", False) or getattr(inner, "_is_stateful", True):
+    if (
+        config is None
+        or not getattr(inner, "_supports_attention_backend", False)
+        or getattr(inner, "_is_stateful", True)
+    ):
         return False
+    config = inner.config.get_text_config()
     if config._attn_implementation not in ("sdpa", "eager") or not getattr(config, "is_causal", True):
         return False
     if "position_ids" not in inspect.signature(inner.forward).parameters:
@@ -36,19 +41,25 @@ def breadth_of(model: nn.Module) -> float:
 
     A position's linear layers take a multiplication a parameter; its attention 2 * hidden + SOFTMAX * heads for each position seen.
     """
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    config = inner.config
+    inner = _inner(model)
+    config = inner.config.get_text_config()
     tables = {id(m.weight) for m in (inner.get_input_embeddings(), inner.get_output_embeddings())}
-    linear = sum(p.numel() for p in inner.parameters() if id(p) not in tables)
-    seen = 2 * config.hidden_size + SOFTMAX * config.num_attention_heads
-    return linear / (config.num_hidden_layers * seen)
+    linear: int = sum(p.numel() for p in inner.parameters() if id(p) not in tables)
+    seen: int = 2 * config.hidden_size + SOFTMAX * config.num_attention_heads
+    layers: int = config.num_hidden_layers
+    return linear / (layers * seen)
 
 
 def as_given(model: nn.Module, seen: torch.Tensor) -> torch.Tensor:
     """Gives a mask [B, 1, T, T] from seen [B, T, T] bool in the kind the model's attention adds up: bool under sdpa, 0 and the dtype's lowest number under eager."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    inner = _inner(model)
     mask = seen[:, None]
     if inner.config._attn_implementation == "sdpa":
         return mask
     zero = torch.zeros((), dtype=inner.dtype, device=seen.device)
     return torch.where(mask, zero, torch.finfo(inner.dtype).min)
+
+
+def _inner(model: nn.Module) -> Any:
+    """The transformer itself: under PEFT the wrapped one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
