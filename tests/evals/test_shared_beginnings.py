@@ -27,7 +27,15 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-GPT2_SMALL = {"vocab_size": 266, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
+GPT2_SMALL = {
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "vocab_size": 266,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "initializer_range": 0.3,
+}
 
 
 def made_model(config, attention="sdpa"):

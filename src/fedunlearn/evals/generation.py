@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fedunlearn.data.chat import ChatFormat
+from fedunlearn.evals.greedy import continue_greedily, is_plainly_greedy
 from fedunlearn.evals.inference import inference
 from fedunlearn.records.evaluation import Compat
 from fedunlearn.reporting.progress import track
@@ -62,8 +63,7 @@ def generate_texts(
 ) -> tuple[str, ...]:
     """Gives the greedy continuation of each prompt, decoded without special tokens, cleaned and stripped; equal prompts once.
 
-    A row stops at any eos id of the model's generation_config (the tokenizer's, where it names none), a batch when all rows
-    have. Sampling settings of that config do not act; its repetition_penalty does, as in the published numbers.
+    A row stops, and leaves its batch, at any eos id of the model's generation_config (the tokenizer's, where it names none). Sampling settings of that config do not act; its repetition_penalty does, as in the published numbers.
     compat: a prompt's ids that equal the pad id are masked too, and positions counted over the others.
     """
     unique = sorted(dict.fromkeys(prompts), key=len, reverse=True)
@@ -71,7 +71,8 @@ def generate_texts(
     texts: dict[Ids, str] = {}
     with inference(model) as device, _generating(model, chat, GREEDY, max_new_tokens) as eos_ids:
         for batch in track(batches, "generating", len(batches)):
-            for prompt, answer in zip(batch, _continue(model, batch, chat.pad_id, device, compat), strict=True):
+            answers = _continue(model, batch, chat.pad_id, device, compat, eos_ids)
+            for prompt, answer in zip(batch, answers, strict=True):
                 texts[prompt] = decode(chat, _up_to_eos(answer, eos_ids)).strip()
     return tuple(texts[prompt] for prompt in prompts)
 
@@ -89,7 +90,8 @@ def sample_texts(
         torch.random.fork_rng(),
     ):
         torch.manual_seed(seed)
-        answers = [_up_to_eos(ids, eos_ids) for ids in _continue(model, [prompt] * count, chat.pad_id, device, None)]
+        found = _continue(model, [prompt] * count, chat.pad_id, device, None, eos_ids)
+        answers = [_up_to_eos(ids, eos_ids) for ids in found]
     return tuple(Draw(decode(chat, ids).strip(), len(ids)) for ids in answers)
 
 
@@ -99,14 +101,22 @@ def decode(chat: ChatFormat, ids: Sequence[int]) -> str:
 
 
 def _continue(
-    model: nn.Module, batch: Sequence[Ids], pad_id: int, device: torch.device, compat: Compat
+    model: nn.Module,
+    batch: Sequence[Ids],
+    pad_id: int,
+    device: torch.device,
+    compat: Compat,
+    eos_ids: frozenset[int],
 ) -> list[list[int]]:
     width = max(map(len, batch))
     ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in batch])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
     if compat is not None:
         mask = (ids != pad_id).long()
-    output = _inner(model).generate(input_ids=ids.to(device), attention_mask=mask.to(device))
+    inner = _inner(model)
+    if is_plainly_greedy(inner):
+        return continue_greedily(inner, ids.to(device), mask.to(device), eos_ids)
+    output = inner.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
     new: list[list[int]] = output[:, width:].tolist()
     return new
 
