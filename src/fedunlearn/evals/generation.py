@@ -66,15 +66,29 @@ def generate_texts(
     A row stops, and leaves its batch, at any eos id of the model's generation_config (the tokenizer's, where it names none). Sampling settings of that config do not act; its repetition_penalty does, as in the published numbers.
     compat: a prompt's ids that equal the pad id are masked too, and positions counted over the others.
     """
+    found = generate_ids(model, chat, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, compat=compat)
+    texts = {prompt: decode(chat, ids).strip() for prompt, ids in found.items()}
+    return tuple(texts[prompt] for prompt in prompts)
+
+
+def generate_ids(
+    model: nn.Module,
+    chat: ChatFormat,
+    prompts: Sequence[Ids],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    compat: Compat = None,
+) -> dict[Ids, Ids]:
+    """Gives the new ids behind generate_texts for each different prompt, up to and with the first eos."""
     unique = sorted(dict.fromkeys(prompts), key=len, reverse=True)
     batches = [unique[start : start + batch_size] for start in range(0, len(unique), batch_size)]
-    texts: dict[Ids, str] = {}
+    found: dict[Ids, Ids] = {}
     with inference(model) as device, _generating(model, chat, GREEDY, max_new_tokens) as eos_ids:
         for batch in track(batches, "generating", len(batches)):
             answers = _continue(model, batch, chat.pad_id, device, compat, eos_ids)
-            for prompt, answer in zip(batch, answers, strict=True):
-                texts[prompt] = decode(chat, _up_to_eos(answer, eos_ids)).strip()
-    return tuple(texts[prompt] for prompt in prompts)
+            found |= {prompt: tuple(_up_to_eos(ids, eos_ids)) for prompt, ids in zip(batch, answers, strict=True)}
+    return found
 
 
 def sample_texts(
