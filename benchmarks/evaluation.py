@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import evaluation_plain as plain
 import torch
-from evaluation_data import Case, made_cases
+from evaluation_data import Asked, Case, made_cases
 from methods import peak_mib
 
 from fedunlearn.data.chat import EncodedRow
@@ -38,7 +38,6 @@ from fedunlearn.records.evaluation import AnswerScore, Detail
 BATCH_TOKENS = 8192
 APART = 1e-4
 MEMORY = 1.0
-MEMORY_QUESTIONS = 8
 Scores = dict[EncodedRow, AnswerScore]
 
 
@@ -46,7 +45,7 @@ Scores = dict[EncodedRow, AnswerScore]
 class Measured:
     """One case. base, attacks, generation: seconds of the plain way over ours; positions, memory_mib, seconds: plain and ours.
 
-    apart: largest difference of any loss, probability, token's log-probability, mean or variance. same_texts: share of equal generations.
+    apart: largest difference of any loss, probability, token's log-probability, as it is and standardised (min-k++). same_texts: share of equal generations.
     """
 
     case: str
@@ -110,8 +109,11 @@ def largest_difference(case: Case) -> float:
         elif name.endswith("token_logps"):
             apart.append(float((made - torch.from_numpy(score.tokens.logp)[:-1]).abs().max()))
         elif name.endswith("moments"):
-            kept = torch.stack([torch.from_numpy(score.tokens.mu), torch.from_numpy(score.tokens.sigma2)])
-            apart.append(float((made - kept[:, :-1]).abs().max()))
+            logp, mu, sigma2 = (
+                torch.from_numpy(x)[:-1] for x in (score.tokens.logp, score.tokens.mu, score.tokens.sigma2)
+            )
+            ours_at, theirs_at = ((logp - m) / s.clamp(min=1e-6).sqrt() for m, s in ((mu, sigma2), made))
+            apart.append(float((ours_at - theirs_at).abs().max()))
     return max(apart)
 
 
@@ -126,6 +128,14 @@ def best_in_turn(first: Callable[[], object], second: Callable[[], object], repe
     return best[0], best[1]
 
 
+def peaks(case: Case) -> tuple[float, float]:
+    """Both ways on one full batch of the plain way, which ours takes with all its wrong answers, for full batches of its own."""
+    forget, holdout = (asked.rows[: plain.BATCH] for asked in (case.whole[0], case.whole[-1]))
+    first = replace(case, sets=(Asked("forget10", tuple(rows[:1] for rows in forget)), Asked("holdout10", holdout)))
+    full = replace(case, sets=(Asked("forget10", forget), Asked("holdout10", holdout)))
+    return peak_mib(lambda: plain.score(first, False)), peak_mib(lambda: ours(full, False))
+
+
 def measure(case: Case, repeats: int) -> Measured:
     """All figures of one case."""
     apart = largest_difference(case)
@@ -135,12 +145,11 @@ def measure(case: Case, repeats: int) -> Measured:
         "attacks": best_in_turn(lambda: plain.score(case, True), lambda: ours(case, True), repeats),
         "generation": best_in_turn(lambda: plain.generate(case), lambda: our_generations(case), repeats),
     }
-    few = replace(case, sets=tuple(replace(asked, rows=asked.rows[:MEMORY_QUESTIONS]) for asked in case.sets))
     found = Measured(
         case=case.name,
         **{name: slow / fast for name, (slow, fast) in seconds.items()},
         positions=(plain.padded_positions(case.whole), our_positions(case)),
-        memory_mib=(peak_mib(lambda: plain.score(few, False)), peak_mib(lambda: ours(few, False))),
+        memory_mib=peaks(case),
         apart=apart,
         same_texts=sum(a == b for a, b in texts) / len(case.prompts),
         seconds=seconds,

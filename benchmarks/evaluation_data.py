@@ -22,6 +22,8 @@ VOCAB = 32_000
 # A random model ends no answer: one id in forty does it here, which gives answers as long as TOFU's (mean 41, longest about 100).
 EOS_EVERY = 40
 MAX_LENGTH = 512
+# Questions that are answered for one that is scored: enough for several batches.
+GENERATED = 2
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def made_case(
     prompts = [
         ids(chat.prompt(asked.question))
         for split, count in zip(splits, counts, strict=True)
-        for asked in spread(tofu.perturbed(split), count)
+        for asked in spread(tofu.perturbed(split), GENERATED * count)
     ]
     sets = [Asked(asked.name, spread(asked.rows, count)) for asked, count in zip(whole, counts, strict=True)]
     return Case(

@@ -5,7 +5,7 @@ import torch
 from helpers_eval import tiny_llama
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MistralConfig, Qwen2Config
 
-from fedunlearn.evals.greedy import continue_greedily, is_plainly_greedy
+from fedunlearn.evals.greedy import Decoder, is_plainly_greedy
 
 SMALL = {
     "vocab_size": 266,
@@ -27,12 +27,24 @@ CONFIGS = [
 ]
 
 
-def batch():
+def drawn_prompts():
     draw = torch.Generator().manual_seed(0)
-    ids, mask = torch.randint(3, 266, (6, 14), generator=draw), torch.ones(6, 14, dtype=torch.int64)
-    for i in range(6):
-        ids[i, :i], mask[i, :i] = 0, 0
+    return [tuple(torch.randint(3, 266, (14 - i % 9,), generator=draw).tolist()) for i in range(14)]
+
+
+def padded(prompts):
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     return ids, mask
+
+
+def decoded(model, eos, prompts, batch_size, limit=25):
+    decoder = Decoder(model, padded, frozenset(eos), limit, model.generation_config.repetition_penalty or 1.0)
+    with torch.no_grad():
+        found = list(decoder.run(prompts, batch_size))
+    assert sorted(place for place, _ in found) == list(range(len(prompts)))
+    return [list(ids) for _, ids in sorted(found)]
 
 
 def settle(model, eos, **settings):
@@ -43,8 +55,9 @@ def settle(model, eos, **settings):
     return model.eval()
 
 
-def theirs(model, ids, mask, eos):
+def theirs(model, prompts, eos):
     """generate()'s new ids, each row cut after its first eos."""
+    ids, mask = padded(prompts)
     rows = model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
     ends = [next((i + 1 for i, token in enumerate(row) if token in eos), len(row)) for row in rows]
     return [row[:end] for row, end in zip(rows, ends, strict=True)]
@@ -52,41 +65,61 @@ def theirs(model, ids, mask, eos):
 
 @pytest.mark.parametrize("penalty", [None, 1.3])
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
-def test_rows_are_generates_rows(config, penalty):
+def test_rows_are_generates_rows_whatever_the_batch(config, penalty):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
-    ids, mask = batch()
-    free = theirs(settle(model, None, repetition_penalty=penalty), ids, mask, [])
-    # Tokens that three rows come to sooner and later: each row then ends where it first meets one.
+    prompts = drawn_prompts()
+    free = theirs(settle(model, None, repetition_penalty=penalty), prompts, [])
+    # Tokens that rows come to sooner and later: each row then ends where it first meets one.
     eos = [free[0][3], free[2][9], free[4][17]]
     settle(model, eos)
     assert is_plainly_greedy(model)
-    with torch.no_grad():
-        found = continue_greedily(model, ids, mask, frozenset(eos))
-    assert found == theirs(model, ids, mask, eos)
-    assert len({len(row) for row in found}) > 1
+    wanted = theirs(model, prompts, eos)
+    assert len({len(row) for row in wanted}) > 1
+    for batch_size in (1, 4, 6, 14, 50):
+        assert decoded(model, eos, prompts, batch_size) == wanted
 
 
 def test_finished_rows_leave_and_the_last_ends_the_batch():
-    model = settle(tiny_llama(), list(range(60, 90)))
-    sizes = []
+    model, eos, sizes = settle(tiny_llama(), None), list(range(60, 90)), []
     hook = model.register_forward_pre_hook(
         lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    with torch.no_grad():
-        found = continue_greedily(model, *batch(), frozenset(range(60, 90)))
+    lengths = [len(row) for row in decoded(model, eos, drawn_prompts(), 14)]
     hook.remove()
-    lengths = [len(row) for row in found]
     assert sizes == [sum(length > step for length in lengths) for step in range(max(lengths))]
-    assert sizes[-1] < sizes[0] == 6
+    assert sizes[-1] < sizes[0] == 14
+
+
+def test_waiting_prompts_take_free_places_once_a_quarter_is_free():
+    """Fourteen prompts at four places: never more than four at once, and fewer passes than three batches and a half one after the other."""
+    model, eos, sizes = settle(tiny_llama(), None), list(range(60, 90)), []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    lengths = [len(row) for row in decoded(model, eos, drawn_prompts(), 4)]
+    hook.remove()
+    assert max(size[0] for size in sizes) == 4
+    assert sum(size[1] > 1 for size in sizes) > 4
+    assert sum(size[0] for size in sizes) == sum(lengths)
+
+
+def test_columns_that_no_row_sees_are_dropped():
+    """The long prompt ends at once; the short one goes on in its own width."""
+    model, widths = settle(tiny_llama(), None), []
+    prompts = [tuple(range(3, 43)), (7, 8, 9)]
+    end = decoded(model, [], prompts, 2, limit=1)[0]
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(kwargs["attention_mask"].shape[1]), with_kwargs=True
+    )
+    decoded(model, end, prompts, 2, limit=4)
+    hook.remove()
+    assert widths == [40, 4, 5, 6]
 
 
 def test_no_eos_runs_to_the_limit():
-    model = settle(tiny_llama(), None)
-    with torch.no_grad():
-        found = continue_greedily(model, *batch(), frozenset())
-    assert [len(row) for row in found] == [25] * 6
+    assert [len(row) for row in decoded(settle(tiny_llama(), None), [], drawn_prompts(), 5)] == [25] * 14
 
 
 @pytest.mark.parametrize(

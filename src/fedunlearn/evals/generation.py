@@ -1,16 +1,17 @@
 """The generation pass: greedy (or sampled) answers to prompts, in left-padded batches of similar length, and the texts they decode to."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from fedunlearn.data.chat import ChatFormat
-from fedunlearn.evals.greedy import continue_greedily, is_plainly_greedy
+from fedunlearn.evals.greedy import Decoder, Ids, is_plainly_greedy
 from fedunlearn.evals.inference import inference
 from fedunlearn.records.evaluation import Compat
 from fedunlearn.reporting.progress import track
@@ -31,7 +32,8 @@ PLAIN: dict[str, Any] = {
 }
 GREEDY: dict[str, Any] = {**PLAIN, "do_sample": False}
 SAMPLED: dict[str, Any] = {**PLAIN, "do_sample": True, "temperature": 1.0}
-Ids = tuple[int, ...]
+
+Padded = Callable[[Sequence[Ids]], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,25 @@ def generate_ids(
 ) -> dict[Ids, Ids]:
     """Gives the new ids behind generate_texts for each different prompt, up to and with the first eos."""
     unique = sorted(dict.fromkeys(prompts), key=len, reverse=True)
-    batches = [unique[start : start + batch_size] for start in range(0, len(unique), batch_size)]
-    found: dict[Ids, Ids] = {}
     with inference(model) as device, _generating(model, chat, GREEDY, max_new_tokens) as eos_ids:
-        for batch in track(batches, "generating", len(batches)):
-            answers = _continue(model, batch, chat.pad_id, device, compat, eos_ids)
-            found |= {prompt: tuple(_up_to_eos(ids, eos_ids)) for prompt, ids in zip(batch, answers, strict=True)}
-    return found
+        padded = partial(_padded, pad_id=chat.pad_id, device=device, compat=compat)
+        inner = _inner(model)
+        if is_plainly_greedy(inner):
+            penalty = inner.generation_config.repetition_penalty or 1.0
+            answers = Decoder(inner, padded, eos_ids, max_new_tokens, penalty).run(unique, batch_size)
+        else:
+            answers = _by_generate(inner, padded, unique, batch_size)
+        done = track(answers, "generating", len(unique))
+        return {unique[place]: tuple(_up_to_eos(ids, eos_ids)) for place, ids in done}
+
+
+def _by_generate(inner: Any, padded: Padded, prompts: Sequence[Ids], batch_size: int) -> Iterator[tuple[int, Ids]]:
+    """Gives each prompt's place and new ids, what fills its row up included."""
+    for start in range(0, len(prompts), batch_size):
+        ids, mask = padded(prompts[start : start + batch_size])
+        output = inner.generate(input_ids=ids, attention_mask=mask)
+        for i, new in enumerate(output[:, ids.shape[1] :].tolist()):
+            yield start + i, tuple(new)
 
 
 def sample_texts(
@@ -104,8 +118,9 @@ def sample_texts(
         torch.random.fork_rng(),
     ):
         torch.manual_seed(seed)
-        found = _continue(model, [prompt] * count, chat.pad_id, device, None, eos_ids)
-        answers = [_up_to_eos(ids, eos_ids) for ids in found]
+        padded = partial(_padded, pad_id=chat.pad_id, device=device, compat=None)
+        drawn = _by_generate(_inner(model), padded, [prompt] * count, count)
+        answers = [_up_to_eos(ids, eos_ids) for _, ids in drawn]
     return tuple(Draw(decode(chat, ids).strip(), len(ids)) for ids in answers)
 
 
@@ -114,25 +129,16 @@ def decode(chat: ChatFormat, ids: Sequence[int]) -> str:
     return clean(str(chat.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)))
 
 
-def _continue(
-    model: nn.Module,
-    batch: Sequence[Ids],
-    pad_id: int,
-    device: torch.device,
-    compat: Compat,
-    eos_ids: frozenset[int],
-) -> list[list[int]]:
-    width = max(map(len, batch))
-    ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in batch])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
+def _padded(
+    prompts: Sequence[Ids], pad_id: int, device: torch.device, compat: Compat
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gives ids and mask [B, T], padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     if compat is not None:
         mask = (ids != pad_id).long()
-    inner = _inner(model)
-    if is_plainly_greedy(inner):
-        return continue_greedily(inner, ids.to(device), mask.to(device), eos_ids)
-    output = inner.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
-    new: list[list[int]] = output[:, width:].tolist()
-    return new
+    return ids.to(device), mask.to(device)
 
 
 def _up_to_eos(ids: Sequence[int], eos_ids: frozenset[int]) -> Sequence[int]:
