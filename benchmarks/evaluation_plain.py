@@ -88,17 +88,20 @@ def passes(sets: tuple[Asked, ...], attacks: bool) -> list[tuple[str, list[Encod
     return found
 
 
-def score(case: Case, attacks: bool) -> list[tuple[str, EncodedRow, object]]:
-    """Runs all passes and gives what each made of each row."""
-    found = []
-    for name, rows, work in passes(case.sets, attacks):
-        made: list = []
-        for batch in batches(rows):
-            with torch.no_grad():
-                logits = case.model(input_ids=batch[0], attention_mask=batch[1], use_cache=False).logits
-            made += work(logits, batch)
-        found += [(name, row, one) for row, one in zip(rows, made, strict=True)]
-    return found
+def score(case: Case, attacks: bool) -> None:
+    """Runs all passes."""
+    for _, rows, work in passes(case.sets, attacks):
+        run(case, rows, work)
+
+
+def run(case: Case, rows: list[EncodedRow], work: Work, exact: bool = False) -> list:
+    """One pass: what it makes of each row. exact: in float64 from the logits on, where mu**2 is taken off a number as large."""
+    made: list = []
+    for batch in batches(rows):
+        with torch.no_grad():
+            logits = case.model(input_ids=batch[0], attention_mask=batch[1], use_cache=False).logits
+        made += work(logits.double() if exact else logits, batch)
+    return made
 
 
 def padded_positions(sets: tuple[Asked, ...], attacks: bool = False) -> int:

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 
-# Multiplications that an exponential and what else a softmax does to a number are worth; measured on a CPU.
-SOFTMAX = 8
 KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -39,15 +37,14 @@ def takes_block_mask(model: nn.Module, longest: int) -> bool:
 def breadth_of(model: nn.Module) -> float:
     """Estimates at how many positions attention over a sequence costs as much as the linear layers do: both grow with depth, the first with width, the second with its square.
 
-    A position's linear layers take a multiplication a parameter; its attention 2 * hidden + SOFTMAX * heads for each position seen.
+    Counted in multiplications: a position takes one a parameter in the linear layers, and 2 * hidden for each position of the sequence in a layer's attention.
     """
     inner = _inner(model)
     config = inner.config.get_text_config()
     tables = {id(m.weight) for m in (inner.get_input_embeddings(), inner.get_output_embeddings())}
     linear: int = sum(p.numel() for p in inner.parameters() if id(p) not in tables)
-    seen: int = 2 * config.hidden_size + SOFTMAX * config.num_attention_heads
-    layers: int = config.num_hidden_layers
-    return linear / (layers * seen)
+    attention: int = 2 * config.hidden_size * config.num_hidden_layers
+    return linear / attention
 
 
 def as_given(model: nn.Module, seen: torch.Tensor) -> torch.Tensor:
