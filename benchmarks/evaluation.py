@@ -30,10 +30,8 @@ from evaluation_data import Asked, Case, made_cases
 from methods import peak_mib
 
 from fedunlearn.data.chat import EncodedRow
-from fedunlearn.evals.branches import plan_trees, tree_batches
 from fedunlearn.evals.generation import generate_ids
-from fedunlearn.evals.scoring import LONGEST_TREE, score_rows
-from fedunlearn.models.block_mask import breadth_of
+from fedunlearn.evals.scoring import plan_batches, score_rows
 from fedunlearn.records.evaluation import AnswerScore, Detail
 
 BATCH_TOKENS = 8192
@@ -81,8 +79,8 @@ def ours(case: Case, attacks: bool) -> Scores:
 def our_positions(case: Case) -> int:
     """Places of all batches for the whole of TOFU."""
     rows = {row for asked in case.whole for rows in asked.rows for row in rows}
-    trees = plan_trees(rows, breadth=breadth_of(case.model), limit=LONGEST_TREE)
-    return sum(len(batch) * max(map(len, batch)) for batch in tree_batches(trees, BATCH_TOKENS))
+    batches = plan_batches(case.model, rows, batch_tokens=BATCH_TOKENS)
+    return sum(len(batch) * max(map(len, batch)) for batch in batches)
 
 
 def our_generations(case: Case) -> list[list[int]]:

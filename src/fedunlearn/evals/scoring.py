@@ -3,7 +3,7 @@
 Rows that begin alike share what they share (fedunlearn.evals.branches); the vocabulary projection sees contexts of labels only.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from fedunlearn.models.label_logits import placed_logits
 from fedunlearn.records.evaluation import AnswerScore, Compat, Detail, TokenScores
 from fedunlearn.reporting.progress import track
 
+# Nodes of one tree. Past it little is left to share, while the mask and eager attention's scores grow with its square.
 LONGEST_TREE = 512
 
 
@@ -40,12 +41,7 @@ def score_rows(
     names: what a message calls a row, such as "forget10_perturbed row 7". The model's mode and the global random state are left as they were.
     Raises UserError, naming the row, where a loss is not finite.
     """
-    longest = max((len(row.input_ids) for row in wanted), default=0)
-    shared = compat is None and takes_block_mask(model, longest)
-    trees = plan_trees(
-        wanted, breadth=breadth_of(model) if shared else 0, limit=max(1, min(batch_tokens, LONGEST_TREE))
-    )
-    batches = tree_batches(trees, batch_tokens)
+    batches = plan_batches(model, wanted, batch_tokens=batch_tokens, compat=compat)
     scores: dict[EncodedRow, AnswerScore] = {}
     with inference(model) as device:
         for trees in track(batches, "scoring", len(batches)):
@@ -54,6 +50,16 @@ def score_rows(
             for row, columns in zip(batch.rows, _columns(logits, batch), strict=True):
                 scores[row] = _score(columns, wanted[row], (names or {}).get(row, "a row"))
     return scores
+
+
+def plan_batches(
+    model: nn.Module, rows: Collection[EncodedRow], *, batch_tokens: int, compat: Compat = None
+) -> list[list[Tree]]:
+    """Gives the batches in which score_rows asks the model, longest trees first; each row of its own where it may not share."""
+    longest = max((len(row.input_ids) for row in rows), default=0)
+    shares = compat is None and takes_block_mask(model, longest)
+    limit = min(batch_tokens, LONGEST_TREE)
+    return tree_batches(plan_trees(rows, breadth=breadth_of(model) if shares else 0, limit=limit), batch_tokens)
 
 
 @dataclass(frozen=True)
