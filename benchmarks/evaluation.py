@@ -7,8 +7,9 @@ ids folded into a vocabulary of 32,000, and under stories260K's own with "Questi
 retain and holdout10 and a quarter as many of real authors and world facts, at equal steps through the files; one thread, both ways in
 turn, the best of --repeats. With all attacks: forget answers ten times, holdout answers seven times, in the plain way; ours scores them once with
 moments and once more for the other model of the reference attack. Padded positions are those of the whole of TOFU, base metrics.
-Memory is the peak of the allocator's events in the base metrics. mia_gradnorm, which goes backward through the model, is in neither.
-Exit code 1 where a bound is missed. About five minutes.
+Memory is the peak of the allocator's events in the base metrics, full batches in both ways. mia_gradnorm, which goes backward through the model, is in neither.
+Generation answers twice as many questions, until an id of `Case.stop`. A figure of gradnorm's belongs into `Measured`, its bound into `Bounds`.
+Exit code 1 where a bound is missed. About six minutes.
 """
 
 import argparse
@@ -144,11 +145,13 @@ def peaks(case: Case) -> tuple[float, float]:
 def measure(case: Case, repeats: int) -> Measured:
     """All figures of one case."""
     apart = largest_difference(case)
-    texts = zip(plain.generate(case), our_generations(case), strict=True)
+    texts: dict[str, list[list[int]]] = {}
     seconds = {
         "base": best_in_turn(lambda: plain.score(case, False), lambda: ours(case, False), repeats),
         "attacks": best_in_turn(lambda: plain.score(case, True), lambda: ours(case, True), repeats),
-        "generation": best_in_turn(lambda: plain.generate(case), lambda: our_generations(case), repeats),
+        "generation": best_in_turn(
+            lambda: texts.update(plain=plain.generate(case)), lambda: texts.update(ours=our_generations(case)), repeats
+        ),
     }
     found = Measured(
         case=case.name,
@@ -156,7 +159,7 @@ def measure(case: Case, repeats: int) -> Measured:
         positions=(plain.padded_positions(case.whole), our_positions(case)),
         memory_mib=peaks(case),
         apart=apart,
-        same_texts=sum(a == b for a, b in texts) / len(case.prompts),
+        same_texts=sum(a == b for a, b in zip(texts["plain"], texts["ours"], strict=True)) / len(case.prompts),
         seconds=seconds,
     )
     return replace(found, faults=tuple(faults_of(found, case)))
