@@ -55,7 +55,7 @@ ASKS = {
     "method/pdu.yaml": ["method.eps=0.3"],
     "protocol/all_clients.yaml": ["protocol.released=true"],
     "eval/tofu_reference.yaml": ["eval.reference_model_path=other"],
-    **dict.fromkeys((name for name in FILES if "probe" in name), ["probe.unlearned={a: b}", "probe.oracle=other"]),
+    **{name: ["probe.unlearned={a: b}", "probe.oracle=other"] for name in FILES if "probe" in name},
 }
 # What a group's changed values ask of other groups.
 PARTNERS = {
