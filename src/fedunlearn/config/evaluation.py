@@ -6,6 +6,11 @@ from typing import Literal
 from fedunlearn.errors import UserError
 from fedunlearn.metrics.base import Metric, Part, in_order
 
+_OR_NULL = {
+    **dict.fromkeys(("max_rows", "round_rows", "client_rows"), " or null (all rows)"),
+    **dict.fromkeys(("every_n_rounds", "clients_every_n_rounds"), " or null (never)"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
@@ -17,6 +22,7 @@ class EvalConfig:
     holdout_split: rows that nobody trained on, for attacks; null: that of the forget split. reference_model_path: base, adapter or run that mia_reference compares with.
     gradnorm_of: whose gradients mia_gradnorm takes (see evals.gradnorm).
     every_n_rounds: evaluate the global adapter after every n-th round (null: never): round_metrics, on round_rows rows of each data set (null: all), drawn by the run's seed.
+    clients_every_n_rounds: let every client score the global adapter on its own rows after every n-th round (null: never), on client_rows forget and retain rows each (null: all).
     """
 
     name: Literal["tofu"] = "tofu"
@@ -34,6 +40,8 @@ class EvalConfig:
     every_n_rounds: int | None = None
     round_metrics: tuple[str, ...] = ("forget_Q_A_Prob", "retain_Q_A_Prob")
     round_rows: int | None = 40
+    clients_every_n_rounds: int | None = None
+    client_rows: int | None = 40
 
     def __post_init__(self) -> None:
         for key in (
@@ -43,15 +51,12 @@ class EvalConfig:
             "max_new_tokens",
             "every_n_rounds",
             "round_rows",
+            "clients_every_n_rounds",
+            "client_rows",
         ):
             value = getattr(self, key)
             if value is not None and value < 1:
-                null = {
-                    "max_rows": " or null (all rows)",
-                    "round_rows": " or null (all rows)",
-                    "every_n_rounds": " or null (never)",
-                }
-                raise UserError(f"eval.{key}={value} must be at least 1{null.get(key, '')}")
+                raise UserError(f"eval.{key}={value} must be at least 1{_OR_NULL.get(key, '')}")
         in_order(self.metrics)
         self._check_reference()
         if self.every_n_rounds is not None:

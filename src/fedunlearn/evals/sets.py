@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.data.requests import split_rows
 from fedunlearn.data.tofu import PerturbedRow, Tofu, hash_rows
 from fedunlearn.errors import UserError
 from fedunlearn.metrics.base import readings_of
 from fedunlearn.records.requests import Request
+from fedunlearn.seeds import seed_of
 
 REQUEST = "request"
 
@@ -91,6 +94,14 @@ def _asking(tofu: Tofu, data: DataSet, settings: EvalConfig) -> DataSet:
         )
     rows = tuple(replace(row, question=str(row.paraphrased_question)) for row in data.rows)
     return replace(data, rows=rows)
+
+
+def drawn_rows(count: int, wanted: int | None, *seed: object) -> list[int]:
+    """Gives `wanted` of `count` places, in order (None, or more than there are: all), by the seed's parts alone."""
+    if wanted is None or wanted >= count:
+        return list(range(count))
+    generator = torch.Generator().manual_seed(seed_of("evaluated rows", *seed))
+    return sorted(torch.randperm(count, generator=generator)[:wanted].tolist())
 
 
 def _plain(tofu: Tofu, split: str) -> DataSet:

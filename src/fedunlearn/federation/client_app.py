@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -11,13 +12,15 @@ from fedunlearn.aggregation.factors import side_by_side
 from fedunlearn.config.parse import parse_config
 from fedunlearn.config.run import TrainRun
 from fedunlearn.federation.part_store import PartStore, joined
-from fedunlearn.federation.site import VERSION, Site, set_threads
+from fedunlearn.federation.site import VERSION, OwnScores, Site, set_threads
 from fedunlearn.federation.wire import (
     ADAPTER,
     PART,
     RELEASED,
     REPLY,
     REQUEST,
+    EvaluateReply,
+    EvaluateRequest,
     RollCallReply,
     TrainReply,
     TrainRequest,
@@ -48,6 +51,10 @@ def make_client_app(config_json: str) -> ClientApp:
     @app.train()
     def train(message: Message, context: Context) -> Message:
         return Message(_train(_site(config_json), _client_id(context), message.content), reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return Message(_evaluate(_site(config_json), _client_id(context), message.content), reply_to=message)
 
     return app
 
@@ -109,6 +116,28 @@ def _train(site: Site, client: int, content: RecordDict) -> RecordDict:
     charges = charges_of(cache, request.run_id, client, request.round)
     result = site.work(request.task, site.owned[client], start, reference, charges, released)
     return RecordDict({ADAPTER: pack_adapter(result.tensors), REPLY: pack_scalars(_reply(site, request, result))})
+
+
+def _evaluate(site: Site, client: int, content: RecordDict) -> RecordDict:
+    request = unpack_scalars(EvaluateRequest, typed_record(ConfigRecord, content.get(REQUEST)))
+    if request.client_id != client:
+        raise ValueError(f"client {client} got the evaluation of client {request.client_id}")
+    store = PartStore(Path(site.run.paths.cache_dir) / "clients" / str(client))
+    received = {key.removeprefix(PART): _blob(content, key) for key in content if key.startswith(PART)}
+    parts, missing = store.obtain((*request.adapter, *request.sidecar), received, request.keep)
+    said = OwnScores()
+    if not missing:
+        adapter = Weights(joined(request.adapter, parts), side_by_side([parts[name] for name in request.sidecar]))
+        said = site.scores(client, adapter, request.rows or None, request.seed)
+    reply = EvaluateReply(
+        run_id=request.run_id,
+        round=request.round,
+        client_id=client,
+        base_fingerprint=site.made.fingerprint,
+        missing=missing,
+        **asdict(said),
+    )
+    return RecordDict({REPLY: pack_scalars(reply)})
 
 
 def _blob(content: RecordDict, key: str) -> bytes:

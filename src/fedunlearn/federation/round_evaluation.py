@@ -5,18 +5,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.config.run import TrainRun
 from fedunlearn.data.requests import own_request
 from fedunlearn.evals.evidence import Passes
-from fedunlearn.evals.sets import DataSet, Sets, read_sets
+from fedunlearn.evals.sets import DataSet, Sets, drawn_rows, read_sets
 from fedunlearn.evals.store import EvalStore
 from fedunlearn.evals.tofu import evaluate_sets
 from fedunlearn.federation.site import Site
 from fedunlearn.records.adapter import Adapter
-from fedunlearn.seeds import seed_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,15 +48,8 @@ class RoundEvaluation:
         request = own_request(self.folder)
         asked = request if request.rows else None
         sets: Mapping[str, DataSet] = read_sets(self._site.tofu, self.run.forget_split, self._settings, asked)
+        wanted, seed = self.run.eval.round_rows, self.run.trainer.args.seed
         return {
-            name: replace(data, rows=tuple(data.rows[i] for i in self._drawn(name, len(data.rows))))
+            name: replace(data, rows=tuple(data.rows[i] for i in drawn_rows(len(data.rows), wanted, seed, name)))
             for name, data in sets.items()
         }
-
-    def _drawn(self, name: str, count: int) -> list[int]:
-        """Rows of a data set, in order; the same in every round."""
-        wanted = self.run.eval.round_rows
-        if wanted is None or wanted >= count:
-            return list(range(count))
-        generator = torch.Generator().manual_seed(seed_of("round evaluation", self.run.trainer.args.seed, name))
-        return sorted(torch.randperm(count, generator=generator)[:wanted].tolist())

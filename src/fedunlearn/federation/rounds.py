@@ -29,6 +29,7 @@ from fedunlearn.federation.checkpoint import (
     round_folder,
     save_checkpoint,
 )
+from fedunlearn.federation.client_evaluation import Survey, take_survey
 from fedunlearn.federation.collect import Call, Collected, collect
 from fedunlearn.federation.conductor import Conductor
 from fedunlearn.federation.flower_strategy import WrappedStrategy
@@ -211,10 +212,36 @@ def _one_round(server: Server, before: Checkpoint, number: int, curves: Curves) 
     result = _result(server, after, collected, stepped, time.monotonic() - began)
     if server.evaluation.due(number):
         result = replace(result, evaluation=server.evaluation.figures(_global(server, after)))
+    every = server.run.eval.clients_every_n_rounds
+    if every is not None and number % every == 0:
+        result = replace(result, by_clients=take_survey(server.grid, _there(server, number), _survey(server, after)))
     append_history(server.folder, asdict(result))  # before the checkpoint: resume drops lines that have none
     save_checkpoint(server.folder, after, server.start.adapter, server.run.trainer.federated.keep_rounds)
     curves.add(result)
     return after
+
+
+def _there(server: Server, number: int) -> dict[int, Member]:
+    """Who takes part by now: neither still to join, nor gone."""
+    absent = frozenset() if server.conductor is None else server.conductor.absent(number)
+    joins = server.run.partition.joins_at
+    return {k: member for k, member in server.members.items() if joins(k) <= number and k not in absent}
+
+
+def _survey(server: Server, after: Checkpoint) -> Survey:
+    """The evaluation that clients are asked for after a round; training's parts stay what each holds."""
+    run = server.run
+    return Survey(
+        number=after.state.round,
+        run_id=server.start.run_id,
+        base_fingerprint=str(server.start.adapter.base_fingerprint),
+        depot=_depot(server, after),
+        shapes=server.stepper.shapes,
+        held=after.holds,
+        rows=run.eval.client_rows,
+        seed=run.trainer.args.seed,
+        timeout=run.trainer.federated.round_timeout if run.launcher.clock == "round" else math.inf,
+    )
 
 
 def _global(server: Server, after: Checkpoint) -> Adapter:
@@ -243,17 +270,6 @@ def _keep(server: Server, before: Checkpoint, collected: Collected, stepped: Ste
 
 def _call(server: Server, before: Checkpoint, number: int) -> Call:
     run, stepper = server.run, server.stepper
-    chosen = run.aggregation
-    depot = Depot(
-        adapter=before.state.adapter,
-        blocks=before.blocks,
-        start=server.start.adapter.tensors,
-        start_blocks=server.start.blocks,
-        store=stepper.store,
-        scales=stepper.scales,
-        halves=chosen.mask != "both" or chosen.gauge == "reset",
-        dtype=WIRE_DTYPES[run.trainer.federated.wire_dtype],
-    )
     return Call(
         grid=server.grid,
         run=run,
@@ -261,13 +277,28 @@ def _call(server: Server, before: Checkpoint, number: int) -> Call:
         base_fingerprint=str(server.start.adapter.base_fingerprint),
         members=server.members,
         shapes=stepper.shapes,
-        depot=depot,
+        depot=_depot(server, before),
         reads_reference=server.reads_reference,
         mu=_configured(server, before, number),
         reads_losses=isinstance(run.strategy, FlowerStrategy) and run.strategy.reads_losses,
         memories=before.memories,
         released=server.released,
         absent=frozenset() if server.conductor is None else server.conductor.absent(number),
+    )
+
+
+def _depot(server: Server, present: Checkpoint) -> Depot:
+    """What clients are sent of a state."""
+    run, stepper = server.run, server.stepper
+    return Depot(
+        adapter=present.state.adapter,
+        blocks=present.blocks,
+        start=server.start.adapter.tensors,
+        start_blocks=server.start.blocks,
+        store=stepper.store,
+        scales=stepper.scales,
+        halves=run.aggregation.mask != "both" or run.aggregation.gauge == "reset",
+        dtype=WIRE_DTYPES[run.trainer.federated.wire_dtype],
     )
 
 

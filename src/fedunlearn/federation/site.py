@@ -14,14 +14,17 @@ from fedunlearn.data.chat import EncodedRow
 from fedunlearn.data.ownership import FILE, encode_rows, open_tofu, owned_rows, read_partition
 from fedunlearn.data.requests import own_request
 from fedunlearn.data.tofu import QaRow, Tofu
+from fedunlearn.evals.scoring import score_rows
+from fedunlearn.evals.sets import drawn_rows
 from fedunlearn.methods.alternates import Sampled
 from fedunlearn.methods.tokens import Need
-from fedunlearn.models.lora import ACTIVE, hold_reference
+from fedunlearn.models.lora import ACTIVE, hold_reference, write_tensors
 from fedunlearn.models.ranks import cut, padded, scaled_for
 from fedunlearn.models.resident import Resident, resident
 from fedunlearn.models.sidecar import put_sidecar
 from fedunlearn.models.source import resolve_source
 from fedunlearn.records.adapter import Tensors, Weights
+from fedunlearn.records.evaluation import AnswerScore, Detail
 from fedunlearn.records.partition import OwnedRows, Partition
 from fedunlearn.records.requests import ReleasedRow, Request
 from fedunlearn.records.rounds import ClientTask, Role
@@ -33,6 +36,18 @@ from fedunlearn.training.forward import OF_REFERENCE
 from fedunlearn.training.local import LocalData, LocalResult, LocalSettings, OtherAnswers
 from fedunlearn.training.reference import ReferenceSums
 from fedunlearn.training.sampling import sampled_alternates
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnScores:
+    """Means over a client's own rows (0 where it has none), and over how many of each kind."""
+
+    num_forget: int = 0
+    num_retain: int = 0
+    forget_loss: float = 0.0
+    forget_prob: float = 0.0
+    retain_loss: float = 0.0
+    retain_prob: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +134,35 @@ class Site:
         trained = {name: tensor.to(dtype) for name, tensor in sent.items() if task.trained.covers(name)}
         return replace(done, tensors=trained)
 
+    def scores(self, client: int, adapter: Weights, wanted: int | None, seed: int) -> OwnScores:
+        """Scores an adapter, as it came over the wire, on a client's own rows: so many forget and retain rows, by the seed (None: all)."""
+        owned, model = self.owned[client], self.made.model
+        write_tensors(model, self._inside(adapter.factors))
+        put_sidecar(model, adapter.sidecar, ACTIVE)
+        shape = self.shapes[client] if self.run.ranks_differ else None
+        kinds = [
+            self.encode(tuple(numbers[i] for i in drawn_rows(len(numbers), wanted, seed, client)))
+            for numbers in (owned.forget, owned.retain)
+        ]
+        with scaled_for(model, shape):
+            found = score_rows(
+                model,
+                dict.fromkeys((row for rows in kinds for row in rows), Detail.LOSS),
+                pad_id=self.made.chat.pad_id,
+                batch_tokens=self.run.eval.batch_tokens,
+            )
+        (forget_loss, forget_prob), (retain_loss, retain_prob) = (
+            _means([found[row] for row in rows]) for rows in kinds
+        )
+        return OwnScores(
+            num_forget=len(kinds[0]),
+            num_retain=len(kinds[1]),
+            forget_loss=forget_loss,
+            forget_prob=forget_prob,
+            retain_loss=retain_loss,
+            retain_prob=retain_prob,
+        )
+
     def _inside(self, factors: Tensors) -> Tensors:
         """Factors as the model holds them: its rank, float32."""
         return {name: tensor.float() for name, tensor in padded(self.made.model, factors).items()}
@@ -183,6 +227,12 @@ class Site:
             )
 
         return OtherAnswers(counts=tuple(len(texts[number]) for number in numbers), encode=encode), tokens
+
+
+def _means(scores: Sequence[AnswerScore]) -> tuple[float, float]:
+    """Mean loss and probability; 0 of none."""
+    count = max(len(scores), 1)
+    return sum(score.avg_loss for score in scores) / count, sum(score.prob for score in scores) / count
 
 
 def client_shapes(run: TrainRun, adapter_config: Mapping[str, object]) -> tuple[ClientShape, ...]:

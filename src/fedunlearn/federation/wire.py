@@ -104,6 +104,40 @@ class TrainReply:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateRequest:
+    """Server to client: score the global adapter, made of these parts, on rows of your own. rows: of each kind at most (0: all), drawn by `seed`.
+
+    keep: parts that training will name again.
+    """
+
+    run_id: str
+    round: int
+    client_id: int
+    rows: int
+    seed: int
+    adapter: tuple[str, ...]
+    sidecar: tuple[str, ...]
+    keep: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateReply:
+    """Client to server: means over its own forget and retain rows (0 where it has none), and over how many. missing: parts it lacks, for want of which it did nothing."""
+
+    run_id: str
+    round: int
+    client_id: int
+    base_fingerprint: str
+    num_forget: int
+    num_retain: int
+    forget_loss: float
+    forget_prob: float
+    retain_loss: float
+    retain_prob: float
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RollCallReply:
     """Client to server, once a run: who it is and whether it can take part. rank, lora_alpha: of the factors it trains and sends.
 

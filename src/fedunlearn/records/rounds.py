@@ -159,12 +159,38 @@ class ClientOutcome:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClientScore:
+    """What one client says of the global adapter on its own rows: means over num_forget and num_retain of them. reason: why it does not count; empty where it does."""
+
+    client_id: int
+    num_forget: int = 0
+    num_retain: int = 0
+    forget_loss: float = 0.0
+    forget_prob: float = 0.0
+    retain_loss: float = 0.0
+    retain_prob: float = 0.0
+    reason: str = ""
+    detail: str = ""
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientEvaluation:
+    """Clients' own scores of a round's adapter. figures: means by examples over the clients that count; None where nobody has such rows."""
+
+    figures: Mapping[str, float | None]
+    clients: tuple[ClientScore, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundResult:
     """One line of history.jsonl. attempt counts from 1; adapter_hash names the global adapter after the round.
 
     averaged: what made the mean (a reducer of ours, or a Flower strategy, which works per factor). aggregation_error: ||exact product -
     what is sent|| / ||exact product||, before the server optimiser's step; None where nothing was averaged, or it is no number. notes: what the gate did not
-    do, and why. evaluation: metrics of the global adapter after the round, where eval.every_n_rounds asks for them.
+    do, and why. evaluation: metrics of the global adapter after the round, where eval.every_n_rounds asks for them; by_clients: the
+    clients' own, where eval.clients_every_n_rounds does.
     """
 
     round: int
@@ -177,3 +203,4 @@ class RoundResult:
     aggregation_error: float | None = None
     notes: tuple[str, ...] = ()
     evaluation: Mapping[str, float | None] = field(default_factory=dict)
+    by_clients: ClientEvaluation | None = None

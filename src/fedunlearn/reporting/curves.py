@@ -24,6 +24,9 @@ class Curves:
         for name, figure in result.evaluation.items():
             if figure is not None:
                 self._writer.add_scalar(f"eval/{name}", figure, result.round)
+        for name, figure in ({} if result.by_clients is None else result.by_clients.figures).items():
+            if figure is not None:
+                self._writer.add_scalar(f"clients/{name}", figure, result.round)
         if result.aggregation_error is not None:
             self._writer.add_scalar("aggregation_error", result.aggregation_error, result.round)
         total = sum(c.bytes_down + c.bytes_down_reference + c.bytes_up for c in result.clients)
