@@ -59,12 +59,14 @@ def generate_texts(
     batch_size: int,
     max_new_tokens: int,
     compat: Compat = None,
+    stops: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """Gives the greedy continuation of each prompt, decoded without special tokens, cleaned and stripped; equal prompts once.
 
     A row stops at any eos id of the model's generation_config (the tokenizer's, where it names none), a batch when all rows
     have. Sampling settings of that config do not act; its repetition_penalty does, as in the published numbers.
     compat: a prompt's ids that equal the pad id are masked too, and positions counted over the others.
+    stops: texts before which the decoded continuation is cut, one after the other, before it is stripped.
     """
     unique = sorted(dict.fromkeys(prompts), key=len, reverse=True)
     batches = [unique[start : start + batch_size] for start in range(0, len(unique), batch_size)]
@@ -72,7 +74,7 @@ def generate_texts(
     with inference(model) as device, _generating(model, chat, GREEDY, max_new_tokens) as eos_ids:
         for batch in track(batches, "generating", len(batches)):
             for prompt, answer in zip(batch, _continue(model, batch, chat.pad_id, device, compat), strict=True):
-                texts[prompt] = decode(chat, _up_to_eos(answer, eos_ids)).strip()
+                texts[prompt] = cut_before(decode(chat, _up_to_eos(answer, eos_ids)), stops).strip()
     return tuple(texts[prompt] for prompt in prompts)
 
 
@@ -91,6 +93,13 @@ def sample_texts(
         torch.manual_seed(seed)
         answers = [_up_to_eos(ids, eos_ids) for ids in _continue(model, [prompt] * count, chat.pad_id, device, None)]
     return tuple(Draw(decode(chat, ids).strip(), len(ids)) for ids in answers)
+
+
+def cut_before(text: str, stops: Sequence[str]) -> str:
+    """What stands before the first place of each of the stops."""
+    for stop in stops:
+        text = text.partition(stop)[0]
+    return text
 
 
 def decode(chat: ChatFormat, ids: Sequence[int]) -> str:
