@@ -21,8 +21,14 @@ def muse_rows(num_forget: int = 5, num_retain: int = 8) -> dict[str, list[dict[s
     return {
         "raw/forget": [{"text": article("f", i, 4 + i)} for i in range(num_forget)],
         "raw/retain1": [{"text": article("r", i, 4 + i % 5)} for i in range(num_retain)],
-        **{f"knowmem/{s}_qa": [{"question": f"Who {s} {i}?", "answer": f"{WORDS[i]} ."} for i in range(4)] for s in sides},
-        **{f"knowmem/{s}_qa_icl": [{"question": f"What {s} {i}?", "answer": WORDS[-i]} for i in range(2)] for s in sides},
+        **{
+            f"knowmem/{s}_qa": [{"question": f"Who {s} {i}?", "answer": f"{WORDS[i]} ."} for i in range(4)]
+            for s in sides
+        },
+        **{
+            f"knowmem/{s}_qa_icl": [{"question": f"What {s} {i}?", "answer": WORDS[-i]} for i in range(2)]
+            for s in sides
+        },
         "verbmem/forget": [{"prompt": article("f", i, 3), "gt": article("f", i + 1, 2 + i)} for i in range(3)],
         "privleak/forget": [{"text": article("f", i, 3 + i)} for i in range(4)],
         "privleak/retain": [{"text": article("r", i, 3 + i)} for i in range(4)],

@@ -98,7 +98,9 @@ class TestRows:
         muse = load_muse("muse-bench/MUSE-News")
         assert muse.texts("raw", "forget") == ("An article",)
         assert asked == [("muse-bench/MUSE-News", "raw", "forget")]
-        with pytest.raises(UserError, match=r"no readable split 'scal/forget_9' \(Unknown split\); choose a split .* another muse_path"):
+        with pytest.raises(
+            UserError, match=r"no readable split 'scal/forget_9' \(Unknown split\); choose a split .* another muse_path"
+        ):
             muse.texts("scal", "forget_9")
 
     def test_no_network_is_told(self, monkeypatch):
@@ -106,7 +108,10 @@ class TestRows:
             raise ConnectionError("no route")
 
         monkeypatch.setattr(datasets, "load_dataset", load)
-        with pytest.raises(UserError, match=r"muse_path='muse-bench/MUSE-News': split 'raw/forget' is not in the cache .*<subset>/<split>.json"):
+        with pytest.raises(
+            UserError,
+            match=r"muse_path='muse-bench/MUSE-News': split 'raw/forget' is not in the cache .*<subset>/<split>.json",
+        ):
             MuseHub("muse-bench/MUSE-News", online=False).read("raw", "forget")
 
 
@@ -114,7 +119,9 @@ class TestChunks:
     def test_articles_are_joined_by_a_blank_line_and_cut(self, folder):
         """By the definition: the ids of the joined text, 20 at a time; the byte tokenizer opens texts with nothing, so each chunk's first id has no label."""
         muse, chat = load_muse(str(folder)), plain_chat(20)
-        ids = chat.tokenizer("\n\n".join(row["text"] for row in ROWS["raw/forget"]), add_special_tokens=False)["input_ids"]
+        ids = chat.tokenizer("\n\n".join(row["text"] for row in ROWS["raw/forget"]), add_special_tokens=False)[
+            "input_ids"
+        ]
         want = [tuple(ids[i : i + 20]) for i in range(0, len(ids), 20)]
         found = muse.encode(chat, range(5))
         assert [row.input_ids for row in found] == want
@@ -140,7 +147,9 @@ class TestChunks:
 
     def test_articles_of_one_token_give_nothing_to_learn(self, tmp_path):
         rows = {**ROWS, "raw/forget": [{"text": "x"}]}
-        with pytest.raises(UserError, match=r"full row 0 \(an article; 1 together\) has fewer than two tokens.*take it out"):
+        with pytest.raises(
+            UserError, match=r"full row 0 \(an article; 1 together\) has fewer than two tokens.*take it out"
+        ):
             load_muse(str(write_muse(tmp_path, rows))).encode(plain_chat(30), (0,))
 
     def test_answered_questions_stand_before_the_question(self):
@@ -166,7 +175,9 @@ class TestRefused:
     @pytest.mark.parametrize("path", ["./nowhere/muse", "/nowhere/muse", "a/b/c", "pocket:0", ""])
     def test_a_path_that_is_no_folder_is_refused_without_asking_the_hub(self, path, monkeypatch):
         monkeypatch.setattr(muse_sources, "hub_has", lambda *said: pytest.fail("asked the hub"))
-        with pytest.raises(UserError, match=r"muse_path='.*' is no folder; give the folder .* or a hub id such as muse-bench/MUSE-News"):
+        with pytest.raises(
+            UserError, match=r"muse_path='.*' is no folder; give the folder .* or a hub id such as muse-bench/MUSE-News"
+        ):
             load_muse(path)
 
     def test_a_missing_subset_and_a_missing_split_are_told_with_what_is_there(self, folder):
@@ -177,7 +188,9 @@ class TestRefused:
         muse = load_muse(str(folder))
         with pytest.raises(UserError, match=r"no subset 'verbmem' .*it has: knowmem, privleak, raw\. Add it"):
             muse.passages("forget")
-        with pytest.raises(UserError, match=r"no split 'retain1' in its subset 'raw'; it has: forget\. Add raw/retain1.json"):
+        with pytest.raises(
+            UserError, match=r"no split 'retain1' in its subset 'raw'; it has: forget\. Add raw/retain1.json"
+        ):
             muse.check_splits("forget", "retain1")
 
     @pytest.mark.parametrize(
@@ -198,10 +211,17 @@ class TestRefused:
     def test_a_broken_parquet_file_is_named(self, folder):
         (folder / "raw" / "forget.json").unlink()
         (folder / "raw" / "forget.parquet").write_bytes(b"no parquet")
-        with pytest.raises(UserError, match=r"forget.parquet is no parquet file that can be read .*fetch the file again"):
+        with pytest.raises(
+            UserError, match=r"forget.parquet is no parquet file that can be read .*fetch the file again"
+        ):
             load_muse(str(folder)).texts("raw", "forget")
 
-    @pytest.mark.parametrize(("forget", "retain"), [("forget10", "retain90"), ("forget", "retain2"), ("forget_1", "retain1")])
+    @pytest.mark.parametrize(
+        ("forget", "retain"), [("forget10", "retain90"), ("forget", "retain2"), ("forget_1", "retain1")]
+    )
     def test_another_pair_of_splits_is_refused(self, folder, forget, retain):
-        with pytest.raises(UserError, match=rf"forget_split='{forget}' and retain_split='{retain}' .*MUSE's pair is forget_split=forget with retain_split=retain1"):
+        with pytest.raises(
+            UserError,
+            match=rf"forget_split='{forget}' and retain_split='{retain}' .*MUSE's pair is forget_split=forget with retain_split=retain1",
+        ):
             load_muse(str(folder)).check_splits(forget, retain)
