@@ -37,6 +37,7 @@ APART = {
     "resume": {},
     "trainer.args.warmup_epochs": {"trainer.args.warmup_steps": 0},
     "trainer.federated.num_train_clients": {"trainer.federated.fraction_train": 1.0},
+    "muse_path": {"tofu_path": None, "eval.name": "muse"},
 }
 # Keys of which a small step is no other valid value.
 STEPS = {
@@ -51,6 +52,8 @@ ASKS = {
     "method/dpo.yaml": ["data.alternates_path=other.jsonl"],
     "method/pdu.yaml": ["method.eps=0.3"],
     "protocol/all_clients.yaml": ["protocol.released=true"],
+    "eval/muse.yaml": ["tofu_path=null", "muse_path=given"],
+    "eval/tofu_reference.yaml": ["eval.reference_model_path=given"],
 }
 # What a group's changed values ask of other groups.
 PARTNERS = {
@@ -66,9 +69,13 @@ FIXED = {
     "model.model_args.lora_config.task_type",
     "eval.name",
 }
-# And those that the mode of a run fixes.
+OF_TOFU = {"eval.question_key", "eval.holdout_split"}
+# And those that the mode of a run, or its benchmark, fixes.
 ANSWERS = {"data.idk_path", "data.alternates_path"}
 FIXED_IN = {
+    "eval/muse.yaml": {*OF_TOFU, "eval.reference_model_path"},
+    "eval/tofu.yaml": {"eval.reference_model_path"},
+    **{f"experiment/{kind}/muse/default.yaml": {"tofu_path"} for kind in ("eval", "finetune", "unlearn")},
     "data/finetune.yaml": ANSWERS,
     "data/retain.yaml": ANSWERS,
     "data/unlearn.yaml": {"data.rows", *ANSWERS},
@@ -102,12 +109,12 @@ AGGREGATIONS = [
 
 
 def leaves(tree, key=""):
-    """Dotted key -> value; lists are values, `_target_` and the defaults list are none."""
+    """Dotted key -> value; lists are values, `_target_`, the defaults list and the metrics (objects, composed by name) are none."""
     if not isinstance(tree, dict):
         return {key: tree}
     found = {}
     for name, value in tree.items():
-        if name not in ("_target_", "defaults"):
+        if name not in ("_target_", "defaults", "metrics"):
             found |= leaves(value, f"{key}.{name}" if key else name)
     return found
 
@@ -241,11 +248,14 @@ def test_a_value_without_meaning_is_refused_by_name(name, key):
         composed(name, {key: changed_value(run, key)})
 
 
-@pytest.mark.parametrize("name", [name for name in MEMBERS if not name.startswith(("experiment", "paths"))])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in MEMBERS if not name.startswith(("experiment", "paths", "eval/tofu_"))],  # these add to eval/tofu
+)
 def test_each_file_names_every_parameter(name):
     """No value falls back to a default that the reader of the YAML does not see."""
     record = at(unchanged(name), name.split("/")[0])
-    assert set(member(name)) == {f"{name.split('/')[0]}.{key}" for key in parameters(record)}
+    assert set(member(name)) == {f"{name.split('/')[0]}.{key}" for key in parameters(record) if key != "metrics"}
 
 
 def parameters(record):
@@ -272,10 +282,10 @@ def test_no_experiment_sets_a_value_of_a_method():
     ]
 
 
-@pytest.mark.parametrize("recipe", ["default", "pocket"])
+@pytest.mark.parametrize("recipe", ["tofu/default", "tofu/pocket", "muse/default"])
 def test_the_oracle_differs_from_fine_tuning_by_its_rows_only(recipe):
-    finetune = compose(CONFIGS, "train-lora.yaml", [f"experiment=finetune/tofu/{recipe}", "task_name=t"]).plain
-    retrain = compose(CONFIGS, "train-lora.yaml", [f"experiment=retrain/tofu/{recipe}", "task_name=t"]).plain
+    finetune = compose(CONFIGS, "train-lora.yaml", [f"experiment=finetune/{recipe}", "task_name=t"]).plain
+    retrain = compose(CONFIGS, "train-lora.yaml", [f"experiment=retrain/{recipe}", "task_name=t"]).plain
     assert {key for key in finetune if finetune[key] != retrain[key]} == {"data"}
     assert retrain["data"] == {**finetune["data"], "rows": "retain"}
 

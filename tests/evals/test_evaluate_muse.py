@@ -253,7 +253,7 @@ class TestLogs:
         theirs = evaluate_tofu(tiny_llama(), tiny_chat(), tofu, "forget10", settings, None, {})
         with pytest.raises(UserError, match="the log is of forget_split='forget10', this evaluation of 'forget'"):
             evaluate(muse, retain_log=theirs)
-        with pytest.raises(UserError, match="follows the definitions 'log-space' of mia_min_k.*set eval.compat=null"):
+        with pytest.raises(UserError, match=r"follows the definitions 'log-space' of mia_min_k.*set eval.compat=null"):
             evaluate(muse, settings=replace(SETTINGS, compat="open-unlearning"), retain_log=log)
         foreign = replace(
             log, provenance={}, metrics={k: replace(m, definition="open-unlearning") for k, m in log.metrics.items()}
