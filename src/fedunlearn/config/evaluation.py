@@ -1,6 +1,6 @@
 """The record of the group `eval`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fedunlearn.errors import UserError
@@ -16,6 +16,7 @@ class EvalConfig:
     compat: null = our definitions; `open-unlearning` = theirs, for comparison with published logs. question_key: which question of forget and retain rows is asked.
     holdout_split: rows that nobody trained on, for attacks; null: that of the forget split. reference_model_path: base, adapter or run that mia_reference compares with.
     gradnorm_of: whose gradients mia_gradnorm takes (see evals.gradnorm).
+    every_n_rounds: evaluate the global adapter after every n-th round (null: never): round_metrics, on round_rows rows of each data set (null: all), drawn by the run's seed.
     """
 
     name: Literal["tofu", "muse"] = "tofu"
@@ -30,16 +31,49 @@ class EvalConfig:
     holdout_split: str | None = None
     reference_model_path: str | None = None
     gradnorm_of: Literal["model", "adapter"] = "model"
+    every_n_rounds: int | None = None
+    round_metrics: tuple[str, ...] = ("forget_Q_A_Prob", "retain_Q_A_Prob")
+    round_rows: int | None = 40
 
     def __post_init__(self) -> None:
-        for key in ("max_rows", "batch_tokens", "generation_batch_size", "max_new_tokens"):
+        for key in (
+            "max_rows",
+            "batch_tokens",
+            "generation_batch_size",
+            "max_new_tokens",
+            "every_n_rounds",
+            "round_rows",
+        ):
             value = getattr(self, key)
             if value is not None and value < 1:
-                raise UserError(
-                    f"eval.{key}={value} must be at least 1{' or null (all rows)' if key == 'max_rows' else ''}"
-                )
+                null = {
+                    "max_rows": " or null (all rows)",
+                    "round_rows": " or null (all rows)",
+                    "every_n_rounds": " or null (never)",
+                }
+                raise UserError(f"eval.{key}={value} must be at least 1{null.get(key, '')}")
         in_order(self.metrics)
         self._check_reference()
+        if self.every_n_rounds is not None:
+            self._check_rounds()
+
+    def for_rounds(self) -> "EvalConfig":
+        """The evaluation of a round: round_metrics and what they are made of."""
+        chosen = {name: self.metrics[name] for name in in_order(self.metrics, self.round_metrics)}
+        return replace(self, metrics=chosen, max_rows=None, every_n_rounds=None)
+
+    def _check_rounds(self) -> None:
+        unknown = [name for name in self.round_metrics if name not in self.metrics]
+        if unknown or not self.round_metrics:
+            raise UserError(
+                f"eval.round_metrics={list(self.round_metrics)} must name some of eval.metrics: {', '.join(self.metrics)}"
+            )
+        for name in in_order(self.metrics, self.round_metrics):
+            metric = self.metrics[name]
+            if metric.reads_log is not None or any(one.part is Part.REFERENCE for one in metric.reads):
+                raise UserError(
+                    f"eval.round_metrics: {name} compares with another model, which a round's evaluation of some rows cannot; take it out"
+                )
 
     def _check_reference(self) -> None:
         reading = [name for name, one in self.metrics.items() if any(part.part is Part.REFERENCE for part in one.reads)]

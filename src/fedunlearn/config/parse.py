@@ -11,12 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Union, cast, get_args, get_origin
 
 from fedunlearn.config.components import Adopter, component_class, is_adopter, is_component, not_wanted
+from fedunlearn.config.probe import ProbeRun
 from fedunlearn.config.refused import REFUSED
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.config.trainer import TrainArgs
 from fedunlearn.errors import UserError, did_you_mean
 
-RUN_OF_MODE: Mapping[str, type[TrainRun] | type[EvalRun]] = {"train": TrainRun, "unlearn": TrainRun, "eval": EvalRun}
+RUN_OF_MODE: Mapping[str, type[TrainRun] | type[EvalRun]] = {
+    "train": TrainRun,
+    "unlearn": TrainRun,
+    "eval": EvalRun,
+    "probe": ProbeRun,
+}
 MISSING = "???"
 TARGET = "_target_"
 

@@ -31,7 +31,7 @@ from fedunlearn.server_methods.base import ServerMethod, ServerStep
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRun:
-    """Fine-tuning, the retrain oracle (mode `train`) or unlearning (mode `unlearn`).
+    """Fine-tuning, the retrain oracle (mode `train`) or unlearning (mode `unlearn`); `probe`: see config.probe.ProbeRun.
 
     tofu_path: hub id, folder or `pocket:SEED`; muse_path: hub id or folder; one of the two. retain_logs_path: TOFU_EVAL.json or MUSE_EVAL.json of the oracle.
     task_name: folder under saves/<finetune|unlearn>/; a name, no path. requests: what is to be forgotten, in sequence; null: the rows of
@@ -39,7 +39,7 @@ class TrainRun:
     """
 
     task_name: str
-    mode: Literal["train", "unlearn"]
+    mode: Literal["train", "unlearn", "probe"]
     tofu_path: str | None
     forget_split: str
     retain_split: str

@@ -46,7 +46,7 @@ def find_request(run: TrainRun, earlier: Request, data: Benchmark, partition: Pa
     return request
 
 
-def evaluated_request(run: EvalRun, source: Path | None, data: Benchmark) -> Request | None:
+def evaluated_request(run: TrainRun | EvalRun, source: Path | None, data: Benchmark) -> Request | None:
     """Gives what an evaluation's forget set is where `requests` says so, with what the run it evaluates was not to know; None: the forget split.
 
     Raises UserError as find_request, and for a client where no run of ours says who owns what.

@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from fedunlearn.doors.compose import ComposedConfig
 
-Stage = Literal["federated", "central", "evaluation"]
+Stage = Literal["federated", "central", "evaluation", "probe"]
 
 
 def run_shown(stage: Stage, composed: "ComposedConfig") -> None:
     """Does what a door is for. Imports torch inside, after the door has set the environment."""
     from fedunlearn.doors.evaluation import run_evaluations
+    from fedunlearn.doors.probe import tell_probe
     from fedunlearn.doors.sequence import run_served
     from fedunlearn.doors.stages import run_central
     from fedunlearn.reporting.console import set_logging, show_config, show_evaluations, show_result
@@ -22,5 +23,7 @@ def run_shown(stage: Stage, composed: "ComposedConfig") -> None:
         show_result(*run_served(composed))
     elif stage == "central":
         show_result(run_path(composed.run), run_central(composed))
+    elif stage == "probe":
+        tell_probe(composed)
     else:
         show_evaluations(run_evaluations(composed))

@@ -1,8 +1,8 @@
 """A data set as an evaluation sees it, whichever benchmark it is from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from fedunlearn.data.chat import ChatFormat, EncodedRow
 
@@ -56,6 +56,9 @@ class DataSet(Protocol):
     @property
     def num_rows(self) -> int:
         """How many rows are evaluated."""
+
+    def only(self, places: Sequence[int]) -> Self:
+        """Gives the same data set with these of its rows, in this order; the hash stays that of all."""
 
     def encode(self, chat: ChatFormat) -> EncodedSet:
         """Tokenises the rows. Raises UserError naming one that does not fit."""

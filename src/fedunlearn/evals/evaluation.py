@@ -6,12 +6,13 @@ from torch import nn
 
 from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.data.chat import ChatFormat
+from fedunlearn.evals.dataset import Sets
 from fedunlearn.evals.evidence import Passes
 from fedunlearn.evals.store import EvalStore
 from fedunlearn.evals.suites import Suite
 from fedunlearn.evals.tables import parts_of
 from fedunlearn.metrics.base import Evidence, Metric, Part, compute_metrics, readings_of
-from fedunlearn.records.evaluation import AnswerScore, Compat, EvalLog, definition_of
+from fedunlearn.records.evaluation import AnswerScore, Compat, EvalLog, MetricResult, definition_of
 
 ReferenceScores = Mapping[str, tuple[AnswerScore, ...]]
 
@@ -36,15 +37,22 @@ def evaluate_suite(
     """
     suite.check(retain_log, settings)
     passes = Passes(model, chat, settings, store or EvalStore(None))
-    tables, texts = {}, {}
+    found = evaluate_sets(passes, suite.sets, retain_log, reference or {})
+    return EvalLog(found, {**provenance, **_provenance(suite, chat, settings, retain_log)})
+
+
+def evaluate_sets(
+    passes: Passes, sets: Sets, retain_log: EvalLog | None, reference: ReferenceScores
+) -> dict[str, MetricResult]:
+    """Runs the passes that the metrics need over these data sets, and gives every metric by name."""
+    tables, texts, settings = {}, {}, passes.settings
     for name, parts in parts_of(readings_of(settings.metrics)).items():
-        encoded = suite.sets[name].encode(chat)
-        tables[name] = passes.table(encoded, parts, (reference or {}).get(name, ()))
+        encoded = sets[name].encode(passes.chat)
+        tables[name] = passes.table(encoded, parts, reference.get(name, ()))
         if Part.TEXTS in parts:
             texts[name] = passes.texts(encoded)
     evidence = Evidence(tables=tables, texts=texts, retain=retain_log, compat=settings.compat)
-    own = _provenance(suite, chat, settings, retain_log)
-    return EvalLog(compute_metrics(settings.metrics, evidence), {**provenance, **own})
+    return compute_metrics(settings.metrics, evidence)
 
 
 def _provenance(suite: Suite, chat: ChatFormat, settings: EvalConfig, retain_log: EvalLog | None) -> dict[str, object]:

@@ -3,7 +3,9 @@
 knowmem: questions behind ten answered ones. verbmem: how a passage goes on. privleak: texts, for attacks.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.data.chat import ChatFormat, EncodedRow, Shots
@@ -38,6 +40,10 @@ class Knowledge:
         """Questions."""
         return len(self.rows)
 
+    def only(self, places: Sequence[int]) -> Self:
+        """See DataSet.only."""
+        return replace(self, rows=tuple(self.rows[place] for place in places))
+
     def encode(self, chat: ChatFormat) -> EncodedSet:
         """32 new tokens at most, cut at the eos text, a blank line or the next question, in turn. Raises UserError for a row longer than max_length."""
         eos = chat.tokenizer.eos_token
@@ -70,6 +76,10 @@ class Verbatim:
     def num_rows(self) -> int:
         """Passages."""
         return len(self.rows)
+
+    def only(self, places: Sequence[int]) -> Self:
+        """See DataSet.only."""
+        return replace(self, rows=tuple(self.rows[place] for place in places))
 
     def encode(self, chat: ChatFormat) -> EncodedSet:
         """128 new tokens at most; the truth is the text of the labels, decoded. Raises UserError for a prompt longer than max_length, or without a label behind it."""
@@ -118,6 +128,10 @@ class Texts:
     def num_rows(self) -> int:
         """Texts."""
         return len(self.rows)
+
+    def only(self, places: Sequence[int]) -> Self:
+        """See DataSet.only."""
+        return replace(self, rows=tuple(self.rows[place] for place in places))
 
     def encode(self, chat: ChatFormat) -> EncodedSet:
         """Nothing to ask. Raises UserError for a text of one token."""

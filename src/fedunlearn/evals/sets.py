@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.data.chat import ChatFormat, EncodedRow
@@ -29,6 +30,10 @@ class QuestionSet:
     def num_rows(self) -> int:
         """Questions."""
         return len(self.rows)
+
+    def only(self, places: Sequence[int]) -> Self:
+        """See DataSet.only."""
+        return replace(self, rows=tuple(self.rows[place] for place in places))
 
     def encode(self, chat: ChatFormat) -> EncodedSet:
         """Every question with each of its answers, and alone."""

@@ -38,11 +38,13 @@ from fedunlearn.federation.notes import check_unlearned, mean_losses, step_notes
 from fedunlearn.federation.parts import Depot
 from fedunlearn.federation.past import read_parent, read_past
 from fedunlearn.federation.planning import check_plans, plan_round
+from fedunlearn.federation.round_evaluation import RoundEvaluation
 from fedunlearn.federation.server_step import Stepped, Stepper, step, weigh
 from fedunlearn.federation.site import WIRE_DTYPES, client_shapes
 from fedunlearn.federation.spool import Spool, open_spool
 from fedunlearn.federation.start import Start, load_start
 from fedunlearn.files import write_json
+from fedunlearn.records.adapter import Adapter
 from fedunlearn.records.requests import ReleasedRow
 from fedunlearn.records.rounds import Role, RoundResult
 from fedunlearn.reporting.curves import Curves, open_curves
@@ -65,6 +67,7 @@ class Server:
     reads_reference: bool
     released: tuple[ReleasedRow, ...]
     conductor: Conductor | None
+    evaluation: RoundEvaluation
 
     @property
     def nodes(self) -> dict[int, int]:
@@ -99,6 +102,7 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, reads_reference: bool) -
         reads_reference=reads_reference,
         released=read_released(folder) if run.protocol.releases else (),
         conductor=conductor,
+        evaluation=RoundEvaluation(run, folder),
     )
     rounds = range(checkpoint.state.round + 1, run.total_rounds + 1)
     with open_curves(folder, run.trainer.args.report_to) as curves:
@@ -205,10 +209,17 @@ def _one_round(server: Server, before: Checkpoint, number: int, curves: Curves) 
     learnt = {update.client_id: update.memory for update in collected.report.updates if update.memory}
     after = replace(stepped.after, holds=collected.report.holds, memories={**before.memories, **learnt})
     result = _result(server, after, collected, stepped, time.monotonic() - began)
+    if server.evaluation.due(number):
+        result = replace(result, evaluation=server.evaluation.figures(_global(server, after)))
     append_history(server.folder, asdict(result))  # before the checkpoint: resume drops lines that have none
     save_checkpoint(server.folder, after, server.start.adapter, server.run.trainer.federated.keep_rounds)
     curves.add(result)
     return after
+
+
+def _global(server: Server, after: Checkpoint) -> Adapter:
+    """The global adapter after a round, with its side-car."""
+    return server.start.adapter.replace(after.state.adapter, server.stepper.store.read(after.blocks))
 
 
 def _keep(server: Server, before: Checkpoint, collected: Collected, stepped: Stepped, spool: Spool) -> None:

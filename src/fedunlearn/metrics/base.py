@@ -1,7 +1,7 @@
 """The interface of a metric, and the evidence that it is a function of."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -97,8 +97,8 @@ class Metric(ABC):
         """Gives the metric; agg_value is None where there is nothing to aggregate."""
 
 
-def in_order(metrics: Mapping[str, Metric]) -> Sequence[str]:
-    """Gives the names such that each stands after those it is made of. Raises UserError for one that is missing, and for circles."""
+def in_order(metrics: Mapping[str, Metric], asked: Iterable[str] | None = None) -> Sequence[str]:
+    """Gives the names asked for (all) and what they are made of, such that each stands after its parts. Raises UserError for one that is missing, and for circles."""
     done: dict[str, None] = {}
 
     def visit(name: str, above: tuple[str, ...]) -> None:
@@ -112,7 +112,7 @@ def in_order(metrics: Mapping[str, Metric]) -> Sequence[str]:
             visit(part, (*above, name))
         done[name] = None
 
-    for name in metrics:
+    for name in metrics if asked is None else asked:
         visit(name, ())
     return list(done)
 

@@ -26,13 +26,10 @@ class Probability(Metric):
     def compute(self, found: Evidence) -> MetricResult:
         """See answer_probability and perturbed_probability; None where the data set has no such answers."""
         table, compat = found.tables[self.of], found.compat
-        if self.answers == "plain":
-            return answer_probability(table.plain, compat=compat)
-        if not table.compares:
-            return MetricResult(None, definition_of(compat))
         if self.answers == "perturbed":
-            return perturbed_probability(table.perturbed, compat=compat)
-        return answer_probability(table.paraphrased, compat=compat)
+            wrong = table.perturbed if table.compares else ()
+            return perturbed_probability(wrong, compat=compat)
+        return answer_probability(table.plain if self.answers == "plain" else table.paraphrased, compat=compat)
 
 
 @dataclass(frozen=True, kw_only=True)

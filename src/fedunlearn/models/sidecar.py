@@ -83,3 +83,12 @@ def _hooked(layer: Any) -> _SideCar:
 
 def _lora_layers(model: PeftModel) -> Iterable[tuple[str, Any]]:
     return ((path, layer) for path, layer in model.named_modules() if isinstance(layer, LoraLayer))
+
+
+def sidecar_delta(model: PeftModel, path: str, like: torch.Tensor) -> torch.Tensor:
+    """Gives what the acting side-car adds to the weight of one LoRA layer, B A [d_out, d_in] float32; zeros where there is none. like: that weight."""
+    hook = _HOOKS.get(model, {}).get(path)
+    if hook is None or hook.active not in hook.held:
+        return torch.zeros_like(like, dtype=torch.float32)
+    a, b = hook.held[hook.active]
+    return b @ a

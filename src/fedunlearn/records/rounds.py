@@ -164,7 +164,7 @@ class RoundResult:
 
     averaged: what made the mean (a reducer of ours, or a Flower strategy, which works per factor). aggregation_error: ||exact product -
     what is sent|| / ||exact product||, before the server optimiser's step; None where nothing was averaged, or it is no number. notes: what the gate did not
-    do, and why.
+    do, and why. evaluation: metrics of the global adapter after the round, where eval.every_n_rounds asks for them.
     """
 
     round: int
@@ -176,3 +176,4 @@ class RoundResult:
     averaged: str = ""
     aggregation_error: float | None = None
     notes: tuple[str, ...] = ()
+    evaluation: Mapping[str, float | None] = field(default_factory=dict)

@@ -16,11 +16,14 @@ class Curves:
         self._writer = writer
 
     def add(self, result: RoundResult) -> None:
-        """Adds one round: its metrics, and the bytes of all its messages."""
+        """Adds one round: its metrics, its evaluation, and the bytes of all its messages."""
         if self._writer is None:
             return
         for name, value in result.metrics.items():
             self._writer.add_scalar(name, value, result.round)
+        for name, figure in result.evaluation.items():
+            if figure is not None:
+                self._writer.add_scalar(f"eval/{name}", figure, result.round)
         if result.aggregation_error is not None:
             self._writer.add_scalar("aggregation_error", result.aggregation_error, result.round)
         total = sum(c.bytes_down + c.bytes_down_reference + c.bytes_up for c in result.clients)

@@ -17,7 +17,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.files import canonical_json, disk_fault, whole_folder, write_bytes, write_json
 
 log = logging.getLogger(__name__)
-KINDS = {"train": "finetune", "unlearn": "unlearn", "eval": "eval"}
+KINDS = {"train": "finetune", "unlearn": "unlearn", "eval": "eval", "probe": "probe"}
 PACKAGES = (
     "fedunlearn",
     "torch",
