@@ -122,6 +122,12 @@ class TestRuns:
             assert full == (*forget, *rest)
             assert forget
 
+    def test_rounds_are_evaluated_on_a_few_drawn_rows(self, train):
+        tuned = train("finetune", "ft", "eval.every_n_rounds=2", "eval.round_rows=2", "data.max_length=400")
+        first, second = history(tuned)
+        assert not first["evaluation"]
+        assert set(second["evaluation"]) == {"forget_verbmem_ROUGE", "extraction_strength"}
+
     def test_the_central_baseline_counts_chunks_too(self, composed, saves):
         run_central(composed("finetune", "central"))
         line = history(saves / "finetune" / "central")[0]["clients"][0]
