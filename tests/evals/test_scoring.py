@@ -11,7 +11,8 @@ from torch import nn
 from fedunlearn.data.chat import ChatFormat, EncodedRow
 from fedunlearn.data.tofu import load_tofu
 from fedunlearn.errors import UserError
-from fedunlearn.evals.scoring import score_rows, token_batches
+from fedunlearn.evals.scoring import score_rows
+from fedunlearn.records.evaluation import Detail
 
 EOT = 265
 ANSWERS = [
@@ -36,13 +37,18 @@ def plain_loss(model, row):
     return -sum(float(torch.log_softmax(logits[t - 1], -1)[row.input_ids[t]]) for t in steps) / len(steps)
 
 
+def scored(model, rows, detail=Detail.LOSS, *, pad_id=EOT, batch_tokens=4096, **kwargs):
+    found = score_rows(model, dict.fromkeys(rows, detail), pad_id=pad_id, batch_tokens=batch_tokens, **kwargs)
+    return [found[row] for row in rows]
+
+
 def losses(model, rows, batch_tokens=4096, **kwargs):
-    return [score.avg_loss for score in score_rows(model, rows, pad_id=EOT, batch_tokens=batch_tokens, **kwargs)]
+    return [score.avg_loss for score in scored(model, rows, batch_tokens=batch_tokens, **kwargs)]
 
 
 def test_scores_are_the_plain_formula():
     model, rows = tiny_llama(), encoded()
-    found = score_rows(model, rows, pad_id=EOT, batch_tokens=4096)
+    found = scored(model, rows)
     for score, row in zip(found, rows, strict=True):
         assert score.avg_loss == pytest.approx(plain_loss(model, row), abs=2e-6)
         assert score.prob == pytest.approx(math.exp(-score.avg_loss), rel=1e-6)
@@ -51,7 +57,7 @@ def test_scores_are_the_plain_formula():
 
 
 def test_scores_are_float32_numbers():
-    for score in score_rows(tiny_llama(), encoded(), pad_id=EOT, batch_tokens=4096):
+    for score in scored(tiny_llama(), encoded()):
         for number in (score.avg_loss, score.prob):
             assert torch.tensor(number, dtype=torch.float32).item() == number
 
@@ -62,38 +68,27 @@ def test_padding_and_order_and_pad_id_change_nothing():
     together = losses(model, rows)
     assert losses(model, rows, batch_tokens=1) == pytest.approx(together, abs=4e-6)
     assert losses(model, rows[::-1])[::-1] == pytest.approx(together, abs=4e-6)
-    other = [score.avg_loss for score in score_rows(model, rows, pad_id=0, batch_tokens=4096)]
+    other = [score.avg_loss for score in scored(model, rows, pad_id=0)]
     assert other == pytest.approx(together, abs=4e-6)
 
 
-def test_equal_rows_are_scored_once_and_a_prompt_of_other_length_is_another_row():
-    model, rows, seen = tiny_llama(), encoded(), []
+def test_equal_rows_are_one_row_and_a_prompt_of_other_length_is_another():
+    model, rows = tiny_llama(), encoded()
     shifted = EncodedRow(rows[0].input_ids, rows[0].num_prompt - 1)
-    hook = model.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[0]), with_kwargs=True
-    )
-    found = score_rows(model, [*rows, rows[0], shifted, rows[1]], pad_id=EOT, batch_tokens=4096)
-    hook.remove()
-    assert sum(seen) == len(rows) + 1
+    found = scored(model, [*rows, rows[0], shifted, rows[1]])
     assert found[4] == found[0]
     assert found[6] == found[1]
     assert found[5].num_labels == found[0].num_labels + 1
 
 
-def test_batches_keep_the_token_budget():
-    """Lengths 9 5 5 2 under 10 tokens: 9 | 5 5 | 2; a row above the budget goes alone."""
-    rows = [EncodedRow(tuple(range(length)), 1) for length in (9, 5, 5, 2)]
-    assert [[len(row.input_ids) for row in batch] for batch in token_batches(rows, 10)] == [[9], [5, 5], [2]]
-    assert [len(batch) for batch in token_batches(rows, 1)] == [1, 1, 1, 1]
-    assert list(token_batches([], 10)) == []
-
-
-def test_the_projection_sees_label_rows_only():
+def test_the_projection_sees_each_context_of_a_label_once():
+    """Labels of equal contexts (the first ids of two answers to "Who?") share one row of logits."""
     model, rows, sizes = tiny_llama(), encoded(), []
     hook = model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[0]))
-    score_rows(model, rows, pad_id=EOT, batch_tokens=4096)
+    losses(model, rows)
     hook.remove()
-    assert sizes == [sum(row.num_labels for row in rows)]
+    contexts = {row.input_ids[:end] for row in rows for end in range(row.num_prompt, len(row.input_ids))}
+    assert sum(sizes) == len(contexts) < sum(row.num_labels for row in rows)
 
 
 def test_modes_random_state_and_hooks_are_left_as_they_were():
@@ -127,8 +122,11 @@ def test_a_diverged_model_is_refused():
     with torch.no_grad():
         model.lm_head.weight[3] = math.nan
     with pytest.raises(
-        UserError, match=r"a loss that is not finite.*lower trainer.args.learning_rate, or evaluate in float32"
+        UserError,
+        match=r"^forget row 2: .*loss that is not finite.*lower trainer.args.learning_rate, or evaluate in float32",
     ):
+        losses(model, [encoded()[2]], names={encoded()[2]: "forget row 2"})
+    with pytest.raises(UserError, match=r"^a row: "):
         losses(model, encoded())
 
 
@@ -146,9 +144,7 @@ def test_compat_hides_real_closing_tokens_where_pad_is_eos():
 
 def test_compat_is_ours_where_pad_is_a_token_of_its_own():
     model, rows = tiny_llama(), encoded()
-    ours, theirs = (
-        score_rows(model, rows, pad_id=260, batch_tokens=4096, compat=compat) for compat in (None, "open-unlearning")
-    )
+    ours, theirs = (scored(model, rows, pad_id=260, compat=compat) for compat in (None, "open-unlearning"))
     assert [score.avg_loss for score in theirs] == pytest.approx([score.avg_loss for score in ours], abs=4e-6)
 
 

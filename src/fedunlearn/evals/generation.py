@@ -1,15 +1,17 @@
 """The generation pass: greedy (or sampled) answers to prompts, in left-padded batches of similar length, and the texts they decode to."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from fedunlearn.data.chat import ChatFormat
+from fedunlearn.evals.greedy import Decoder, Ids, is_plainly_greedy
 from fedunlearn.evals.inference import inference
 from fedunlearn.records.evaluation import Compat
 from fedunlearn.reporting.progress import track
@@ -30,7 +32,8 @@ PLAIN: dict[str, Any] = {
 }
 GREEDY: dict[str, Any] = {**PLAIN, "do_sample": False}
 SAMPLED: dict[str, Any] = {**PLAIN, "do_sample": True, "temperature": 1.0}
-Ids = tuple[int, ...]
+
+Padded = Callable[[Sequence[Ids]], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -63,19 +66,45 @@ def generate_texts(
 ) -> tuple[str, ...]:
     """Gives the greedy continuation of each prompt, decoded without special tokens, cleaned and stripped; equal prompts once.
 
-    A row stops at any eos id of the model's generation_config (the tokenizer's, where it names none), a batch when all rows
-    have. Sampling settings of that config do not act; its repetition_penalty does, as in the published numbers.
+    A row stops, and leaves its batch, at any eos id of the model's generation_config (the tokenizer's, where it names none). Sampling settings of that config do not act; its repetition_penalty does, as in the published numbers.
     compat: a prompt's ids that equal the pad id are masked too, and positions counted over the others.
     stops: texts before which the decoded continuation is cut, one after the other, before it is stripped.
     """
-    unique = sorted(dict.fromkeys(prompts), key=len, reverse=True)
-    batches = [unique[start : start + batch_size] for start in range(0, len(unique), batch_size)]
-    texts: dict[Ids, str] = {}
-    with inference(model) as device, _generating(model, chat, GREEDY, max_new_tokens) as eos_ids:
-        for batch in track(batches, "generating", len(batches)):
-            for prompt, answer in zip(batch, _continue(model, batch, chat.pad_id, device, compat), strict=True):
-                texts[prompt] = cut_before(decode(chat, _up_to_eos(answer, eos_ids)), stops).strip()
+    found = generate_ids(model, chat, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, compat=compat)
+    texts = {prompt: cut_before(decode(chat, ids), stops).strip() for prompt, ids in found.items()}
     return tuple(texts[prompt] for prompt in prompts)
+
+
+def generate_ids(
+    model: nn.Module,
+    chat: ChatFormat,
+    prompts: Sequence[Ids],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    compat: Compat = None,
+) -> dict[Ids, Ids]:
+    """Gives the new ids behind generate_texts for each different prompt, up to and with the first eos."""
+    unique = sorted(dict.fromkeys(prompts), key=len, reverse=True)
+    with inference(model) as device, _generating(model, chat, GREEDY, max_new_tokens) as eos_ids:
+        padded = partial(_padded, pad_id=chat.pad_id, device=device, compat=compat)
+        inner = _inner(model)
+        if is_plainly_greedy(inner):
+            penalty = inner.generation_config.repetition_penalty or 1.0
+            answers = Decoder(inner, padded, eos_ids, max_new_tokens, penalty).run(unique, batch_size)
+        else:
+            answers = _by_generate(inner, padded, unique, batch_size)
+        done = track(answers, "generating", len(unique))
+        return {unique[place]: tuple(_up_to_eos(ids, eos_ids)) for place, ids in done}
+
+
+def _by_generate(inner: Any, padded: Padded, prompts: Sequence[Ids], batch_size: int) -> Iterator[tuple[int, Ids]]:
+    """Gives each prompt's place and new ids, what fills its row up included."""
+    for start in range(0, len(prompts), batch_size):
+        ids, mask = padded(prompts[start : start + batch_size])
+        output = inner.generate(input_ids=ids, attention_mask=mask)
+        for i, new in enumerate(output[:, ids.shape[1] :].tolist()):
+            yield start + i, tuple(new)
 
 
 def sample_texts(
@@ -91,7 +120,9 @@ def sample_texts(
         torch.random.fork_rng(),
     ):
         torch.manual_seed(seed)
-        answers = [_up_to_eos(ids, eos_ids) for ids in _continue(model, [prompt] * count, chat.pad_id, device, None)]
+        padded = partial(_padded, pad_id=chat.pad_id, device=device, compat=None)
+        drawn = _by_generate(_inner(model), padded, [prompt] * count, count)
+        answers = [_up_to_eos(ids, eos_ids) for _, ids in drawn]
     return tuple(Draw(decode(chat, ids).strip(), len(ids)) for ids in answers)
 
 
@@ -107,17 +138,16 @@ def decode(chat: ChatFormat, ids: Sequence[int]) -> str:
     return clean(str(chat.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)))
 
 
-def _continue(
-    model: nn.Module, batch: Sequence[Ids], pad_id: int, device: torch.device, compat: Compat
-) -> list[list[int]]:
-    width = max(map(len, batch))
-    ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in batch])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
+def _padded(
+    prompts: Sequence[Ids], pad_id: int, device: torch.device, compat: Compat
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gives ids and mask [B, T], padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     if compat is not None:
         mask = (ids != pad_id).long()
-    output = _inner(model).generate(input_ids=ids.to(device), attention_mask=mask.to(device))
-    new: list[list[int]] = output[:, width:].tolist()
-    return new
+    return ids.to(device), mask.to(device)
 
 
 def _up_to_eos(ids: Sequence[int], eos_ids: frozenset[int]) -> Sequence[int]:
