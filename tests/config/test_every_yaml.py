@@ -41,6 +41,7 @@ APART = {
 }
 # Keys of which a small step is no other valid value.
 STEPS = {
+    "eval.round_metrics": ("extraction_strength",),
     "gate.max_reply_ratio": 2.5,
     "method.prompt": "{question} or {answer}",
     "partition.joins": {2: 3, 3: 2},

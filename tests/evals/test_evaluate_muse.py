@@ -261,6 +261,14 @@ class TestLogs:
         compat = replace(SETTINGS, compat="open-unlearning")
         assert evaluate(muse, settings=compat, retain_log=foreign).metrics["privleak"].agg_value == 0.0
 
+    def test_a_log_of_texts_cut_elsewhere_is_refused(self, log, muse):
+        assert log.provenance["max_length"] == 320
+        with pytest.raises(
+            UserError,
+            match=r"the log was made with max_length=320, where texts are cut, this evaluation has 310; make the two equal",
+        ):
+            evaluate(muse, retain_log=log, chat=chat_of(310))
+
     def test_a_trial_takes_the_first_rows_and_says_so(self, muse):
         trial = evaluate(muse, settings=replace(SETTINGS, max_rows=2))
         assert (trial.provenance["trial"], len(trial.metrics["forget_verbmem_ROUGE"].value_by_index)) == (True, 2)

@@ -309,7 +309,7 @@ def check_evaluation(
     run: TrainRun | EvalRun, data: Benchmark, request: Request | None, retain_log: EvalLog | None
 ) -> None:
     """Raises UserError where rows that will be evaluated are missing, or the retain log speaks of others."""
-    read_suite(data, run.forget_split, run.eval, request).check(retain_log, run.eval)
+    read_suite(data, run.forget_split, run.eval, request).check(retain_log, run.eval, max_length_of(run))
 
 
 def _partition(run: TrainRun, folder: Path, inputs: Inputs) -> Partition:
@@ -324,10 +324,14 @@ def _partition(run: TrainRun, folder: Path, inputs: Inputs) -> Partition:
 
 def load_model(run: TrainRun | EvalRun, source: ModelSource) -> Resident:
     """Gives the process's model with its start adapter in place."""
-    seed, max_length = (
-        (run.trainer.args.seed, run.data.max_length) if isinstance(run, TrainRun) else (0, run.max_length)
-    )
-    return resident(run.model, source, seed=seed, max_length=max_length, pocket_dir=Path(run.paths.pocket_dir))
+    seed = run.trainer.args.seed if isinstance(run, TrainRun) else 0
+    pocket_dir = Path(run.paths.pocket_dir)
+    return resident(run.model, source, seed=seed, max_length=max_length_of(run), pocket_dir=pocket_dir)
+
+
+def max_length_of(run: TrainRun | EvalRun) -> int:
+    """Tokens of a row at most."""
+    return run.data.max_length if isinstance(run, TrainRun) else run.max_length
 
 
 def _check_source(source: ModelSource, folder: Path) -> None:

@@ -35,7 +35,7 @@ def evaluate_suite(
     Raises UserError for a retain log of other rows or definitions (before the model is asked), a row that does not fit
     max_length, and a loss that is not finite. The model's mode and the global random state stay.
     """
-    suite.check(retain_log, settings)
+    suite.check(retain_log, settings, chat.max_length)
     passes = Passes(model, chat, settings, store or EvalStore(None))
     found = evaluate_sets(passes, suite.sets, retain_log, reference or {})
     return EvalLog(found, {**provenance, **_provenance(suite, chat, settings, retain_log)})
@@ -66,6 +66,8 @@ def _provenance(suite: Suite, chat: ChatFormat, settings: EvalConfig, retain_log
         "data": {data.split: data.hash for data in suite.sets.values()},
         "retain_log": None if retain_log is None else retain_log.file_hash,
     }
+    if suite.cuts:
+        said["max_length"] = chat.max_length
     lacking = {name: data.lacking for name, data in suite.sets.items() if data.lacking}
     if lacking:
         said["null_because"] = lacking
