@@ -103,6 +103,14 @@ class TestRows:
         ):
             muse.texts("scal", "forget_9")
 
+    def test_a_split_without_rows_on_the_hub_is_told(self, monkeypatch):
+        monkeypatch.setattr(
+            datasets, "load_dataset", lambda path, name, split: datasets.Dataset.from_dict({"text": []})
+        )
+        monkeypatch.setattr(muse_sources, "hub_has", lambda key, name, layout: True)
+        with pytest.raises(UserError, match=r"raw/forget has no row; fetch the data again"):
+            load_muse("muse-bench/MUSE-News").check_splits("forget", "retain1")
+
     def test_no_network_is_told(self, monkeypatch):
         def load(path, name, split):
             raise ConnectionError("no route")

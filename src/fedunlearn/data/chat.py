@@ -97,7 +97,10 @@ class ChatFormat:
 
     def text(self, text: str, *, special: bool = True) -> tuple[int, ...]:
         """Gives raw text as ids, without any template. special: with what the tokenizer puts around every text."""
-        return tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        ids = self.tokenizer(text, add_special_tokens=special, verbose=False)[
+            "input_ids"
+        ]  # a long text that is cut later is no fault to warn of
+        return tuple(ids)
 
     def chunks(self, text: str) -> tuple[EncodedRow, ...]:
         """Cuts raw text into examples of max_length tokens, the last one shorter; each begins with what the tokenizer opens a text with, in addition. Kept.

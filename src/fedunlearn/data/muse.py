@@ -77,7 +77,8 @@ class Muse:
                 f"forget_split={forget_split!r} and retain_split={retain_split!r} beside {KEY}={self.path!r}: MUSE's pair is forget_split={FORGET} with retain_split={RETAIN} "
                 "(raw/...; scal and sust are not read); set these"
             )
-        assert self._articles, "no split is empty"
+        for split in (FORGET, RETAIN):
+            self.texts("raw", split)
 
     def forget_rows(self, forget_split: str) -> tuple[int, ...]:
         """Gives the numbers in `full` of raw/<forget_split>: the first ones."""
@@ -108,6 +109,10 @@ class Muse:
         if (subset, split) not in self._raw:
             self._raw[subset, split] = self._source.read(subset, split)
         rows = self._raw[subset, split]
+        if not rows:
+            raise UserError(
+                f"{KEY}={self.path!r}: {subset}/{split} has no row; fetch the data again, or take another {KEY}"
+            )
         return [
             tuple(self._text(row, name, f"{subset}/{split} row {i}") for name in names) for i, row in enumerate(rows)
         ]
