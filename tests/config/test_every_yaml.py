@@ -76,7 +76,7 @@ ANSWERS = {"data.idk_path", "data.alternates_path"}
 FIXED_IN = {
     "eval/muse.yaml": {*OF_TOFU, "eval.reference_model_path"},
     "eval/tofu.yaml": {"eval.reference_model_path"},
-    **{f"experiment/{kind}/muse/default.yaml": {"tofu_path"} for kind in ("eval", "finetune", "unlearn")},
+    **{f"experiment/{kind}/muse/default.yaml": {"tofu_path"} for kind in ("eval", "finetune", "unlearn")},  # null there
     "data/finetune.yaml": ANSWERS,
     "data/retain.yaml": ANSWERS,
     "data/unlearn.yaml": {"data.rows", *ANSWERS},

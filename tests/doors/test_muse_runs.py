@@ -24,6 +24,7 @@ NAMES = {
     "finetune": "train-lora.yaml",
     "retrain": "train-lora.yaml",
     "unlearn": "unlearn-lora.yaml",
+    "replay": "unlearn-lora.yaml",
     "eval": "eval.yaml",
 }
 
@@ -54,7 +55,7 @@ def train(composed, saves):
 
     def run(kind, task, *overrides, **more):
         run_federated(composed(kind, task, *overrides, **more))
-        return saves / ("unlearn" if kind == "unlearn" else "finetune") / task
+        return saves / ("unlearn" if kind in ("unlearn", "replay") else "finetune") / task
 
     return run
 
@@ -121,6 +122,19 @@ class TestRuns:
             forget = sites[0].encode(tuple(n for n in sites[0].owned[client].retain if n < 5))
             assert full == (*forget, *rest)
             assert forget
+
+    def test_fine_tuning_replayed_without_the_articles_is_the_oracle(self, train):
+        """Rollback goes back behind round 1: the oracle's rounds bit by bit, weights counted in chunks of what is left."""
+        kept = ("ledger.enabled=true", "trainer.federated.keep_rounds=all")
+        tuned = train("finetune", "ft", *kept)
+        oracle = train("retrain", "oracle", f"partition.path={tuned}")
+        gone = train("replay", "un", "method=rollback", start=tuned)
+        weights = [
+            [(c["client_id"], c["num_examples"], c["weight"]) for c in history(run)[-1]["clients"]]
+            for run in (oracle, gone)
+        ]
+        assert weights[0] == weights[1]
+        assert history(gone)[-1]["adapter_hash"] == history(oracle)[-1]["adapter_hash"]
 
     def test_rounds_are_evaluated_on_a_few_drawn_rows(self, train):
         tuned = train("finetune", "ft", "eval.every_n_rounds=2", "eval.round_rows=2", "data.max_length=400")
