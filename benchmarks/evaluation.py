@@ -7,8 +7,8 @@ ids folded into a vocabulary of 32,000, and under stories260K's own with "Questi
 retain and holdout10 and a quarter as many of real authors and world facts, at equal steps through the files; one thread, both ways in
 turn, the best of --repeats. With all attacks: forget answers ten times, holdout answers seven times, in the plain way; ours scores them once with
 moments and once more for the other model of the reference attack. Padded positions are those of the whole of TOFU, base metrics.
-Memory is the peak of the allocator's events in the base metrics, full batches in both ways. mia_gradnorm, which goes backward through the model, is in neither.
-Generation answers twice as many questions, until an id of `Case.stop`. A figure of gradnorm's belongs into `Measured`, its bound into `Bounds`.
+Memory is the peak of the allocator's events in the base metrics, full batches in both ways. mia_gradnorm, which goes backward through the model, is in neither and timed apart, one
+forget row after another in both ways. Generation answers twice as many questions, until an id of `Case.stop`.
 Exit code 1 where a bound is missed. About six minutes.
 """
 
@@ -32,6 +32,7 @@ from methods import peak_mib
 
 from fedunlearn.data.chat import EncodedRow
 from fedunlearn.evals.generation import generate_ids
+from fedunlearn.evals.gradnorm import gradient_norms
 from fedunlearn.evals.scoring import plan_batches, score_rows
 from fedunlearn.records.evaluation import AnswerScore, Detail
 
@@ -43,15 +44,16 @@ Scores = dict[EncodedRow, AnswerScore]
 
 @dataclass(frozen=True)
 class Measured:
-    """One case. base, attacks, generation: seconds of the plain way over ours; positions, memory_mib, seconds: plain and ours.
+    """One case. base, attacks, generation, gradnorm: seconds of the plain way over ours; positions, memory_mib, seconds: plain and ours.
 
-    apart: largest difference of any loss, probability, token's log-probability, as it is and standardised (min-k++). same_texts: share of equal generations.
+    apart: largest difference of any loss, probability, token's log-probability, as it is and standardised (min-k++), and relative of any gradient norm. same_texts: share of equal generations.
     """
 
     case: str
     base: float
     attacks: float
     generation: float
+    gradnorm: float
     positions: tuple[int, int]
     memory_mib: tuple[float, float]
     apart: float
@@ -111,6 +113,12 @@ def largest_difference(case: Case) -> float:
     )
 
 
+def gradients_apart(case: Case, rows: list[EncodedRow]) -> float:
+    """Largest relative difference of a row's gradient norm."""
+    pairs = zip(plain.gradient_norms(case, rows), gradient_norms(case.model, rows, "model"), strict=True)
+    return max(abs(slow - fast) / slow for slow, fast in pairs)
+
+
 def difference(work: plain.Work, made: float | torch.Tensor, score: AnswerScore) -> float:
     """Between what the plain way makes of a row and our score."""
     if work is plain.losses:
@@ -144,13 +152,17 @@ def peaks(case: Case) -> tuple[float, float]:
 
 def measure(case: Case, repeats: int) -> Measured:
     """All figures of one case."""
-    apart = largest_difference(case)
+    rows = list(case.sets[0].plain)
+    apart = max(largest_difference(case), gradients_apart(case, rows))
     texts: dict[str, list[list[int]]] = {}
     seconds = {
         "base": best_in_turn(lambda: plain.score(case, False), lambda: ours(case, False), repeats),
         "attacks": best_in_turn(lambda: plain.score(case, True), lambda: ours(case, True), repeats),
         "generation": best_in_turn(
             lambda: texts.update(plain=plain.generate(case)), lambda: texts.update(ours=our_generations(case)), repeats
+        ),
+        "gradnorm": best_in_turn(
+            lambda: plain.gradient_norms(case, rows), lambda: gradient_norms(case.model, rows, "model"), repeats
         ),
     }
     found = Measured(
@@ -183,7 +195,8 @@ def shown(found: Measured, case: Case) -> str:
     """A few lines of text."""
     lines = [found.case]
     for name, (slow, fast) in found.seconds.items():
-        bound = "" if case.bounds is None else f" (bound {getattr(case.bounds, name)})"
+        held = getattr(case.bounds, name, None)
+        bound = "" if held is None else f" (bound {held})"
         lines.append(f"  {name:11} plain {slow:6.2f} s, ours {fast:6.2f} s: {slow / fast:.2f} x{bound}")
     slow, fast = found.positions
     bound = "" if case.bounds is None else f" (bound {case.bounds.positions})"

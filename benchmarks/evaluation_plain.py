@@ -127,3 +127,19 @@ def generate(case: Case) -> list[list[int]]:
         found += case.model.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist()
     ends = [next((i + 1 for i, token in enumerate(ids) if token in case.stop), len(ids)) for ids in found]
     return [ids[:end] for ids, end in zip(found, ends, strict=True)]
+
+
+def gradient_norms(case: Case, rows: list[EncodedRow]) -> list[float]:
+    """One row at a time: full logits, backward into every parameter's grad, the mean of the norms; the last label left out."""
+    found = []
+    for row in rows:
+        ids = torch.tensor([row.input_ids])
+        logits = case.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        labels = ids[0, 1:].clone()
+        labels[: row.num_prompt - 1] = labels[-1] = -100
+        case.model.zero_grad()
+        torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100).backward()
+        norms = [parameter.grad.norm() for parameter in case.model.parameters() if parameter.grad is not None]
+        found.append(float(torch.stack(norms).mean()))
+    case.model.zero_grad()
+    return found
