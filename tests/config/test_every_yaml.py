@@ -37,6 +37,7 @@ APART = {
     "resume": {},
     "trainer.args.warmup_epochs": {"trainer.args.warmup_steps": 0},
     "trainer.federated.num_train_clients": {"trainer.federated.fraction_train": 1.0},
+    "muse_path": {"tofu_path": None, "eval.name": "muse"},
 }
 # Keys of which a small step is no other valid value.
 STEPS = {
@@ -44,7 +45,7 @@ STEPS = {
     "method.prompt": "{question} or {answer}",
     "partition.joins": {2: 3, 3: 2},
     "requests": "other rows",
-    "eval.round_metrics": ("retain_Q_A_Prob",),
+    "eval.round_metrics": ("exact_memorization",),
     "probe.unlearned": {"a": "y"},
     "probe.attacks": ("difference", "nf4"),
 }
@@ -55,6 +56,7 @@ ASKS = {
     "method/pdu.yaml": ["method.eps=0.3"],
     "protocol/all_clients.yaml": ["protocol.released=true"],
     "eval/tofu_reference.yaml": ["eval.reference_model_path=other"],
+    "eval/muse.yaml": ["tofu_path=null", "muse_path=given"],
     **{name: ["probe.unlearned={a: b}", "probe.oracle=other"] for name in FILES if "probe" in name},
 }
 # What a group's changed values ask of other groups.
@@ -71,13 +73,15 @@ FIXED = {
     "model.model_args.lora_config.task_type",
     "eval.name",
 }
-# And those that the mode of a run fixes.
+# And those that the mode of a run, or its benchmark, fixes.
 ANSWERS = {"data.idk_path", "data.alternates_path"}
 FIXED_IN = {
     "data/finetune.yaml": ANSWERS,
     "data/retain.yaml": ANSWERS,
     "data/unlearn.yaml": {"data.rows", *ANSWERS},
     "eval/tofu.yaml": {"eval.reference_model_path"},
+    "eval/muse.yaml": {"eval.question_key", "eval.holdout_split", "eval.reference_model_path"},
+    **{f"experiment/{kind}/muse/default.yaml": {"tofu_path"} for kind in ("eval", "finetune", "unlearn")},  # null there
     "paths/default.yaml": {"requests"},
     "protocol/all_clients.yaml": {"protocol.released"},
     "trainer/FederatedTrainer.yaml": {"trainer.federated.force_owners"},
@@ -282,10 +286,10 @@ def test_no_experiment_sets_a_value_of_a_method():
     ]
 
 
-@pytest.mark.parametrize("recipe", ["default", "pocket"])
+@pytest.mark.parametrize("recipe", ["tofu/default", "tofu/pocket", "muse/default"])
 def test_the_oracle_differs_from_fine_tuning_by_its_rows_only(recipe):
-    finetune = compose(CONFIGS, "train-lora.yaml", [f"experiment=finetune/tofu/{recipe}", "task_name=t"]).plain
-    retrain = compose(CONFIGS, "train-lora.yaml", [f"experiment=retrain/tofu/{recipe}", "task_name=t"]).plain
+    finetune = compose(CONFIGS, "train-lora.yaml", [f"experiment=finetune/{recipe}", "task_name=t"]).plain
+    retrain = compose(CONFIGS, "train-lora.yaml", [f"experiment=retrain/{recipe}", "task_name=t"]).plain
     assert {key for key in finetune if finetune[key] != retrain[key]} == {"data"}
     assert retrain["data"] == {**finetune["data"], "rows": "retain"}
 

@@ -87,6 +87,10 @@ class ProbeRun(TrainRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.muse_path is not None:
+            raise UserError(
+                f"muse_path={self.muse_path!r} beside mode='probe': a probe attacks what was forgotten of TOFU, and measures that; name tofu_path"
+            )
         lacking = [name for name in (*MEASURED, *BESIDE, UTILITY) if name not in self.eval.metrics]
         if lacking:
             raise UserError(

@@ -12,12 +12,8 @@ from fedunlearn.aggregation.fedprox import FedProx
 from fedunlearn.aggregation.flower import FlowerStrategy
 from fedunlearn.aggregation.robust.base import Robust
 from fedunlearn.aggregation.robust.off import Off
-from fedunlearn.config.data import (
-    CollatorConfig,
-    DataConfig,
-    PartitionConfig,
-    PathsConfig,
-)
+from fedunlearn.config.benchmark import benchmark_rules, raw_text_rules
+from fedunlearn.config.data import CollatorConfig, DataConfig, PartitionConfig, PathsConfig
 from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.config.launcher import Launcher
 from fedunlearn.config.ledger import LedgerConfig
@@ -37,14 +33,14 @@ from fedunlearn.server_methods.base import ServerMethod, ServerStep
 class TrainRun:
     """Fine-tuning, the retrain oracle (mode `train`) or unlearning (mode `unlearn`); `probe`: see config.probe.ProbeRun.
 
-    tofu_path: hub id, folder or `pocket:SEED`. retain_logs_path: TOFU_EVAL.json of the oracle, for forget_quality.
+    tofu_path: hub id, folder or `pocket:SEED`; muse_path: hub id or folder; one of the two. retain_logs_path: TOFU_EVAL.json or MUSE_EVAL.json of the oracle.
     task_name: folder under saves/<finetune|unlearn>/; a name, no path. requests: what is to be forgotten, in sequence; null: the rows of
     forget_split.
     """
 
     task_name: str
     mode: Literal["train", "unlearn", "probe"]
-    tofu_path: str
+    tofu_path: str | None
     forget_split: str
     retain_split: str
     model: ModelConfig
@@ -64,6 +60,7 @@ class TrainRun:
     eval: EvalConfig = field(default_factory=EvalConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     retain_logs_path: str | None = None
+    muse_path: str | None = None
     pocket_seed: int = 0
     overwrite: bool = False
     resume: bool = False
@@ -322,6 +319,8 @@ class TrainRun:
                 self.model.model_args.use_lora,
                 "model.model_args.use_lora=false in a federated run: only adapters travel; set use_lora=true",
             ),
+            *benchmark_rules(self.tofu_path, self.muse_path, self.eval, self.requests),
+            *raw_text_rules(self.muse_path, self.method, self.local_method, self.protocol),
             *self._alternate_rules(),
             *self._request_rules(),
             *self._server_method_rules(),
@@ -341,7 +340,7 @@ class EvalRun:
 
     task_name: str
     mode: Literal["eval"]
-    tofu_path: str
+    tofu_path: str | None
     forget_split: str
     retain_split: str
     model: ModelConfig
@@ -350,6 +349,7 @@ class EvalRun:
     eval: EvalConfig = field(default_factory=EvalConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     retain_logs_path: str | None = None
+    muse_path: str | None = None
     pocket_seed: int = 0
     overwrite: bool = False
     resume: bool = False
@@ -359,6 +359,7 @@ class EvalRun:
     def __post_init__(self) -> None:
         rules = [
             _task_name_rule(self.task_name),
+            *benchmark_rules(self.tofu_path, self.muse_path, self.eval, self.requests),
             (
                 self.adapters is None or bool(self.adapters),
                 "adapters=[] names none: give their paths, or null (what the model names)",

@@ -1,1 +1,1 @@
-"""TOFU as it is read, questions as token ids, and the pocket world that stands in for TOFU."""
+"""TOFU and MUSE as they are read, questions and raw text as token ids, and the pocket world that stands in for TOFU."""

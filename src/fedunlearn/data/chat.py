@@ -1,4 +1,4 @@
-"""Questions and answers as token ids: the model's chat template, or tags for models without one.
+"""Questions and answers as token ids: the model's chat template, or tags for models without one; and raw text, without either.
 
 For training (what is a label), scoring (the same) and generation (the prompt alone). The layout is the one of the published
 TOFU numbers: labels start where the prompt ends, found by length and never by matching; nothing is cut to fit.
@@ -16,10 +16,12 @@ from fedunlearn.files import canonical_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Shots = tuple[tuple[str, str], ...]
+
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """One question with one answer.
+    """One question with one answer, or a piece of raw text.
 
     input_ids: the whole row, without padding. num_prompt: how many of them are the prompt; input_ids[num_prompt:] are the
     labels, and the label at position t is predicted by the logits at t - 1. There is at least one label and one prompt token.
@@ -73,28 +75,49 @@ class ChatFormat:
         self.template = template
         self.max_length = max_length
         self.pad_id = pad_id(tokenizer)
-        self._prompts: dict[str, tuple[int, ...]] = {}
-        self._rows: dict[tuple[str, str], EncodedRow] = {}
+        self._prompts: dict[tuple[str, Shots], tuple[int, ...]] = {}
+        self._rows: dict[tuple[str, str, Shots], EncodedRow] = {}
+        self._chunks: dict[str, tuple[EncodedRow, ...]] = {}
 
-    def prompt(self, question: str) -> tuple[int, ...]:
-        """Gives the ids after which the answer begins; kept, since a question meets several answers."""
-        if question not in self._prompts:
-            self._prompts[question] = self._render(question, None)
-        return self._prompts[question]
+    def prompt(self, question: str, shots: Shots = ()) -> tuple[int, ...]:
+        """Gives the ids after which the answer begins; kept, since a question meets several answers. shots: answered questions that stand before it."""
+        if (question, shots) not in self._prompts:
+            self._prompts[question, shots] = self._render(question, None, shots)
+        return self._prompts[question, shots]
 
-    def encode(self, question: str, answer: str, where: str) -> EncodedRow:
+    def encode(self, question: str, answer: str, where: str, shots: Shots = ()) -> EncodedRow:
         """Gives the row's ids, closed by eos where its last id is another one; a row met before is not tokenised again.
 
         where: name of the row in messages, such as "forget10 row 7". Raises UserError where the row is longer than max_length
         or no label is left after the prompt (an empty answer, or one that merges into the prompt's last token).
         """
-        if (question, answer) not in self._rows:
-            self._rows[question, answer] = self._encode(question, answer, where)
-        return self._rows[question, answer]
+        if (question, answer, shots) not in self._rows:
+            self._rows[question, answer, shots] = self._encode(question, answer, where, shots)
+        return self._rows[question, answer, shots]
 
-    def _encode(self, question: str, answer: str, where: str) -> EncodedRow:
-        prompt = self.prompt(question)
-        ids = self._render(question, answer)
+    def text(self, text: str, *, special: bool = True) -> tuple[int, ...]:
+        """Gives raw text as ids, without any template. special: with what the tokenizer puts around every text."""
+        ids = self.tokenizer(text, add_special_tokens=special, verbose=False)[
+            "input_ids"
+        ]  # a long text that is cut later is no fault to warn of
+        return tuple(ids)
+
+    def chunks(self, text: str) -> tuple[EncodedRow, ...]:
+        """Cuts raw text into examples of max_length tokens, the last one shorter; each begins with what the tokenizer opens a text with, in addition. Kept.
+
+        Every token of the text is a label, but for a chunk's first one where nothing stands before it. Ids are cut, never decoded and tokenised again. A last piece
+        of which no label is left is dropped.
+        """
+        if text not in self._chunks:
+            opening, ids = self.text(""), self.text(text, special=False)
+            pieces = ((*opening, *ids[i : i + self.max_length]) for i in range(0, len(ids), self.max_length))
+            start = max(1, len(opening))
+            self._chunks[text] = tuple(EncodedRow(piece, start) for piece in pieces if len(piece) > start)
+        return self._chunks[text]
+
+    def _encode(self, question: str, answer: str, where: str, shots: Shots) -> EncodedRow:
+        prompt = self.prompt(question, shots)
+        ids = self._render(question, answer, shots)
         eos = self.tokenizer.eos_token_id
         if eos is not None and ids[-1] != eos:
             ids = (*ids, int(eos))
@@ -119,18 +142,20 @@ class ChatFormat:
         text = str(self.tokenizer.chat_template)
         return {**args, "chat_template_sha256": hashlib.sha256(text.encode("utf-8")).hexdigest()}
 
-    def _render(self, question: str, answer: str | None) -> tuple[int, ...]:
+    def _render(self, question: str, answer: str | None, shots: Shots) -> tuple[int, ...]:
         return (
-            self._render_chat(question, answer)
+            self._render_chat(question, answer, shots)
             if self.template.apply_chat_template
-            else self._render_tags(question, answer)
+            else self._render_tags(question, answer, shots)
         )
 
-    def _render_chat(self, question: str, answer: str | None) -> tuple[int, ...]:
+    def _render_chat(self, question: str, answer: str | None, shots: Shots) -> tuple[int, ...]:
         from jinja2.exceptions import TemplateError
 
         system, date = self.template.system_prompt, self.template.date_string
         chat = [] if system is None else [{"role": "system", "content": system}]
+        for asked, answered in shots:
+            chat += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
         chat.append({"role": "user", "content": question})
         if answer is not None:
             chat.append({"role": "assistant", "content": answer})
@@ -146,15 +171,19 @@ class ChatFormat:
             ) from error
         return tuple(ids)
 
-    def _render_tags(self, question: str, answer: str | None) -> tuple[int, ...]:
+    def _render_tags(self, question: str, answer: str | None, shots: Shots) -> tuple[int, ...]:
         tags = self.template
+        before = (
+            (tags.user_start_tag, asked, tags.user_end_tag, tags.asst_start_tag, answered, tags.asst_end_tag)
+            for asked, answered in shots
+        )
         parts = (
             tags.system_prompt_with_special_tokens,
+            *(part for shot in before for part in shot),
             tags.user_start_tag,
             question,
             tags.user_end_tag,
             tags.asst_start_tag,
             answer,
         )
-        text = "".join(part for part in parts if part is not None)
-        return tuple(self.tokenizer(text, add_special_tokens=True)["input_ids"])
+        return self.text("".join(part for part in parts if part is not None))

@@ -2,15 +2,12 @@
 
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from fedunlearn.config.data import PartitionConfig
 from fedunlearn.config.run import TrainRun
-from fedunlearn.data.chat import ChatFormat, EncodedRow
-from fedunlearn.data.pocket.named import named_pocket
-from fedunlearn.data.tofu import Tofu, load_tofu
+from fedunlearn.data.benchmark import Benchmark
 from fedunlearn.errors import NotApplicableError, UserError
 from fedunlearn.files import write_json
 from fedunlearn.partitions.base import Partitioner
@@ -22,37 +19,31 @@ log = logging.getLogger(__name__)
 FILE = "partition.json"
 
 
-def open_tofu(tofu_path: str, pocket_dir: Path) -> Tofu:
-    """Opens `pocket:SEED` (built on first use), a folder or a hub id."""
-    pocket = named_pocket(tofu_path, pocket_dir)
-    return load_tofu(tofu_path if pocket is None else str(pocket.data))
-
-
-def make_partition(config: PartitionConfig, tofu: Tofu, num_clients: int) -> Partition:
+def make_partition(config: PartitionConfig, data: Benchmark, num_clients: int) -> Partition:
     """Deals the authors of `full`. Raises UserError for more clients than authors."""
-    num_rows, size = len(tofu.rows("full")), tofu.rows_per_author
+    num_rows, size = data.num_rows, data.rows_per_author
     num_authors = num_rows // size
     if num_rows % size:
         raise UserError(
-            f"tofu_path={tofu.path!r}: full has {num_rows} rows, no whole number of authors at {size} rows each; fetch the data again, "
+            f"{data.key}={data.path!r}: full has {num_rows} rows, no whole number of authors at {size} rows each; fetch the data again, "
             "or correct rows_per_author in the folder's tofu.json"
         )
     if num_clients > num_authors:
         raise UserError(
-            f"trainer.federated.num_clients={num_clients} exceeds the {num_authors} authors of {tofu.path!r} (an author is never split): "
+            f"trainer.federated.num_clients={num_clients} exceeds the {num_authors} {data.unit}s of {data.path!r} (an {data.unit} is never split): "
             f"allowed are 1 to {num_authors}; lower it"
         )
     scheme = config.scheme or ByAuthor()
     dealt = scheme.deal(num_authors, num_clients)
     rows = tuple(tuple(author * size + i for author in authors for i in range(size)) for authors in dealt)
-    return Partition(clients=rows, rows_per_author=size, data_hash=tofu.hash("full"), scheme=_record_of(scheme))
+    return Partition(clients=rows, rows_per_author=size, data_hash=data.hash("full"), scheme=_record_of(scheme))
 
 
 def _record_of(scheme: Partitioner) -> dict[str, object]:
     return {"name": type(scheme).__name__, **asdict(scheme)}  # type: ignore[call-overload]
 
 
-def find_partition(config: PartitionConfig, run: Path | None, tofu: Tofu, num_clients: int) -> Partition:
+def find_partition(config: PartitionConfig, run: Path | None, data: Benchmark, num_clients: int) -> Partition:
     """Gives the partition of `path`, else of the run that the adapter comes from, else a new one (with a warning where an adapter came without).
 
     Raises UserError where a file is unreadable, of other data, of another number of clients, or of another scheme than asked for.
@@ -63,8 +54,8 @@ def find_partition(config: PartitionConfig, run: Path | None, tofu: Tofu, num_cl
     elif run is not None:
         found = read_partition(run / FILE)
     else:
-        return make_partition(config, tofu, num_clients)
-    _check(found, config, tofu, num_clients)
+        return make_partition(config, data, num_clients)
+    _check(found, config, data, num_clients)
     if run is not None and read_partition(run / FILE).hash != found.hash:
         raise UserError(
             f"partition.path={config.path!r} gives rows to other clients than {str(run / FILE)!r}, by which the adapter was trained: "
@@ -73,14 +64,14 @@ def find_partition(config: PartitionConfig, run: Path | None, tofu: Tofu, num_cl
     return found
 
 
-def _check(found: Partition, config: PartitionConfig, tofu: Tofu, num_clients: int) -> None:
+def _check(found: Partition, config: PartitionConfig, data: Benchmark, num_clients: int) -> None:
     faults = []
-    if found.data_hash != tofu.hash("full"):
+    if found.data_hash != data.hash("full"):
         faults.append(
-            f"the partition was made over other data than tofu_path={tofu.path!r}: use the data of the fine-tuning run"
+            f"the partition was made over other data than {data.key}={data.path!r}: use the data of the fine-tuning run"
         )
     else:
-        faults += [fault for fault in (_rows_fault(found, tofu),) if fault]
+        faults += [fault for fault in (_rows_fault(found, data),) if fault]
     if found.num_clients != num_clients:
         faults.append(
             f"trainer.federated.num_clients={num_clients}, but the partition has {found.num_clients} clients: set trainer.federated.num_clients={found.num_clients}"
@@ -94,11 +85,11 @@ def _check(found: Partition, config: PartitionConfig, tofu: Tofu, num_clients: i
         raise UserError(*faults)
 
 
-def _rows_fault(found: Partition, tofu: Tofu) -> str:
+def _rows_fault(found: Partition, data: Benchmark) -> str:
     """Rows that are not there, and authors that are not whole, in a partition made by hand; empty where there is no fault."""
-    num_rows, size = len(tofu.rows("full")), tofu.rows_per_author
+    num_rows, size = data.num_rows, data.rows_per_author
     if found.rows_per_author != size:
-        return f"the partition says rows_per_author={found.rows_per_author}, tofu_path={tofu.path!r} has {size}: correct the partition"
+        return f"the partition says rows_per_author={found.rows_per_author}, {data.key}={data.path!r} has {size}: correct the partition"
     owner = {row: client for client, rows in enumerate(found.clients) for row in rows}
     outside = [row for row in owner if not 0 <= row < num_rows]
     if outside:
@@ -149,12 +140,6 @@ def write_partition(path: Path, partition: Partition) -> None:
     write_json(path, {**asdict(partition), "hash": partition.hash})
 
 
-def encode_rows(chat: ChatFormat, tofu: Tofu, numbers: Sequence[int]) -> tuple[EncodedRow, ...]:
-    """Gives rows of `full` as tokens, in order. Raises UserError naming the first row that does not fit."""
-    full = tofu.rows("full")
-    return tuple(chat.encode(full[number].question, full[number].answer, f"full row {number}") for number in numbers)
-
-
 def owned_rows(kind: str, partition: Partition, request: Request, *, replays: bool = False) -> tuple[OwnedRows, ...]:
     """Gives each client's rows for a run of that kind (data.rows), in the partition's order: to train on, or to forget and to retain.
 
@@ -174,12 +159,12 @@ def _owned(client: int, rows: tuple[int, ...], kind: str, request: Request, repl
     return OwnedRows(client_id=client, forget=forget, retain=retain, num_owned=num_owned)
 
 
-def check_ownership(run: TrainRun, tofu: Tofu, partition: Partition, request: Request) -> None:
+def check_ownership(run: TrainRun, data: Benchmark, partition: Partition, request: Request) -> None:
     """Raises UserError for rows without a client and clients without rows, NotApplicableError for owners that are gone where they must work, and for
     those without retain rows under a retain term; all of a kind at once.
     """
     clients = owned_rows(run.data.rows, partition, request, replays=run.replays)
-    faults = [_gap_fault(run, tofu, partition), *(_empty_fault(run, rows, tofu, partition) for rows in clients)]
+    faults = [_gap_fault(run, data, partition), *(_empty_fault(run, rows, data, partition) for rows in clients)]
     faults = [fault for fault in faults if fault]
     if faults:
         raise UserError(*faults)
@@ -204,10 +189,10 @@ def _absence_faults(run: TrainRun) -> list[str]:
     return []
 
 
-def _gap_fault(run: TrainRun, tofu: Tofu, partition: Partition) -> str:
+def _gap_fault(run: TrainRun, data: Benchmark, partition: Partition) -> str:
     """Rows that training would leave out because nobody owns them; empty where there is none, or where that is meant."""
     owned = {row for rows in partition.clients for row in rows}
-    unowned = [row for row in range(len(tofu.rows("full"))) if row not in owned]
+    unowned = [row for row in range(data.num_rows) if row not in owned]
     if run.mode != "train" or not unowned:
         return ""
     if run.partition.allow_gaps:
@@ -219,12 +204,12 @@ def _gap_fault(run: TrainRun, tofu: Tofu, partition: Partition) -> str:
     )
 
 
-def _empty_fault(run: TrainRun, rows: OwnedRows, tofu: Tofu, partition: Partition) -> str:
+def _empty_fault(run: TrainRun, rows: OwnedRows, data: Benchmark, partition: Partition) -> str:
     where = f"client {rows.client_id} of {run.trainer.federated.num_clients}"
     forgotten = bool(partition.clients[rows.client_id])  # it owned forgotten rows only: idle from then on
     if not rows.forget and not rows.retain and not forgotten and not run.data.allow_empty_clients:
         return (
-            f"{where} has no row to train on ({tofu.path}, {run.data.rows}): lower trainer.federated.num_clients, "
+            f"{where} has no row to train on ({data.path}, {run.data.rows}): lower trainer.federated.num_clients, "
             "choose another partition, or set data.allow_empty_clients=true (it then stands idle)"
         )
     return ""

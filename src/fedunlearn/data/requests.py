@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedunlearn.config.requests import RequestConfig
 from fedunlearn.config.run import EvalRun, TrainRun
+from fedunlearn.data.benchmark import Benchmark
 from fedunlearn.data.ownership import FILE as PARTITION
 from fedunlearn.data.ownership import read_partition
 from fedunlearn.data.tofu import Tofu
@@ -25,7 +26,7 @@ def earlier_request(source: Path | None) -> Request:
     return (None if source is None else read_request(source)) or Request()
 
 
-def find_request(run: TrainRun, earlier: Request, tofu: Tofu, partition: Partition, first: int = 0) -> Request:
+def find_request(run: TrainRun, earlier: Request, data: Benchmark, partition: Partition, first: int = 0) -> Request:
     """Gives the request that a run serves, or whose oracle it is. earlier: what was asked of the run that its adapter comes from. first: place of the
     run's first request in the user's list, for messages.
 
@@ -35,24 +36,24 @@ def find_request(run: TrainRun, earlier: Request, tofu: Tofu, partition: Partiti
     would be left with a row.
     """
     before = earlier.all
-    wanted = () if run.data.rows == "full" else _wanted(run, tofu, partition, before, first)
+    wanted = () if run.data.rows == "full" else _wanted(run, data, partition, before, first)
     rows = wanted if run.mode == "unlearn" else tuple(row for row in wanted if row not in before)
-    gone = _gone(run, tofu, partition, before)
+    gone = _gone(run, data, partition, before)
     request = Request(
         rows=tuple(sorted(rows)), before=tuple(sorted(before)), gone=tuple(sorted(gone.union(earlier.gone)))
     )
-    _check(run, request, tofu, partition, before)
+    _check(run, request, data, partition, before)
     return request
 
 
-def evaluated_request(run: TrainRun | EvalRun, source: Path | None, tofu: Tofu) -> Request | None:
+def evaluated_request(run: TrainRun | EvalRun, source: Path | None, data: Benchmark) -> Request | None:
     """Gives what an evaluation's forget set is where `requests` says so, with what the run it evaluates was not to know; None: the forget split.
 
     Raises UserError as find_request, and for a client where no run of ours says who owns what.
     """
     earlier = None if source is None else read_request(source)
     if run.requests is None:
-        if earlier is not None and earlier.rows and earlier.all != set(split_rows(tofu, run.forget_split)):
+        if earlier is not None and earlier.rows and earlier.all != set(data.forget_rows(run.forget_split)):
             log.warning(
                 "%s forgot other rows than forget_split=%s, which is evaluated: give requests= as that run had it",
                 source,
@@ -62,34 +63,30 @@ def evaluated_request(run: TrainRun | EvalRun, source: Path | None, tofu: Tofu) 
     partition = None if source is None else read_partition(source / PARTITION)
     rows: dict[int, None] = {}
     for number, request in enumerate(run.requests):
-        rows |= dict.fromkeys(_named(request, f"requests[{number}]", tofu, partition, frozenset()))
+        rows |= dict.fromkeys(_named(request, f"requests[{number}]", data, partition, frozenset()))
     before = frozenset() if earlier is None else earlier.all - set(rows)
     return Request(rows=tuple(sorted(rows)), before=tuple(sorted(before)))
 
 
-def _wanted(run: TrainRun, tofu: Tofu, partition: Partition, before: frozenset[int], first: int) -> tuple[int, ...]:
+def _wanted(
+    run: TrainRun, data: Benchmark, partition: Partition, before: frozenset[int], first: int
+) -> tuple[int, ...]:
     if run.requests is None:
-        return split_rows(tofu, run.forget_split)
+        return data.forget_rows(run.forget_split)
     rows: dict[int, None] = {}
     for number, request in enumerate(run.requests, first):
-        rows |= dict.fromkeys(_named(request, f"requests[{number}]", tofu, partition, before))
+        rows |= dict.fromkeys(_named(request, f"requests[{number}]", data, partition, before))
     return tuple(rows)
 
 
-def split_rows(tofu: Tofu, forget_split: str) -> tuple[int, ...]:
-    """Gives the numbers in `full` of a forget split's rows: the last ones."""
-    num_full, num_forget = len(tofu.rows("full")), len(tofu.rows(forget_split))
-    return tuple(range(num_full - num_forget, num_full))
-
-
 def _named(
-    request: RequestConfig, key: str, tofu: Tofu, partition: Partition | None, before: frozenset[int]
+    request: RequestConfig, key: str, data: Benchmark, partition: Partition | None, before: frozenset[int]
 ) -> list[int]:
     if partition is None and request.client is not None:
         raise UserError(
             f"{key}.client={request.client}: what is evaluated is no run of ours, so nobody knows whose rows are whose; name rows or authors"
         )
-    num_rows, size = len(tofu.rows("full")), tofu.rows_per_author
+    num_rows, size = data.num_rows, data.rows_per_author
     faults = [
         *_outside(f"{key}.rows", request.rows or (), num_rows, "rows of full"),
         *_outside(f"{key}.authors", request.authors or (), num_rows // size, "authors"),
@@ -118,14 +115,14 @@ def _outside(key: str, numbers: Sequence[int], count: int, what: str) -> list[st
     return [f"{key}: {odd[0]} is none of the {count} {what}: allowed are 0 to {count - 1}"] if odd else []
 
 
-def _gone(run: TrainRun, tofu: Tofu, partition: Partition, before: frozenset[int]) -> frozenset[int]:
+def _gone(run: TrainRun, data: Benchmark, partition: Partition, before: frozenset[int]) -> frozenset[int]:
     """Owners who are away, of the requests that say so."""
     away = [(number, request) for number, request in enumerate(run.requests or ()) if request.target == "gone"]
-    rows = [row for number, one in away for row in _named(one, f"requests[{number}]", tofu, partition, before)]
+    rows = [row for number, one in away for row in _named(one, f"requests[{number}]", data, partition, before)]
     return partition.owners(rows)
 
 
-def _check(run: TrainRun, request: Request, tofu: Tofu, partition: Partition, before: frozenset[int]) -> None:
+def _check(run: TrainRun, request: Request, data: Benchmark, partition: Partition, before: frozenset[int]) -> None:
     owned = {row for rows in partition.clients for row in rows}
     said = f"forget_split={run.forget_split!r}" if run.requests is None else "requests"
     unowned = [row for row in request.rows if row not in owned]

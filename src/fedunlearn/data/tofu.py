@@ -10,7 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from typing import TypeVar
 
-from fedunlearn.data.tofu_sources import RawRow, Source, open_source
+from fedunlearn.data.benchmark import Benchmark
+from fedunlearn.data.chat import ChatFormat, EncodedRow
+from fedunlearn.data.hub import RawRow
+from fedunlearn.data.tofu_sources import Source, open_source
 from fedunlearn.errors import UserError
 
 ROWS_PER_AUTHOR = 20
@@ -38,10 +41,12 @@ class PerturbedRow(QaRow):
 
 
 class Tofu:
-    """The splits of one TOFU, read when first asked for and then kept.
+    """The splits of one TOFU, read when first asked for and then kept; a Benchmark.
 
     path: folder or hub id, for messages. rows_per_author: consecutive rows of `full` that belong to one author.
     """
+
+    key, unit = "tofu_path", "author"
 
     def __init__(self, path: str, source: Source) -> None:
         self.path = path
@@ -55,6 +60,11 @@ class Tofu:
         self._kept: dict[str, tuple[QaRow, ...]] = {}
         self._kept_perturbed: dict[str, tuple[PerturbedRow, ...]] = {}
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of `full`."""
+        return len(self.rows("full"))
+
     def rows(self, split: str) -> tuple[QaRow, ...]:
         """Gives question and answer of a split such as `full` or `forget10`; raises UserError where split or column is missing."""
         return self._keep(self._kept, split, self._qa_row)
@@ -67,6 +77,21 @@ class Tofu:
         """Gives the sha256 of the texts of a split's rows, in order, perturbed answers included for `<name>_perturbed`."""
         return hash_rows(
             self.perturbed(split.removesuffix("_perturbed")) if split.endswith("_perturbed") else self.rows(split)
+        )
+
+    def check_splits(self, forget_split: str, retain_split: str) -> None:
+        """See the function of this name."""
+        check_splits(self, forget_split, retain_split)
+
+    def forget_rows(self, forget_split: str) -> tuple[int, ...]:
+        """Gives the numbers in `full` of a forget split's rows: the last ones."""
+        return tuple(range(self.num_rows - len(self.rows(forget_split)), self.num_rows))
+
+    def encode(self, chat: ChatFormat, numbers: Sequence[int]) -> tuple[EncodedRow, ...]:
+        """Gives rows of `full` as examples, one each, in order. Raises UserError naming the first row that does not fit."""
+        full = self.rows("full")
+        return tuple(
+            chat.encode(full[number].question, full[number].answer, f"full row {number}") for number in numbers
         )
 
     def _keep(self, kept: dict[str, tuple[T, ...]], split: str, make: Callable[[RawRow, str], T]) -> tuple[T, ...]:
@@ -121,6 +146,13 @@ def load_tofu(tofu_path: str) -> Tofu:
     `datasets` is used. Raises UserError where the path is neither.
     """
     return Tofu(tofu_path, open_source(tofu_path))
+
+
+def as_tofu(data: Benchmark) -> Tofu:
+    """The benchmark as TOFU, for what reads questions and answers. Raises ValueError for any other: the config has refused that before."""
+    if not isinstance(data, Tofu):
+        raise ValueError(f"{data.path} has no questions and answers to train on")
+    return data
 
 
 def check_splits(tofu: Tofu, forget_split: str, retain_split: str) -> None:

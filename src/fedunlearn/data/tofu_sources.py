@@ -6,17 +6,15 @@ needs `datasets` imported (2.2 s); the rows are the same (measured on two shared
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from fedunlearn.data.hub import HUB_ID, HubSplit, RawRow, hub_has, load_split, read_rows
 from fedunlearn.errors import UserError
 
-RawRow = Mapping[str, object]
-HUB_TIMEOUT_SECONDS = 10.0
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+LAYOUT = "full.json, forget10.json, ..., or a hub id such as locuslab/TOFU"
 _SUFFIXES = (".json", ".jsonl")
 
 
@@ -45,7 +43,7 @@ class FolderSource:
         """Gives the split's rows; raises UserError naming the splits that exist, or the line that is no JSON."""
         for path in (self.folder / f"{split}{suffix}" for suffix in _SUFFIXES):
             if path.is_file():
-                return _parse(path)
+                return read_rows(path)
         raise UserError(
             f"tofu_path={str(self.folder)!r} has no split {split!r}{self._why_missing(split)}; "
             f"it has: {', '.join(self.splits()) or 'no split at all'}. Choose one of these, or another tofu_path"
@@ -84,18 +82,7 @@ class HubSource:
 
     def read(self, split: str) -> tuple[RawRow, ...]:
         """Downloads the split, or takes it from the cache; raises UserError without network and cache, or without such a split."""
-        import datasets
-
-        try:
-            with _offline(not self.online):
-                rows = datasets.load_dataset(self.name, name=split, split="train").to_list()
-        except ConnectionError as error:
-            raise _unreachable(self.name, split) from error
-        except (ValueError, FileNotFoundError) as error:
-            raise UserError(
-                f"tofu_path={self.name!r} has no readable split {split!r} ({error}); choose a split that it has, or another tofu_path"
-            ) from error
-        return tuple(rows)
+        return load_split(HubSplit("tofu_path", self.name, config=split, split="train"), self.online)
 
     def layout(self) -> Mapping[str, int]:
         """The hub's TOFU says nothing of itself: 20 rows an author."""
@@ -107,76 +94,10 @@ def open_source(tofu_path: str) -> Source:
     folder = Path(tofu_path).expanduser()
     if tofu_path and folder.is_dir():
         return FolderSource(folder)
-    if folder.exists() or not _HUB_ID.fullmatch(tofu_path):
-        raise UserError(
-            f"tofu_path={tofu_path!r} is no folder; give the folder that holds full.json, forget10.json, ..., or a hub id such as locuslab/TOFU"
-        )
+    if folder.exists() or not HUB_ID.fullmatch(tofu_path):
+        raise UserError(f"tofu_path={tofu_path!r} is no folder; give the folder that holds {LAYOUT}")
     return HubSource(tofu_path, _hub_has(tofu_path))
 
 
 def _hub_has(name: str) -> bool:
-    """Asks the hub once, so that a missing network costs no 23 s of retries; False where it cannot be reached."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-
-    try:
-        HfApi().dataset_info(name, timeout=HUB_TIMEOUT_SECONDS)
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"tofu_path={name!r} is neither a folder here nor a data set on the hub that you may read; "
-            "give a folder with full.json, forget10.json, ..., or a hub id such as locuslab/TOFU"
-        ) from error
-    except HfHubHTTPError as error:
-        raise UserError(
-            f"tofu_path={name!r}: the hub answers with an error ({error}); try again later, or give a local folder"
-        ) from error
-    except Exception as error:
-        if not _is_network_fault(error):
-            raise
-        return False
-    return True
-
-
-def _is_network_fault(error: BaseException) -> bool:
-    """Offline mode, no route, no name, timeout. The HTTP client's own classes differ from version to version, so names are looked at."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"OfflineModeIsEnabled", "ConnectionError", "TransportError", "TimeoutError"})
-
-
-@contextmanager
-def _offline(wanted: bool) -> Iterator[None]:
-    """Lets `datasets` look at its cache only, without retries, while the hub is known not to answer."""
-    import datasets
-
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = before or wanted
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
-
-
-def _unreachable(name: str, split: str) -> UserError:
-    return UserError(
-        f"tofu_path={name!r}: split {split!r} is not in the cache and the hub cannot be reached (no network, or HF_HUB_OFFLINE=1); "
-        "connect once, or set tofu_path to a local folder that holds <split>.json"
-    )
-
-
-def _parse(path: Path) -> tuple[RawRow, ...]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        rows = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [json.loads(line) for line in text.splitlines() if line.strip()]
-        )
-    except ValueError as error:
-        raise UserError(
-            f"{path} is neither JSON lines nor a JSON list ({error}); fetch the file again, or correct it"
-        ) from error
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise UserError(
-            f"{path}: expected one JSON object a row, and at least one row; fetch the file again, or correct it"
-        )
-    return tuple(rows)
+    return hub_has("tofu_path", name, LAYOUT)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedunlearn.data.ownership import open_tofu
+from fedunlearn.data.opened import open_tofu
 from fedunlearn.doors.compose import ComposedConfig, compose
 from fedunlearn.doors.evaluation import run_evaluation
 from fedunlearn.doors.finish import account

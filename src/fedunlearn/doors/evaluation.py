@@ -9,7 +9,7 @@ from fedunlearn.doors.compose import ComposedConfig, changed, model_from
 from fedunlearn.doors.measure import evaluate, reference_scores
 from fedunlearn.doors.prepare import check_evaluation, find_inputs, load_model
 from fedunlearn.errors import UserError
-from fedunlearn.evals.files import write_log
+from fedunlearn.evals.files import FILES_OF, write_log
 from fedunlearn.federation.site import set_threads
 from fedunlearn.files import write_json
 from fedunlearn.models.adapter_files import saved_hash
@@ -55,23 +55,23 @@ def run_evaluation(composed: ComposedConfig) -> EvalLog:
     if run.resume:
         raise UserError("resume=true: an evaluation is one piece; leave it out, or use overwrite=true")
     inputs = find_inputs(run, composed.plain)
-    request = evaluated_request(run, inputs.source.run, inputs.tofu)
-    check_evaluation(run, inputs.tofu, request, inputs.retain_log)
-    reference = reference_scores(run, inputs.tofu, request)
+    request = evaluated_request(run, inputs.source.run, inputs.data)
+    check_evaluation(run, inputs.data, request, inputs.retain_log)
+    reference = reference_scores(run, inputs.data, request)
     made = load_model(run, inputs.source)
     sha = config_hash(composed.plain)
-    found = evaluate(run, made, made.start, inputs.tofu, inputs.retain_log, sha, request, reference)
+    found = evaluate(run, made, made.start, inputs.data, inputs.retain_log, sha, request, reference)
     adapter_hash = made.start.tensor_hash if made.start else "none"
     hashes = {
         "base": made.fingerprint,
         "adapter": adapter_hash,
         "source": saved_hash(inputs.source.adapter),
-        "data": inputs.tofu.hash("full"),
+        "data": inputs.data.hash("full"),
     }
 
     def fill(place: Path) -> None:
         write_json(place / "provenance.json", {**provenance(run, hashes), "config_hash": sha})
-        write_log(found, place)
+        write_log(found, place, FILES_OF[run.eval.name])
         write_json(place / DONE, {"adapter_hash": adapter_hash})
 
     make_folder(run, composed.plain, composed.text, fill)

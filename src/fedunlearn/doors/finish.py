@@ -12,7 +12,7 @@ from fedunlearn.data.ownership import FILE as PARTITION
 from fedunlearn.data.ownership import read_partition
 from fedunlearn.doors.measure import evaluate, reference_scores
 from fedunlearn.doors.prepare import Prepared, load_model
-from fedunlearn.evals.files import write_log
+from fedunlearn.evals.files import FILES_OF, write_log
 from fedunlearn.federation.checkpoint import read_history
 from fedunlearn.federation.ledger import Ledger
 from fedunlearn.federation.past import LEDGER_HEAD, ancestry
@@ -62,16 +62,16 @@ def finish(prepared: Prepared, result: Adapter, config_sha: str) -> EvalLog | No
     """
     run, log, reference = prepared.run, None, None
     if run.eval.at_end:
-        reference = reference_scores(run, prepared.tofu, _evaluated(prepared))
+        reference = reference_scores(run, prepared.data, _evaluated(prepared))
     made = load_model(run, prepared.source)
     adapter, stacked = export(result, prepared.run.aggregation.export_rank)
     made.put(result if stacked else adapter)
     save_adapter(prepared.folder / RESULT, adapter, take_probe(made), stacked)
     if run.eval.at_end:
         log = evaluate(
-            run, made, adapter, prepared.tofu, prepared.retain_log, config_sha, _evaluated(prepared), reference
+            run, made, adapter, prepared.data, prepared.retain_log, config_sha, _evaluated(prepared), reference
         )
-        write_log(log, prepared.folder)
+        write_log(log, prepared.folder, FILES_OF[run.eval.name])
     spent = account(prepared.folder)
     done: dict[str, object] = {"adapter_hash": adapter.tensor_hash, "account": asdict(spent)}
     oracle = _oracle_account(prepared.run)

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedunlearn.config.run import EvalRun, TrainRun
-from fedunlearn.data.tofu import Tofu
+from fedunlearn.data.benchmark import Benchmark
 from fedunlearn.doors.prepare import at_reference, load_model
+from fedunlearn.evals.evaluation import ReferenceScores, evaluate_suite
 from fedunlearn.evals.evidence import Passes
-from fedunlearn.evals.sets import read_sets
 from fedunlearn.evals.store import EvalStore
-from fedunlearn.evals.tables import encode_set, parts_of
-from fedunlearn.evals.tofu import ReferenceScores, evaluate_tofu
+from fedunlearn.evals.suites import read_suite
+from fedunlearn.evals.tables import parts_of
 from fedunlearn.files import canonical_json
 from fedunlearn.metrics.base import Part, readings_of
 from fedunlearn.models.resident import Resident, numbers_name
@@ -26,7 +26,7 @@ def evaluate(
     run: TrainRun | EvalRun,
     made: Resident,
     adapter: Adapter | None,
-    tofu: Tofu,
+    data: Benchmark,
     retain_log: EvalLog | None,
     config_sha: str,
     request: Request | None,
@@ -42,15 +42,13 @@ def evaluate(
         "versions": versions(PACKAGES),
         "config_hash": config_sha,
     }
-    return evaluate_tofu(
+    return evaluate_suite(
         made.model,
         made.chat,
-        tofu,
-        run.forget_split,
+        read_suite(data, run.forget_split, run.eval, request),
         run.eval,
         retain_log,
         known,
-        request,
         store_of(made, adapter, Path(run.paths.cache_dir), run.eval.compat),
         reference,
     )
@@ -69,7 +67,7 @@ def store_of(made: Resident, adapter: Adapter | None, cache: Path, compat: Compa
     return EvalStore(cache / "evaluations" / hashlib.sha256(canonical_json(said).encode()).hexdigest())
 
 
-def reference_scores(run: TrainRun | EvalRun, tofu: Tofu, request: Request | None) -> ReferenceScores | None:
+def reference_scores(run: TrainRun | EvalRun, data: Benchmark, request: Request | None) -> ReferenceScores | None:
     """Gives plain answers under the model of eval.reference_model_path, by data set; None where it is null.
 
     It becomes the process's model: whoever needs another loads it afterwards.
@@ -81,10 +79,9 @@ def reference_scores(run: TrainRun | EvalRun, tofu: Tofu, request: Request | Non
     passes = Passes(
         made.model, made.chat, run.eval, store_of(made, made.start, Path(run.paths.cache_dir), run.eval.compat)
     )
-    sets = read_sets(tofu, run.forget_split, run.eval, request)
+    sets = read_suite(data, run.forget_split, run.eval, request).sets
     found = {}
     for name, parts in parts_of(readings_of(run.eval.metrics)).items():
         if Part.REFERENCE in parts:
-            encoded = encode_set(made.chat, sets[name].split, sets[name].rows)
-            found[name] = passes.table(encoded, frozenset({Part.PLAIN}), ()).plain
+            found[name] = passes.table(sets[name].encode(made.chat), frozenset({Part.PLAIN}), ()).plain
     return found

@@ -10,24 +10,23 @@ from fedunlearn.aggregation.factors import modules_of
 from fedunlearn.aggregation.flower import FlowerStrategy
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.data.alternates import given_alternates
+from fedunlearn.data.benchmark import Benchmark
 from fedunlearn.data.chat import EncodedRow
+from fedunlearn.data.opened import open_benchmark
 from fedunlearn.data.ownership import (
     FILE,
     check_ownership,
-    encode_rows,
     find_partition,
-    open_tofu,
     owned_rows,
     write_partition,
 )
 from fedunlearn.data.requests import earlier_request, find_request, write_released, write_request
-from fedunlearn.data.tofu import Tofu, check_splits
+from fedunlearn.data.tofu import as_tofu
 from fedunlearn.doors.compose import ComposedConfig
 from fedunlearn.doors.origin import check_ledger_size, check_ledgers, past_of
 from fedunlearn.errors import NotApplicableError, UserError
-from fedunlearn.evals.files import read_log
-from fedunlearn.evals.retain_log import check_retain_log
-from fedunlearn.evals.sets import read_sets
+from fedunlearn.evals.files import FILES_OF, read_log
+from fedunlearn.evals.suites import read_suite
 from fedunlearn.federation.flower_strategy import WrappedStrategy
 from fedunlearn.federation.launchers import check_launcher
 from fedunlearn.federation.past import write_past
@@ -58,7 +57,7 @@ class Prepared:
 
     run: TrainRun
     folder: Path
-    tofu: Tofu
+    data: Benchmark
     source: ModelSource
     start: Adapter
     retain_log: EvalLog | None
@@ -69,7 +68,7 @@ class Prepared:
 class Inputs:
     """What a run reads: data, the oracle's log where one is named, base and adapter."""
 
-    tofu: Tofu
+    data: Benchmark
     retain_log: EvalLog | None
     source: ModelSource
 
@@ -89,19 +88,19 @@ def prepare(composed: ComposedConfig) -> Prepared:
     check_launcher(run.launcher)
     folder = run_path(run)
     inputs = find_inputs(run, composed.plain)
-    tofu, source = inputs.tofu, inputs.source
+    data, source = inputs.data, inputs.source
     partition = _partition(run, folder, inputs)
-    request = find_request(run, earlier_request(source.run), tofu, partition)
+    request = find_request(run, earlier_request(source.run), data, partition)
     _check_data(run, inputs, partition, request)
     owned = owned_rows(run.data.rows, partition, request, replays=run.replays)
     if composed.plain.get("door") != CENTRAL:  # where there are no rounds there is no plan
         check_plans(run, {rows.client_id: counted(rows) for rows in owned})
-    made, start = _loaded(run, source, tofu, owned)
+    made, start = _loaded(run, source, data, owned)
     hashes = {
         "base": made.fingerprint,
         "start_adapter": start.tensor_hash,
         "source": saved_hash(source.adapter),
-        "data": tofu.hash("full"),
+        "data": data.hash("full"),
         "partition": partition.hash,
         "request": request.hash,
     }
@@ -114,9 +113,9 @@ def prepare(composed: ComposedConfig) -> Prepared:
         write_request(place, request)
         write_past(place, source.run, past)
         if run.protocol.releases:
-            write_released(place, request, tofu)
+            write_released(place, request, as_tofu(data))
         write_json(place / "provenance.json", {**provenance(run, hashes), "config_hash": config_hash(composed.plain)})
-        save_start(place, start, owned)
+        save_start(place, start, owned, lambda numbers: len(data.encode(made.chat, numbers)))
 
     make_folder(run, composed.plain, composed.text, fill)
     if run.resume and load_start(folder).adapter != start:
@@ -126,7 +125,7 @@ def prepare(composed: ComposedConfig) -> Prepared:
     return Prepared(
         run=run,
         folder=folder,
-        tofu=tofu,
+        data=data,
         source=source,
         start=start,
         retain_log=inputs.retain_log,
@@ -134,30 +133,32 @@ def prepare(composed: ComposedConfig) -> Prepared:
     )
 
 
-def _loaded(run: TrainRun, source: ModelSource, tofu: Tofu, owned: Sequence[OwnedRows]) -> tuple[Resident, Adapter]:
+def _loaded(
+    run: TrainRun, source: ModelSource, data: Benchmark, owned: Sequence[OwnedRows]
+) -> tuple[Resident, Adapter]:
     """Gives the model and its adapter. Raises UserError where the two, or the rows, do not fit what is asked of them."""
     made = load_model(run, source)
     if made.start is None:
         raise ValueError("a federated run has an adapter")
     for check in (_check_ranks, _check_sides, _check_export):
         check(run, made.start)
-    _check_method(run, made, tofu, owned)
+    _check_method(run, made, data, owned)
     for rows in owned:
-        encode_rows(made.chat, tofu, (*rows.forget, *rows.retain))
+        data.encode(made.chat, (*rows.forget, *rows.retain))
     return made, made.start
 
 
 def check_requests(run: TrainRun) -> None:
     """Raises UserError for the first of several requests that cannot be served once those in front of it are."""
-    tofu, _ = open_data(run)
+    data, _ = open_data(run)
     source = resolve_source(run.model.model_args, Path(run.paths.pocket_dir))
-    partition = find_partition(run.partition, source.run, tofu, run.trainer.federated.num_clients)
+    partition = find_partition(run.partition, source.run, data, run.trainer.federated.num_clients)
     earlier = earlier_request(source.run)
     taken: frozenset[int] = frozenset()
     for number, wanted in enumerate(run.requests or ()):
         alone = replace(run, requests=(wanted,))
-        earlier = find_request(alone, earlier, tofu, partition, number)
-        check_ownership(alone, tofu, partition, earlier)
+        earlier = find_request(alone, earlier, data, partition, number)
+        check_ownership(alone, data, partition, earlier)
         owners = partition.owners(earlier.rows)
         if run.server_method is not None and run.server_method.reads_contributions and owners & taken:
             raise NotApplicableError(
@@ -170,9 +171,9 @@ def check_requests(run: TrainRun) -> None:
 def _check_data(run: TrainRun, inputs: Inputs, partition: Partition, request: Request) -> None:
     """Raises UserError for what ownership or the evaluation forbids; warns where the adapter is not what one would expect."""
     source = inputs.source
-    check_ownership(run, inputs.tofu, partition, request)
+    check_ownership(run, inputs.data, partition, request)
     if run.eval.at_end or inputs.retain_log is not None:
-        check_evaluation(run, inputs.tofu, request if request.rows else None, inputs.retain_log)
+        check_evaluation(run, inputs.data, request if request.rows else None, inputs.retain_log)
     if run.mode == "unlearn" and source.adapter is None:
         log.warning(
             "unlearning begins with a fresh adapter: nothing was fine-tuned (name an adapter or a run as lora_model_path)"
@@ -198,16 +199,16 @@ def _check_ranks(run: TrainRun, start: Adapter) -> None:
         )
 
 
-def _check_method(run: TrainRun, made: Resident, tofu: Tofu, owned: Sequence[OwnedRows]) -> None:
+def _check_method(run: TrainRun, made: Resident, data: Benchmark, owned: Sequence[OwnedRows]) -> None:
     """Raises UserError for a layer that the model lacks, for forget rows whose alternate answers are missing or too long, and where all of them are too short."""
     if run.local_method is None:
         return
     if {Need.HIDDEN, Need.REFERENCE_HIDDEN} & (run.local_method.needs | run.local_method.retain_needs):
         run.local_method.hidden_layer(num_blocks(made.model))
     numbers = tuple(number for rows in owned for number in rows.forget)
-    _check_skip(run.local_method, encode_rows(made.chat, tofu, numbers))
+    _check_skip(run.local_method, data.encode(made.chat, numbers))
     if run.local_method.alternates in ("idk", "pairs"):
-        texts, full = given_alternates(run.data, numbers), tofu.rows("full")
+        texts, full = given_alternates(run.data, numbers), as_tofu(data).rows("full")
         for number in numbers:
             longest = max(texts[number], key=len)
             made.chat.encode(full[number].question, longest, f"alternate of full row {number}")
@@ -263,7 +264,11 @@ def find_inputs(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> Inputs:
     faults: list[str] = []
     pocket_dir = Path(run.paths.pocket_dir)
     _tried(faults, lambda: judge_folder(run, plain))
-    opened = _tried(faults, lambda: open_data(run)) if not faults or Path(run.tofu_path).is_dir() else None
+    opened = (
+        _tried(faults, lambda: open_data(run))
+        if not faults or Path(str(run.muse_path or run.tofu_path)).is_dir()
+        else None
+    )
     source = _tried(faults, lambda: resolve_source(run.model.model_args, pocket_dir, fetch=not faults))
     if run.eval.reference_model_path is not None:
         _tried(faults, lambda: resolve_source(at_reference(run).model.model_args, pocket_dir, fetch=not faults))
@@ -271,7 +276,7 @@ def find_inputs(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> Inputs:
         _tried(faults, lambda: _check_source(source, run_path(run)))
     if faults or opened is None or source is None:
         raise UserError(*faults)
-    return Inputs(tofu=opened[0], retain_log=opened[1], source=source)
+    return Inputs(data=opened[0], retain_log=opened[1], source=source)
 
 
 def at_reference(run: TrainRun | EvalRun) -> TrainRun | EvalRun:
@@ -290,39 +295,43 @@ def _tried(faults: list[str], work: Callable[[], T]) -> T | None:
     return None
 
 
-def open_data(run: TrainRun | EvalRun) -> tuple[Tofu, EvalLog | None]:
-    """Opens TOFU, checks that the splits are a pair, that what will be evaluated is there, and the retain log where one is named."""
-    tofu = open_tofu(run.tofu_path, Path(run.paths.pocket_dir))
-    check_splits(tofu, run.forget_split, run.retain_split)
-    retain_log = None if run.retain_logs_path is None else read_log(Path(run.retain_logs_path))
+def open_data(run: TrainRun | EvalRun) -> tuple[Benchmark, EvalLog | None]:
+    """Opens the benchmark, checks that the splits are a pair, that what will be evaluated is there, and the retain log where one is named."""
+    data = open_benchmark(run)
+    data.check_splits(run.forget_split, run.retain_split)
+    retain_log = None if run.retain_logs_path is None else read_log(Path(run.retain_logs_path), FILES_OF[run.eval.name])
     if run.requests is None and (isinstance(run, EvalRun) or run.eval.at_end or retain_log is not None):
-        check_evaluation(run, tofu, None, retain_log)
-    return tofu, retain_log
+        check_evaluation(run, data, None, retain_log)
+    return data, retain_log
 
 
-def check_evaluation(run: TrainRun | EvalRun, tofu: Tofu, request: Request | None, retain_log: EvalLog | None) -> None:
+def check_evaluation(
+    run: TrainRun | EvalRun, data: Benchmark, request: Request | None, retain_log: EvalLog | None
+) -> None:
     """Raises UserError where rows that will be evaluated are missing, or the retain log speaks of others."""
-    sets = read_sets(tofu, run.forget_split, run.eval, request)
-    if retain_log is not None:
-        check_retain_log(retain_log, sets["forget"], run.eval)
+    read_suite(data, run.forget_split, run.eval, request).check(retain_log, run.eval, max_length_of(run))
 
 
 def _partition(run: TrainRun, folder: Path, inputs: Inputs) -> Partition:
     """The run's own partition where it is resumed, else the one that its config and adapter name."""
     num_clients = run.trainer.federated.num_clients
     if not run.resume:
-        return find_partition(run.partition, inputs.source.run, inputs.tofu, num_clients)
+        return find_partition(run.partition, inputs.source.run, inputs.data, num_clients)
     if not (folder / START).is_dir():
         raise UserError(f"resume=true, but {str(folder)!r} lacks {START}/: overwrite=true starts anew in its place")
-    return find_partition(replace(run.partition, path=str(folder)), None, inputs.tofu, num_clients)
+    return find_partition(replace(run.partition, path=str(folder)), None, inputs.data, num_clients)
 
 
 def load_model(run: TrainRun | EvalRun, source: ModelSource) -> Resident:
     """Gives the process's model with its start adapter in place."""
-    seed, max_length = (
-        (run.trainer.args.seed, run.data.max_length) if isinstance(run, TrainRun) else (0, run.max_length)
-    )
-    return resident(run.model, source, seed=seed, max_length=max_length, pocket_dir=Path(run.paths.pocket_dir))
+    seed = run.trainer.args.seed if isinstance(run, TrainRun) else 0
+    pocket_dir = Path(run.paths.pocket_dir)
+    return resident(run.model, source, seed=seed, max_length=max_length_of(run), pocket_dir=pocket_dir)
+
+
+def max_length_of(run: TrainRun | EvalRun) -> int:
+    """Tokens of a row at most."""
+    return run.data.max_length if isinstance(run, TrainRun) else run.max_length
 
 
 def _check_source(source: ModelSource, folder: Path) -> None:

@@ -11,18 +11,19 @@ from rich.console import Console
 
 from fedunlearn.aggregation.factors import side_by_side
 from fedunlearn.config.probe import BESIDE, CASTS, MEASURED, UTILITY, Attack, ProbeRun
-from fedunlearn.data.ownership import open_tofu
-from fedunlearn.data.requests import evaluated_request, split_rows
-from fedunlearn.data.tofu import Tofu, check_splits
+from fedunlearn.data.opened import open_tofu
+from fedunlearn.data.requests import evaluated_request
+from fedunlearn.data.tofu import Tofu
 from fedunlearn.doors.compose import ComposedConfig, changed, model_from
 from fedunlearn.doors.measure import store_of
 from fedunlearn.doors.prepare import load_model
 from fedunlearn.doors.stages import run_federated
 from fedunlearn.errors import UserError
+from fedunlearn.evals.dataset import Sets
+from fedunlearn.evals.evaluation import evaluate_sets
 from fedunlearn.evals.evidence import Passes
-from fedunlearn.evals.sets import Sets, read_sets
 from fedunlearn.evals.store import EvalStore
-from fedunlearn.evals.tofu import evaluate_sets
+from fedunlearn.evals.suites import read_suite
 from fedunlearn.federation.site import set_threads
 from fedunlearn.files import write_json
 from fedunlearn.metrics.base import in_order
@@ -149,7 +150,7 @@ class Prober:
         tofu = self.tofu
         if attack == "relearn_forget":
             full, request = tofu.rows("full"), evaluated_request(self.run, None, tofu)
-            numbers = split_rows(tofu, self.run.forget_split) if request is None else request.rows
+            numbers = tofu.forget_rows(self.run.forget_split) if request is None else request.rows
             return tuple((full[row].question, full[row].answer) for row in numbers)
         others = (*tofu.perturbed("real_authors"), *tofu.perturbed("world_facts"))
         return tuple((row.question, row.answer) for row in others)
@@ -225,15 +226,15 @@ class Prober:
     @cached_property
     def tofu(self) -> Tofu:
         """The data."""
-        tofu = open_tofu(self.run.tofu_path, Path(self.run.paths.pocket_dir))
-        check_splits(tofu, self.run.forget_split, self.run.retain_split)
+        tofu = open_tofu(str(self.run.tofu_path), Path(self.run.paths.pocket_dir))
+        tofu.check_splits(self.run.forget_split, self.run.retain_split)
         return tofu
 
     @cached_property
     def sets(self) -> Sets:
         """The data sets that are measured."""
         request = evaluated_request(self.run, None, self.tofu)
-        return read_sets(self.tofu, self.run.forget_split, self.run.eval, request)
+        return read_suite(self.tofu, self.run.forget_split, self.run.eval, request).sets
 
 
 def _negated(stack: Tensors) -> Tensors:

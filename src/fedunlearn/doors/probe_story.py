@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from fedunlearn.config.run import TrainRun
-from fedunlearn.data.requests import split_rows
+from fedunlearn.data.tofu import as_tofu
 from fedunlearn.doors.compose import ComposedConfig
 from fedunlearn.doors.demo import Demo
 from fedunlearn.doors.prepare import load_model, open_data
@@ -83,9 +83,9 @@ def _opened(composed: ComposedConfig) -> tuple[TrainRun, Resident, LocalData]:
     run = composed.run
     if not isinstance(run, TrainRun):
         raise TypeError("the story trains")
-    tofu, _ = open_data(run)
+    tofu = as_tofu(open_data(run)[0])
     made = load_model(run, resolve_source(run.model.model_args, Path(run.paths.pocket_dir)))
-    forget = set(split_rows(tofu, run.forget_split))
+    forget = set(tofu.forget_rows(run.forget_split))
     encoded = [made.chat.encode(row.question, row.answer, f"full row {i}") for i, row in enumerate(tofu.rows("full"))]
     rows = LocalData(
         forget=tuple(row for i, row in enumerate(encoded) if i in forget),

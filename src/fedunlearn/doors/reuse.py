@@ -10,7 +10,7 @@ from fedunlearn.data.ownership import FILE as PARTITION
 from fedunlearn.data.ownership import read_partition
 from fedunlearn.doors.compose import ComposedConfig
 from fedunlearn.errors import UserError
-from fedunlearn.evals.files import EVAL_FILE, log_file, read_log
+from fedunlearn.evals.files import FILES_OF, log_file, read_log
 from fedunlearn.models.adapter_files import saved_hash
 from fedunlearn.models.source import resolve_source
 from fedunlearn.reporting.run_folder import changed_keys, is_done, run_path
@@ -56,11 +56,11 @@ def _judged_alike(folder: Path, run: TrainRun | EvalRun) -> bool:
     """Whether its evaluation, where there is one, was held against the same log, byte by byte."""
     if isinstance(run, TrainRun) and not run.eval.at_end:
         return True
-    wanted = None
+    wanted, files = None, FILES_OF[run.eval.name]
     if run.retain_logs_path is not None:
-        wanted = hashlib.sha256(log_file(Path(run.retain_logs_path)).read_bytes()).hexdigest()
+        wanted = hashlib.sha256(log_file(Path(run.retain_logs_path), files).read_bytes()).hexdigest()
     try:
-        return read_log(folder / EVAL_FILE).provenance.get("retain_log") == wanted
+        return read_log(folder, files).provenance.get("retain_log") == wanted
     except UserError:
         return False
 

@@ -13,12 +13,13 @@ from fedunlearn.federation.block_store import FOLDER, BlockStore
 from fedunlearn.federation.checkpoint import append_history, latest_checkpoint
 from fedunlearn.federation.launchers import launch
 from fedunlearn.federation.site import Site, reads_reference, set_threads
+from fedunlearn.federation.start import counted
 from fedunlearn.protocols.finetune import Finetune
 from fedunlearn.protocols.in_round import InRound
 from fedunlearn.records.adapter import Adapter, Tensors
 from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.records.partition import OwnedRows
-from fedunlearn.records.rounds import ClientOutcome, ClientTask, Role, RoundResult
+from fedunlearn.records.rounds import ClientOutcome, ClientRows, ClientTask, Role, RoundResult
 from fedunlearn.reporting.curves import open_curves
 from fedunlearn.reporting.peak_memory import reset_peak
 from fedunlearn.reporting.run_folder import config_hash
@@ -62,7 +63,7 @@ def run_central(composed: ComposedConfig) -> EvalLog | None:
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt("the central baseline is one piece, overwrite=true starts anew") from stop
     result = prepared.start.replace({**prepared.start.tensors, **_float32(done.tensors)})
-    line = _central_line(result, task, rows, done)
+    line = _central_line(result, task, counted(rows, lambda numbers: len(site.encode(numbers))), done)
     append_history(prepared.folder, asdict(line))
     with open_curves(prepared.folder, run.trainer.args.report_to) as curves:
         curves.add(line)
@@ -130,7 +131,7 @@ def all_rows(owned: tuple[OwnedRows, ...]) -> OwnedRows:
     )
 
 
-def _central_line(result: Adapter, task: ClientTask, rows: OwnedRows, done: LocalResult) -> RoundResult:
+def _central_line(result: Adapter, task: ClientTask, rows: ClientRows, done: LocalResult) -> RoundResult:
     outcome = ClientOutcome(
         client_id=0,
         role=task.role,

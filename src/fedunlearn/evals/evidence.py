@@ -1,5 +1,6 @@
 """The passes of an evaluation: from data sets to the tables and texts that its metrics read, and no more."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -7,11 +8,13 @@ from torch import nn
 
 from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.data.chat import ChatFormat, EncodedRow
+from fedunlearn.evals.dataset import EncodedSet
 from fedunlearn.evals.generation import generate_texts
 from fedunlearn.evals.gradnorm import gradient_norms
 from fedunlearn.evals.scoring import score_rows
 from fedunlearn.evals.store import EvalStore
-from fedunlearn.evals.tables import EncodedSet, generations_of, names_of, table_of, wanted_rows
+from fedunlearn.evals.tables import generations_of, names_of, table_of, wanted_rows
+from fedunlearn.files import canonical_json
 from fedunlearn.metrics.base import Part
 from fedunlearn.records.evaluation import AnswerScore, Detail, Generations, ScoreTable
 
@@ -55,7 +58,9 @@ class Passes:
 
     def texts(self, encoded: EncodedSet) -> Generations:
         """Lets the model answer every question of a data set."""
-        settings = self.settings
+        settings, own = self.settings, encoded.continuation
+        limit = settings.max_new_tokens if own is None else min(settings.max_new_tokens, own.max_new_tokens)
+        stops = () if own is None else own.stops
 
         def generate(prompts: Sequence[Ids]) -> Sequence[str]:
             return generate_texts(
@@ -63,9 +68,10 @@ class Passes:
                 self.chat,
                 prompts,
                 batch_size=settings.generation_batch_size,
-                max_new_tokens=settings.max_new_tokens,
+                max_new_tokens=limit,
                 compat=settings.compat,
+                stops=stops,
             )
 
-        name = f"{settings.max_new_tokens}"
+        name = f"{limit}{f'-{hashlib.sha256(canonical_json(stops).encode()).hexdigest()[:16]}' if stops else ''}"
         return generations_of(self.chat, encoded, self.store.texts(name, encoded.prompts, generate))

@@ -1,4 +1,4 @@
-"""TOFU_EVAL.json and TOFU_SUMMARY.json: open-unlearning's keys and shapes, so that a log of theirs serves as ours and back.
+"""TOFU_EVAL.json and TOFU_SUMMARY.json, MUSE_EVAL.json and MUSE_SUMMARY.json: open-unlearning's keys and shapes, so that a log of theirs serves as ours and back.
 
 Ours hold one block more, `provenance`; a log without it is theirs and follows their definitions.
 """
@@ -6,8 +6,9 @@ Ours hold one block more, `provenance`; a log without it is theirs and follows t
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from fedunlearn.errors import UserError
 from fedunlearn.files import write_bytes
@@ -21,37 +22,59 @@ SUMMARY_METRICS = (
 DEFINITIONS = (OURS, THEIRS)
 
 
-def write_log(log: EvalLog, folder: Path) -> None:
+@dataclass(frozen=True)
+class LogFiles:
+    """How a benchmark's files are called, and the metrics that its summary holds."""
+
+    evaluation: str
+    summary: str
+    metrics: tuple[str, ...]
+
+
+TOFU_FILES = LogFiles(EVAL_FILE, SUMMARY_FILE, SUMMARY_METRICS)
+MUSE_FILES = LogFiles(
+    "MUSE_EVAL.json",
+    "MUSE_SUMMARY.json",
+    (
+        "exact_memorization", "extraction_strength", "forget_knowmem_ROUGE", "forget_verbmem_ROUGE", "mia_gradnorm", "mia_loss", "mia_min_k",
+        "mia_min_k_plus_plus", "mia_reference", "mia_zlib", "privleak", "retain_knowmem_ROUGE",
+    ),
+)  # fmt: skip
+FILES_OF: Mapping[Literal["tofu", "muse"], LogFiles] = {"tofu": TOFU_FILES, "muse": MUSE_FILES}
+"""By eval.name."""
+
+
+def write_log(log: EvalLog, folder: Path, files: LogFiles = TOFU_FILES) -> None:
     """Writes both files into the folder (made where missing), each under a temporary name first and then renamed.
 
-    The summary holds agg_value of SUMMARY_METRICS that are there and not None; that of a trial says its max_rows too.
+    The summary holds agg_value of the benchmark's metrics that are there and not None; that of a trial says its max_rows too.
     """
     body: dict[str, object] = {name: _metric_json(result) for name, result in log.metrics.items()}
-    _replace(folder / EVAL_FILE, {**body, "provenance": dict(log.provenance)})
+    _replace(folder / files.evaluation, {**body, "provenance": dict(log.provenance)})
     trial = {"max_rows": log.provenance["max_rows"]} if log.provenance.get("trial") else {}
-    _replace(folder / SUMMARY_FILE, {**summary(log), **trial})
+    _replace(folder / files.summary, {**summary(log, files), **trial})
 
 
-def summary(log: EvalLog) -> dict[str, float]:
-    """Gives metric -> agg_value for SUMMARY_METRICS that have one, in name order."""
-    found = {name: log.metrics[name].agg_value for name in SUMMARY_METRICS if name in log.metrics}
+def summary(log: EvalLog, files: LogFiles = TOFU_FILES) -> dict[str, float]:
+    """Gives metric -> agg_value for the benchmark's metrics that have one, in name order."""
+    found = {name: log.metrics[name].agg_value for name in files.metrics if name in log.metrics}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def log_file(path: Path) -> Path:
-    """Gives the file that retain_logs_path stands for: a folder's TOFU_EVAL.json, or the path itself."""
-    return path / EVAL_FILE if path.is_dir() else path
+def log_file(path: Path, files: LogFiles = TOFU_FILES) -> Path:
+    """Gives the file that retain_logs_path stands for: a folder's evaluation, or the path itself."""
+    return path / files.evaluation if path.is_dir() else path
 
 
-def read_log(path: Path) -> EvalLog:
-    """Reads a TOFU_EVAL.json of ours or of open-unlearning; a folder stands for the file in it.
+def read_log(path: Path, files: LogFiles = TOFU_FILES) -> EvalLog:
+    """Reads an evaluation of ours or of open-unlearning; a folder stands for the file in it.
 
     Raises UserError where there is no such file, where it is no JSON (NaN is none), or no log of an evaluation.
     """
-    file = log_file(path)
+    file = log_file(path, files)
     if not file.is_file():
         raise UserError(
-            f"retain_logs_path={str(path)!r}: there is no such file; give the {EVAL_FILE} of an evaluation of the oracle, or null"
+            f"retain_logs_path={str(path)!r}: there is no such file; give the {files.evaluation} of an evaluation of the oracle, or null"
         )
     try:
         content = file.read_bytes()
@@ -59,7 +82,7 @@ def read_log(path: Path) -> EvalLog:
         return replace(log, file_hash=hashlib.sha256(content).hexdigest())
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"retain_logs_path={str(path)!r} is no {EVAL_FILE} ({error}); expected JSON with agg_value and value_by_index under each metric's "
+            f"retain_logs_path={str(path)!r} is no {files.evaluation} ({error}); expected JSON with agg_value and value_by_index under each metric's "
             "name: evaluate the oracle again, or set it to null"
         ) from error
 

@@ -62,14 +62,16 @@ def generate_texts(
     batch_size: int,
     max_new_tokens: int,
     compat: Compat = None,
+    stops: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """Gives the greedy continuation of each prompt, decoded without special tokens, cleaned and stripped; equal prompts once.
 
     A row stops, and leaves its batch, at any eos id of the model's generation_config (the tokenizer's, where it names none). Sampling settings of that config do not act; its repetition_penalty does, as in the published numbers.
     compat: a prompt's ids that equal the pad id are masked too, and positions counted over the others.
+    stops: texts before which the decoded continuation is cut, one after the other, before it is stripped.
     """
     found = generate_ids(model, chat, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, compat=compat)
-    texts = {prompt: decode(chat, ids).strip() for prompt, ids in found.items()}
+    texts = {prompt: cut_before(decode(chat, ids), stops).strip() for prompt, ids in found.items()}
     return tuple(texts[prompt] for prompt in prompts)
 
 
@@ -122,6 +124,13 @@ def sample_texts(
         drawn = _by_generate(_inner(model), padded, [prompt] * count, count)
         answers = [_up_to_eos(ids, eos_ids) for _, ids in drawn]
     return tuple(Draw(decode(chat, ids).strip(), len(ids)) for ids in answers)
+
+
+def cut_before(text: str, stops: Sequence[str]) -> str:
+    """What stands before the first place of each of the stops."""
+    for stop in stops:
+        text = text.partition(stop)[0]
+    return text
 
 
 def decode(chat: ChatFormat, ids: Sequence[int]) -> str:

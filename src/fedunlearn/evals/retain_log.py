@@ -1,19 +1,21 @@
 """The log of the oracle that metrics compare with: taken only where it speaks of the same rows in the same way."""
 
+from collections.abc import Sequence
+
 from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.errors import UserError
-from fedunlearn.evals.sets import DataSet
+from fedunlearn.evals.dataset import DataSet
 from fedunlearn.metrics.base import LogReading
 from fedunlearn.records.evaluation import EvalLog, MetricResult
 
 AT = "retain_logs_path:"
 
 
-def check_retain_log(log: EvalLog, forget: DataSet, settings: EvalConfig) -> None:
+def check_retain_log(log: EvalLog, forget: DataSet, settings: EvalConfig, beside: Sequence[DataSet] = ()) -> None:
     """Raises UserError, all faults at once, unless the log holds what settings.metrics read of it, of these rows and by these definitions.
 
     Compared: definitions, forget split, question_key, hash of the forget rows and max_rows as far as the log names them (one of
-    open-unlearning names none), and the number of rows. Cheap: wants no model.
+    open-unlearning names none), and the number of rows; of data sets beside the forget rows the hash. Cheap: wants no model.
     """
     read = [(name, one.reads_log) for name, one in settings.metrics.items() if one.reads_log is not None]
     lacking = [_lacking(log, name, reading) for name, reading in read]
@@ -24,7 +26,7 @@ def check_retain_log(log: EvalLog, forget: DataSet, settings: EvalConfig) -> Non
             for _, reading in read
             if (fault := _definition_fault(log.metrics[reading.metric], reading.metric, settings))
         ]
-        faults += _row_faults(log, forget, settings, [reading.metric for _, reading in read if reading.rows])
+        faults += _row_faults(log, (forget, *beside), settings, [reading.metric for _, reading in read if reading.rows])
     if faults:
         raise UserError(*dict.fromkeys(faults))
 
@@ -47,8 +49,8 @@ def _definition_fault(logged: MetricResult, name: str, settings: EvalConfig) -> 
     return f"{AT} the log follows the definitions {theirs!r} of {name}, this evaluation {ours!r}; set {fit} (and the metric's form as it was), or evaluate the oracle anew"
 
 
-def _row_faults(log: EvalLog, forget: DataSet, settings: EvalConfig, compared: list[str]) -> list[str]:
-    said = log.provenance
+def _row_faults(log: EvalLog, sets: Sequence[DataSet], settings: EvalConfig, compared: list[str]) -> list[str]:
+    said, forget = log.provenance, sets[0]
     other_split = said.get("forget_split", forget.name)
     if other_split != forget.name:
         return [
@@ -60,9 +62,10 @@ def _row_faults(log: EvalLog, forget: DataSet, settings: EvalConfig, compared: l
                 f"{AT} the log was made with eval.{key}={said.get(key)}, this evaluation has {value}; make the two equal"
             ]
     hashes = said.get("data")
-    if isinstance(hashes, dict) and hashes.get(forget.split) != forget.hash:
-        return [f"{AT} the log was made on other rows of {forget.split} than these; evaluate the oracle on this data"]
-    num_rows = 0 if forget.lacking else len(forget.rows)
+    other = [data for data in sets if isinstance(hashes, dict) and hashes.get(data.split) != data.hash]
+    if other:
+        return [f"{AT} the log was made on other rows of {other[0].split} than these; evaluate the oracle on this data"]
+    num_rows = 0 if forget.lacking else forget.num_rows
     for name in compared:
         logged = len(log.metrics[name].value_by_index)
         if logged != num_rows:

@@ -1,26 +1,24 @@
 """The data sets of a TOFU evaluation, as the request leaves them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-
-import torch
+from typing import Self
 
 from fedunlearn.config.evaluation import EvalConfig
-from fedunlearn.data.requests import split_rows
+from fedunlearn.data.chat import ChatFormat, EncodedRow
 from fedunlearn.data.tofu import PerturbedRow, Tofu, hash_rows
 from fedunlearn.errors import UserError
+from fedunlearn.evals.dataset import EncodedSet
+from fedunlearn.evals.generation import clean
 from fedunlearn.metrics.base import readings_of
 from fedunlearn.records.requests import Request
-from fedunlearn.seeds import seed_of
 
 REQUEST = "request"
 
 
 @dataclass(frozen=True)
-class DataSet:
-    """Rows that are evaluated. name: what was asked for (a forget split, or `request`); split: where they lie in TOFU, for messages; hash: of all of
-    its rows, before any cut. lacking: why there are no wrong answers to compare with; empty where there are.
-    """
+class QuestionSet:
+    """Questions with their answers, right and wrong; a DataSet. lacking: why there are no wrong answers to compare with; empty where there are."""
 
     name: str
     split: str
@@ -28,15 +26,27 @@ class DataSet:
     hash: str
     lacking: str = ""
 
+    @property
+    def num_rows(self) -> int:
+        """Questions."""
+        return len(self.rows)
 
-Sets = Mapping[str, DataSet]
+    def only(self, places: Sequence[int]) -> Self:
+        """See DataSet.only."""
+        return replace(self, rows=tuple(self.rows[place] for place in places))
+
+    def encode(self, chat: ChatFormat) -> EncodedSet:
+        """Every question with each of its answers, and alone."""
+        return encode_set(chat, self.split, self.rows)
 
 
 SPLITS = {"retain": "retain", "ra": "real_authors", "wf": "world_facts"}
 KNOWN = ("forget", *SPLITS, "holdout")
 
 
-def read_sets(tofu: Tofu, forget_split: str, settings: EvalConfig, request: Request | None = None) -> Sets:
+def read_sets(
+    tofu: Tofu, forget_split: str, settings: EvalConfig, request: Request | None = None
+) -> Mapping[str, QuestionSet]:
     """Gives `forget`, and the other data sets that settings.metrics read, by these names; the first settings.max_rows rows of each.
 
     request: what was asked for where that is not the split: its rows are the forget set, and no row that it or an earlier one took is in the
@@ -72,7 +82,7 @@ def _asked(settings: EvalConfig) -> frozenset[str]:
     return frozenset(reading.dataset for reading in readings_of(settings.metrics))
 
 
-def _holdout(tofu: Tofu, forget_split: str, given: str | None) -> DataSet:
+def _holdout(tofu: Tofu, forget_split: str, given: str | None) -> QuestionSet:
     """All rows of holdoutXX; XX is the forget split's."""
     split = f"holdout{forget_split.removeprefix('forget')}"
     if given is not None and given != split:
@@ -80,10 +90,10 @@ def _holdout(tofu: Tofu, forget_split: str, given: str | None) -> DataSet:
             f"eval.holdout_split={given!r} beside forget_split={forget_split!r}: an attack compares sides of one size; set it to {split!r}, or null"
         )
     rows = tuple(PerturbedRow(row.question, row.answer, ()) for row in tofu.rows(split))
-    return DataSet(split, split, rows, tofu.hash(split))
+    return QuestionSet(split, split, rows, tofu.hash(split))
 
 
-def _asking(tofu: Tofu, data: DataSet, settings: EvalConfig) -> DataSet:
+def _asking(tofu: Tofu, data: QuestionSet, settings: EvalConfig) -> QuestionSet:
     """The rows with the question that eval.question_key names. Raises UserError where one has no paraphrased question."""
     if settings.question_key == "question":
         return data
@@ -96,46 +106,56 @@ def _asking(tofu: Tofu, data: DataSet, settings: EvalConfig) -> DataSet:
     return replace(data, rows=rows)
 
 
-def drawn_rows(count: int, wanted: int | None, *seed: object) -> list[int]:
-    """Gives `wanted` of `count` places, in order (None, or more than there are: all), by the seed's parts alone."""
-    if wanted is None or wanted >= count:
-        return list(range(count))
-    generator = torch.Generator().manual_seed(seed_of("evaluated rows", *seed))
-    return sorted(torch.randperm(count, generator=generator)[:wanted].tolist())
-
-
-def _plain(tofu: Tofu, split: str) -> DataSet:
+def _plain(tofu: Tofu, split: str) -> QuestionSet:
     name = f"{split}_perturbed"
-    return DataSet(split, name, tofu.perturbed(split), tofu.hash(name))
+    return QuestionSet(split, name, tofu.perturbed(split), tofu.hash(name))
 
 
 def _is_split(tofu: Tofu, forget_split: str, request: Request) -> bool:
-    return request.rows == split_rows(tofu, forget_split) and not request.before
+    return request.rows == tofu.forget_rows(forget_split) and not request.before
 
 
-def _asked_for(tofu: Tofu, forget_split: str, request: Request, known: DataSet) -> DataSet:
-    full, first = tofu.rows("full"), split_rows(tofu, forget_split)[0]
+def _asked_for(tofu: Tofu, forget_split: str, request: Request, known: QuestionSet) -> QuestionSet:
+    full, first = tofu.rows("full"), tofu.forget_rows(forget_split)[0]
     lacking = [row for row in request.rows if row < first]
     if lacking:
         rows = tuple(PerturbedRow(full[row].question, full[row].answer, ()) for row in request.rows)
         why = f"{len(lacking)} of {len(rows)} rows (first: row {lacking[0]} of full) have no wrong or paraphrased answers in {known.split}"
-        return DataSet(REQUEST, REQUEST, rows, hash_rows(rows), why)
+        return QuestionSet(REQUEST, REQUEST, rows, hash_rows(rows), why)
     rows = tuple(known.rows[row - first] for row in request.rows)
-    return DataSet(REQUEST, REQUEST, rows, hash_rows(rows))
+    return QuestionSet(REQUEST, REQUEST, rows, hash_rows(rows))
 
 
-def _kept(tofu: Tofu, request: Request, retain: DataSet) -> DataSet:
+def _kept(tofu: Tofu, request: Request, retain: QuestionSet) -> QuestionSet:
     full = tofu.rows("full")
     taken = {(full[row].question, full[row].answer) for row in request.all}
     rows = tuple(row for row in retain.rows if (row.question, row.answer) not in taken)
     lacking = "" if rows else f"every row of {retain.split} was asked to be forgotten, and none is left"
-    return DataSet(retain.name, retain.split, rows, hash_rows(rows), lacking)
+    return QuestionSet(retain.name, retain.split, rows, hash_rows(rows), lacking)
 
 
-def _check_paraphrases(tofu: Tofu, data: DataSet, wanted: bool) -> None:
+def _check_paraphrases(tofu: Tofu, data: QuestionSet, wanted: bool) -> None:
     for i, row in enumerate(data.rows):
         if (row.paraphrased_answer is not None) != wanted:
             raise UserError(
                 f"tofu_path={tofu.path!r}: {data.split} row {i} must {'' if wanted else 'not '}have a column 'paraphrased_answer' "
                 "(as in locuslab/TOFU); correct the file, or take another tofu_path"
             )
+
+
+def encode_set(chat: ChatFormat, name: str, rows: Sequence[PerturbedRow]) -> EncodedSet:
+    """Tokenises the rows of a data set. Raises UserError naming a row that does not fit."""
+
+    def encode(place: int, answer: str) -> EncodedRow:
+        return chat.encode(rows[place].question, answer, f"{name} row {place}")
+
+    return EncodedSet(
+        name=name,
+        plain=tuple(encode(i, row.answer) for i, row in enumerate(rows)),
+        perturbed=tuple(tuple(encode(i, answer) for answer in row.perturbed_answers) for i, row in enumerate(rows)),
+        paraphrased=tuple(
+            encode(i, row.paraphrased_answer) for i, row in enumerate(rows) if row.paraphrased_answer is not None
+        ),
+        prompts=tuple(chat.prompt(row.question) for row in rows),
+        truths=tuple(clean(row.answer).strip() for row in rows),
+    )

@@ -1,11 +1,10 @@
 """From data sets and the readings of all metrics to what is scored, and back into tables."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from fedunlearn.data.chat import ChatFormat, EncodedRow
-from fedunlearn.data.tofu import PerturbedRow
-from fedunlearn.evals.generation import clean, decode
+from fedunlearn.evals.dataset import EncodedSet
+from fedunlearn.evals.generation import decode
 from fedunlearn.metrics.base import Part, Reading
 from fedunlearn.records.evaluation import AnswerScore, Detail, Generations, ScoreTable
 
@@ -16,40 +15,6 @@ DETAILS: Mapping[Part, Detail] = {
     Part.TOKENS: Detail.TOKENS,
     Part.MOMENTS: Detail.MOMENTS,
 }
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class EncodedSet:
-    """A data set as token ids; entry i of each tuple belongs to row i.
-
-    name: what it is called in messages. plain: the answers themselves. perturbed: wrong answers, as many in each row. paraphrased: empty where there are none.
-    prompts, truths: what generation begins with, and the answer as cleaned and stripped text.
-    """
-
-    name: str
-    plain: tuple[EncodedRow, ...]
-    perturbed: tuple[tuple[EncodedRow, ...], ...]
-    paraphrased: tuple[EncodedRow, ...]
-    prompts: tuple[tuple[int, ...], ...]
-    truths: tuple[str, ...]
-
-
-def encode_set(chat: ChatFormat, name: str, rows: Sequence[PerturbedRow]) -> EncodedSet:
-    """Tokenises the rows of a data set. Raises UserError naming a row that does not fit."""
-
-    def encode(place: int, answer: str) -> EncodedRow:
-        return chat.encode(rows[place].question, answer, f"{name} row {place}")
-
-    return EncodedSet(
-        name=name,
-        plain=tuple(encode(i, row.answer) for i, row in enumerate(rows)),
-        perturbed=tuple(tuple(encode(i, answer) for answer in row.perturbed_answers) for i, row in enumerate(rows)),
-        paraphrased=tuple(
-            encode(i, row.paraphrased_answer) for i, row in enumerate(rows) if row.paraphrased_answer is not None
-        ),
-        prompts=tuple(chat.prompt(row.question) for row in rows),
-        truths=tuple(clean(row.answer).strip() for row in rows),
-    )
 
 
 def wanted_rows(encoded: EncodedSet, parts: frozenset[Part]) -> dict[EncodedRow, Detail]:

@@ -1,4 +1,4 @@
-"""The TOFU evaluation: every different answer scored once, every question answered once, all metrics from these passes."""
+"""The TOFU evaluation, for whoever has a TOFU in hand."""
 
 from collections.abc import Mapping
 
@@ -7,16 +7,11 @@ from torch import nn
 from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.data.chat import ChatFormat
 from fedunlearn.data.tofu import Tofu
-from fedunlearn.evals.evidence import Passes
-from fedunlearn.evals.retain_log import check_retain_log
-from fedunlearn.evals.sets import Sets, read_sets
+from fedunlearn.evals.evaluation import ReferenceScores, evaluate_suite
 from fedunlearn.evals.store import EvalStore
-from fedunlearn.evals.tables import encode_set, parts_of
-from fedunlearn.metrics.base import Evidence, Metric, Part, compute_metrics, readings_of
-from fedunlearn.records.evaluation import AnswerScore, Compat, EvalLog, MetricResult, definition_of
+from fedunlearn.evals.suites import read_suite
+from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.records.requests import Request
-
-ReferenceScores = Mapping[str, tuple[AnswerScore, ...]]
 
 
 def evaluate_tofu(
@@ -31,56 +26,6 @@ def evaluate_tofu(
     store: EvalStore | None = None,
     reference: ReferenceScores | None = None,
 ) -> EvalLog:
-    """Evaluates a model, base or PEFT, by settings.metrics on the data sets that these read.
-
-    request: what was forgotten, where that is not the split. retain_log: the evaluation of the oracle (None: what reads it is null). provenance: what the caller knows of the
-    model (base, hashes, dtype, versions); split, definitions, template, the hashes of data and of the retain log's file are added here, and `trial` with
-    `max_rows` where settings.max_rows cuts the data sets short. store: where what the model said is kept. reference: by data set, plain answers under the reference model.
-    Raises UserError for a retain log of other rows or definitions (before the model is asked), a row that does not fit
-    max_length, a split or column that is missing, and a loss that is not finite. The model's mode and the global random state stay.
-    """
-    sets = read_sets(tofu, forget_split, settings, request)
-    if retain_log is not None:
-        check_retain_log(retain_log, sets["forget"], settings)
-    passes = Passes(model, chat, settings, store or EvalStore(None))
-    found = evaluate_sets(passes, sets, retain_log, reference or {})
-    return EvalLog(found, {**provenance, **_provenance(sets, chat, settings, retain_log)})
-
-
-def evaluate_sets(
-    passes: Passes, sets: Sets, retain_log: EvalLog | None, reference: ReferenceScores
-) -> dict[str, MetricResult]:
-    """Runs the passes that the metrics need over these data sets, and gives every metric by name."""
-    tables, texts, settings = {}, {}, passes.settings
-    for name, parts in parts_of(readings_of(settings.metrics)).items():
-        encoded = encode_set(passes.chat, sets[name].split, sets[name].rows)
-        tables[name] = passes.table(encoded, parts, reference.get(name, ()))
-        if Part.TEXTS in parts:
-            texts[name] = passes.texts(encoded)
-    evidence = Evidence(tables=tables, texts=texts, retain=retain_log, compat=settings.compat)
-    return compute_metrics(settings.metrics, evidence)
-
-
-def _provenance(sets: Sets, chat: ChatFormat, settings: EvalConfig, retain_log: EvalLog | None) -> dict[str, object]:
-    said: dict[str, object] = {
-        "forget_split": sets["forget"].name,
-        "definition": definition_of(settings.compat),
-        "definitions": other_definitions(settings.metrics, settings.compat),
-        "question_key": settings.question_key,
-        "gradnorm_of": settings.gradnorm_of,
-        "template": dict(chat.provenance),
-        "data": {data.split: data.hash for data in sets.values()},
-        "retain_log": None if retain_log is None else retain_log.file_hash,
-    }
-    lacking = {name: data.lacking for name, data in sets.items() if data.lacking}
-    if lacking:
-        said["null_because"] = lacking
-    if settings.max_rows is not None:
-        said |= {"trial": True, "max_rows": settings.max_rows}
-    return said
-
-
-def other_definitions(metrics: Mapping[str, Metric], compat: Compat) -> dict[str, str]:
-    """Gives the definition of each metric that has another than the evaluation as a whole."""
-    named = {name: metric.definition(compat) for name, metric in sorted(metrics.items())}
-    return {name: definition for name, definition in named.items() if definition != definition_of(compat)}
+    """See evaluate_suite. request: what was forgotten, where that is not the split. Raises UserError for a split or column that is missing too."""
+    suite = read_suite(tofu, forget_split, settings, request)
+    return evaluate_suite(model, chat, suite, settings, retain_log, provenance, store, reference)

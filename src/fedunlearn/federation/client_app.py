@@ -80,17 +80,16 @@ def _client_id(context: Context) -> int:
 
 
 def _roll_call(site: Site, client: int) -> RollCallReply:
-    owned, shape = site.owned[client], site.shapes[client]
-    site.encode((*owned.forget, *owned.retain))
+    rows, shape = site.counted(client), site.shapes[client]
     return RollCallReply(
         client_id=client,
         version=VERSION,
         base_fingerprint=site.made.fingerprint,
         partition_hash=site.partition.hash,
         request_hash=site.request.hash,
-        num_owned=owned.num_owned,
-        num_forget=len(owned.forget),
-        num_retain=len(owned.retain),
+        num_owned=rows.num_owned,
+        num_forget=rows.num_forget,
+        num_retain=rows.num_retain,
         rank=shape.rank,
         lora_alpha=shape.lora_alpha,
         joins=site.run.partition.joins_at(client),
@@ -150,7 +149,7 @@ def _reply(site: Site, request: TrainRequest, result: LocalResult | None, missin
         round=request.round,
         client_id=request.client_id,
         base_fingerprint=site.made.fingerprint,
-        num_examples=site.owned[request.client_id].num_owned,
+        num_examples=site.counted(request.client_id).num_owned,
         num_trained=result.num_trained if result else 0,
         num_steps=result.num_steps if result else 0,
         num_tokens=result.num_tokens if result else 0,

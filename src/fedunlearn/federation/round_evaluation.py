@@ -1,17 +1,17 @@
 """The global adapter's evaluation while a run goes on: on the base that this process holds, some rows of each data set, a few metrics."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.config.run import TrainRun
 from fedunlearn.data.requests import own_request
+from fedunlearn.evals.dataset import Sets, drawn_rows
+from fedunlearn.evals.evaluation import evaluate_sets
 from fedunlearn.evals.evidence import Passes
-from fedunlearn.evals.sets import DataSet, Sets, drawn_rows, read_sets
 from fedunlearn.evals.store import EvalStore
-from fedunlearn.evals.tofu import evaluate_sets
+from fedunlearn.evals.suites import read_suite
 from fedunlearn.federation.site import Site
 from fedunlearn.records.adapter import Adapter
 
@@ -47,9 +47,6 @@ class RoundEvaluation:
     def _sets(self) -> Sets:
         request = own_request(self.folder)
         asked = request if request.rows else None
-        sets: Mapping[str, DataSet] = read_sets(self._site.tofu, self.run.forget_split, self._settings, asked)
+        sets = read_suite(self._site.data, self.run.forget_split, self._settings, asked).sets
         wanted, seed = self.run.eval.round_rows, self.run.trainer.args.seed
-        return {
-            name: replace(data, rows=tuple(data.rows[i] for i in drawn_rows(len(data.rows), wanted, seed, name)))
-            for name, data in sets.items()
-        }
+        return {name: data.only(drawn_rows(data.num_rows, wanted, seed, name)) for name, data in sets.items()}

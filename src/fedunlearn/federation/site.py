@@ -10,12 +10,15 @@ import torch
 import fedunlearn
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.data.alternates import given_alternates
+from fedunlearn.data.benchmark import Benchmark
 from fedunlearn.data.chat import EncodedRow
-from fedunlearn.data.ownership import FILE, encode_rows, open_tofu, owned_rows, read_partition
+from fedunlearn.data.opened import open_benchmark
+from fedunlearn.data.ownership import FILE, owned_rows, read_partition
 from fedunlearn.data.requests import own_request
-from fedunlearn.data.tofu import QaRow, Tofu
+from fedunlearn.data.tofu import QaRow, as_tofu
+from fedunlearn.evals.dataset import drawn_rows
 from fedunlearn.evals.scoring import score_rows
-from fedunlearn.evals.sets import drawn_rows
+from fedunlearn.federation.start import counted
 from fedunlearn.methods.alternates import Sampled
 from fedunlearn.methods.tokens import Need
 from fedunlearn.models.lora import ACTIVE, hold_reference, write_tensors
@@ -27,7 +30,7 @@ from fedunlearn.records.adapter import Tensors, Weights
 from fedunlearn.records.evaluation import AnswerScore, Detail
 from fedunlearn.records.partition import OwnedRows, Partition
 from fedunlearn.records.requests import ReleasedRow, Request
-from fedunlearn.records.rounds import ClientTask, Role
+from fedunlearn.records.rounds import ClientRows, ClientTask, Role
 from fedunlearn.records.shape import ClientShape
 from fedunlearn.reporting.run_folder import run_path
 from fedunlearn.training.charges import Charges
@@ -67,9 +70,9 @@ class Site:
         )
 
     @cached_property
-    def tofu(self) -> Tofu:
+    def data(self) -> Benchmark:
         """The data."""
-        return open_tofu(self.run.tofu_path, Path(self.run.paths.pocket_dir))
+        return open_benchmark(self.run)
 
     @cached_property
     def partition(self) -> Partition:
@@ -87,8 +90,12 @@ class Site:
         return owned_rows(self.run.data.rows, self.partition, self.request, replays=self.run.replays)
 
     def encode(self, numbers: tuple[int, ...]) -> tuple[EncodedRow, ...]:
-        """Gives rows of `full` as tokens. Raises UserError naming a row that does not fit."""
-        return encode_rows(self.made.chat, self.tofu, numbers)
+        """Gives rows of `full` as examples. Raises UserError naming a row that does not fit."""
+        return self.data.encode(self.made.chat, numbers)
+
+    def counted(self, client: int) -> ClientRows:
+        """How many examples a client has, all of them tokenised. Raises UserError as `encode` does."""
+        return counted(self.owned[client], lambda numbers: len(self.encode(numbers)))
 
     @cached_property
     def shapes(self) -> tuple[ClientShape, ...]:
@@ -140,10 +147,8 @@ class Site:
         write_tensors(model, self._inside(adapter.factors))
         put_sidecar(model, adapter.sidecar, ACTIVE)
         shape = self.shapes[client] if self.run.ranks_differ else None
-        kinds = [
-            self.encode(tuple(numbers[i] for i in drawn_rows(len(numbers), wanted, seed, client)))
-            for numbers in (owned.forget, owned.retain)
-        ]
+        every = [self.encode(numbers) for numbers in (owned.forget, owned.retain)]
+        kinds = [[rows[i] for i in drawn_rows(len(rows), wanted, seed, client)] for rows in every]
         with scaled_for(model, shape):
             found = score_rows(
                 model,
@@ -184,17 +189,15 @@ class Site:
         self, owned: OwnedRows, reference: Weights | None, charges: Charges, released: Sequence[ReleasedRow]
     ) -> LocalData:
         """The client's rows, with the reference's sums and the alternates that the method reads."""
-        full = self.tofu.rows("full")
-        rows = {number: full[number] for number in owned.forget} or {
-            row.number: QaRow(row.question, row.answer) for row in released
-        }
         run, cache, sums = self.run, Path(self.run.paths.cache_dir), None
         if reference is not None and Need.REFERENCE_SUMS in needs_of(run):
             sums = ReferenceSums(self.made, reference, cache, run.trainer.args.bf16, charges)
-        alternates, tokens = self._alternates(rows, reference, charges, cache)
+        lent = {row.number: QaRow(row.question, row.answer) for row in (() if owned.forget else released)}
+        alternates, tokens = self._alternates(lent, owned, reference, charges, cache)
         encode = self.made.chat.encode
+        borrowed = (encode(row.question, row.answer, f"full row {number}") for number, row in lent.items())
         return LocalData(
-            forget=tuple(encode(row.question, row.answer, f"full row {number}") for number, row in rows.items()),
+            forget=(*self.encode(owned.forget), *borrowed),
             retain=self.encode(owned.retain),
             alternates=alternates,
             reference=sums,
@@ -202,13 +205,15 @@ class Site:
         )
 
     def _alternates(
-        self, rows: Mapping[int, QaRow], reference: Weights | None, charges: Charges, cache: Path
+        self, lent: Mapping[int, QaRow], owned: OwnedRows, reference: Weights | None, charges: Charges, cache: Path
     ) -> tuple[OtherAnswers | None, int]:
-        """Gives the forget rows' alternates, and the tokens that making them cost."""
+        """Gives the forget rows' alternates (the client's own, or what it was lent), and the tokens that making them cost."""
         run = self.run
         wanted = "none" if run.local_method is None else run.local_method.alternates
         if wanted == "none":
             return None, 0
+        full = as_tofu(self.data).rows("full")
+        rows = {number: full[number] for number in owned.forget} or lent
         numbers, tokens = tuple(rows), 0
         if not isinstance(wanted, Sampled):
             texts = given_alternates(run.data, numbers)

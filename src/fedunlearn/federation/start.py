@@ -1,7 +1,7 @@
 """What a run began with, on disk: the adapter as <run>/start/, its side-car as the first blocks of <run>/sidecar/, who owns how many rows."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from fedunlearn.records.partition import OwnedRows
 from fedunlearn.records.rounds import ClientRows
 
 START, BEGAN = "start", "began.json"
+Count = Callable[[tuple[int, ...]], int]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,21 +29,25 @@ class Start:
     rows: tuple[ClientRows, ...]
 
 
-def save_start(folder: Path, adapter: Adapter, owned: Sequence[OwnedRows]) -> None:
-    """Writes start/, began.json and where there is one the side-car into a run's folder."""
+def save_start(folder: Path, adapter: Adapter, owned: Sequence[OwnedRows], count: Count = len) -> None:
+    """Writes start/, began.json and where there is one the side-car into a run's folder. count: examples that rows make."""
     save_adapter(folder / START, adapter.replace(adapter.tensors, {}))
     blocks = [BlockStore(folder / FOLDER).keep(adapter.sidecar)] if adapter.sidecar else []
-    rows = [asdict(counted(one)) for one in owned]
+    rows = [asdict(counted(one, count)) for one in owned]
     write_json(folder / BEGAN, {"run_id": uuid4().hex[:16], "sidecar": blocks, "rows": rows})
 
 
-def counted(owned: OwnedRows) -> ClientRows:
-    """How many rows a client owns, as it declares them at the roll call."""
+def counted(owned: OwnedRows, count: Count = len) -> ClientRows:
+    """How many examples a client's rows make, as it declares them at the roll call. count: of some rows; as many as there are where each row is one example."""
+    num_forget, num_retain = count(owned.forget), count(owned.retain)
+    exist = owned.num_owned == len(owned.forget) + len(
+        owned.retain
+    )  # where fine-tuning is replayed the forget rows do not
     return ClientRows(
         client_id=owned.client_id,
-        num_owned=owned.num_owned,
-        num_forget=len(owned.forget),
-        num_retain=len(owned.retain),
+        num_owned=num_forget + num_retain if exist else num_retain,
+        num_forget=num_forget,
+        num_retain=num_retain,
     )
 
 

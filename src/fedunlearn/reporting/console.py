@@ -13,7 +13,7 @@ from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.reporting.run_folder import DONE
 
 SHORT = (
-    "mode", "task_name", "tofu_path", "forget_split", "retain_split", "requests", "retain_logs_path", "model.model_args", "method", "strategy",
+    "mode", "task_name", "tofu_path", "muse_path", "forget_split", "retain_split", "requests", "retain_logs_path", "model.model_args", "method", "strategy",
     "aggregation", "robust", "gate", "protocol", "partition.scheme", "launcher", "trainer.federated", "trainer.args",
 )  # fmt: skip
 SHOWN = (
@@ -23,6 +23,14 @@ SHOWN = (
     "forget_quality",
     "retain_Q_A_Prob",
     "model_utility",
+)
+
+SHOWN_OF_MUSE = (
+    "forget_verbmem_ROUGE",
+    "forget_knowmem_ROUGE",
+    "extraction_strength",
+    "privleak",
+    "retain_knowmem_ROUGE",
 )
 
 QUIET = ("flwr", "transformers", "datasets", "httpx", "huggingface_hub", "alembic", "filelock", "accelerate", "absl")
@@ -119,10 +127,11 @@ def figures(log: EvalLog) -> dict[str, float | None]:
     return {name: metric.agg_value for name, metric in log.metrics.items()}
 
 
-def metric_table(columns: Mapping[str, Mapping[str, float | None]], metrics: tuple[str, ...] = SHOWN) -> Table:
-    """Gives a table, one row a metric and one column a model; null is shown as a dash."""
+def metric_table(columns: Mapping[str, Mapping[str, float | None]], metrics: tuple[str, ...] = ()) -> Table:
+    """Gives a table, one row a metric and one column a model; null is shown as a dash. metrics: none: the main ones of the benchmark that they are from."""
     table = Table("metric", *columns)
-    for metric in metrics:
+    of_muse = any(name in values for values in columns.values() for name in SHOWN_OF_MUSE if "mem_" in name)
+    for metric in metrics or (SHOWN_OF_MUSE if of_muse else SHOWN):
         table.add_row(metric, *(_number(values.get(metric)) for values in columns.values()))
     return table
 

@@ -1,0 +1,78 @@
+"""A data set as an evaluation sees it, whichever benchmark it is from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import torch
+
+from fedunlearn.data.chat import ChatFormat, EncodedRow
+from fedunlearn.seeds import seed_of
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How far generation goes, where a data set says so. max_new_tokens: at most; fewer where eval.max_new_tokens is lower. stops: texts before which an answer ends, looked
+    for one after the other.
+    """
+
+    max_new_tokens: int
+    stops: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EncodedSet:
+    """A data set as token ids; entry i of each tuple belongs to row i.
+
+    name: what it is called in messages. plain: the answers themselves. perturbed: wrong answers, as many in each row. paraphrased: empty where there are none.
+    prompts, truths: what generation begins with, and the answer as cleaned and stripped text; empty where there is nothing to ask. continuation: None: as the config says.
+    """
+
+    name: str
+    plain: tuple[EncodedRow, ...]
+    perturbed: tuple[tuple[EncodedRow, ...], ...]
+    paraphrased: tuple[EncodedRow, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    truths: tuple[str, ...]
+    continuation: Continuation | None = None
+
+
+class DataSet(Protocol):
+    """Rows that are evaluated."""
+
+    @property
+    def name(self) -> str:
+        """What was asked for: a forget split, another split, or `request`."""
+
+    @property
+    def split(self) -> str:
+        """Where its rows lie in the benchmark, for messages and in provenance."""
+
+    @property
+    def hash(self) -> str:
+        """sha256 of all of its rows, before any cut."""
+
+    @property
+    def lacking(self) -> str:
+        """Why there is nothing to compare with; empty where there is."""
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows are evaluated."""
+
+    def only(self, places: Sequence[int]) -> Self:
+        """Gives the same data set with these of its rows, in this order; the hash stays that of all."""
+
+    def encode(self, chat: ChatFormat) -> EncodedSet:
+        """Tokenises the rows. Raises UserError naming one that does not fit."""
+
+
+Sets = Mapping[str, DataSet]
+
+
+def drawn_rows(count: int, wanted: int | None, *seed: object) -> list[int]:
+    """Gives `wanted` of `count` places, in order (None, or more than there are: all), by the seed's parts alone."""
+    if wanted is None or wanted >= count:
+        return list(range(count))
+    generator = torch.Generator().manual_seed(seed_of("evaluated rows", *seed))
+    return sorted(torch.randperm(count, generator=generator)[:wanted].tolist())
