@@ -105,8 +105,8 @@ def test_a_split_below_one_author_is_missing_for_that_reason(folder):
         load_tofu(str(folder)).rows("forget01")
     with pytest.raises(UserError, match="no split 'retain99': 1 % of its 20 authors"):
         load_tofu(str(folder)).rows("retain99")
-    with pytest.raises(UserError, match="no split 'holdout10'; it has: "):
-        load_tofu(str(folder)).rows("holdout10")
+    with pytest.raises(UserError, match="no split 'holdout20'; it has: "):
+        load_tofu(str(folder)).rows("holdout20")
 
 
 @pytest.mark.parametrize("path", ["./nowhere/tofu", "/nowhere/tofu", "a/b/c", "../tofu", "pocket:0", ""])

@@ -8,7 +8,7 @@ from helpers_runs import adapter_bytes, adapter_tensors, central, finetune, hist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fedunlearn.doors import finish
+from fedunlearn.doors import measure
 from fedunlearn.federation import rounds, site
 from fedunlearn.models.resident import release
 
@@ -119,7 +119,7 @@ def test_one_base_model_a_process_from_fine_tuning_to_evaluation(pocket, saves, 
     try:
         tuned = finetune(pocket, saves, "ft", f"aggregation={aggregation}")
         monkeypatch.setattr(site, "client_update", counting(site.client_update))
-        monkeypatch.setattr(finish, "evaluate_tofu", counting(finish.evaluate_tofu))
+        monkeypatch.setattr(measure, "evaluate_suite", counting(measure.evaluate_suite))
         judged = ("method.retain=kl", "eval.at_end=true", "eval.max_rows=1", "eval.max_new_tokens=2")
         run = unlearn(pocket, saves, tuned, "un", f"aggregation={aggregation}", *judged)
     finally:
