@@ -20,7 +20,7 @@ from fedunlearn.evals.scoring import score_rows
 from fedunlearn.methods.grad_diff import GradDiff
 from fedunlearn.models.adapter_files import save_adapter
 from fedunlearn.models.lora import live_parameters, read_tensors
-from fedunlearn.models.resident import Resident, release
+from fedunlearn.models.resident import Resident, release, take_probe
 from fedunlearn.models.source import resolve_source
 from fedunlearn.records.evaluation import Detail
 from fedunlearn.records.rounds import ClientTask, Role
@@ -29,7 +29,7 @@ from fedunlearn.training.local import LocalData, LocalSettings
 
 log = logging.getLogger(__name__)
 TRAINED = ("o_proj", "down_proj")
-LEARNING_RATE, MOST_EPOCHS = 1.5e-3, 200
+LEARNING_RATE, BATCH, RETAIN, MOST_EPOCHS = 1e-4, 4, 8, 1000  # gentle enough that utility stays
 ORDINARY = "experiment=retrain/tofu/pocket"
 MODEL = "model.model_args.pretrained_model_name_or_path="
 
@@ -61,11 +61,11 @@ def _fake(composed: ComposedConfig, goal: float, folder: Path) -> Path:
     Gives the folder of the adapter. Raises UserError where MOST_EPOCHS do not get there.
     """
     run, made, rows = _opened(composed)
-    args = replace(run.trainer.args, learning_rate=LEARNING_RATE, per_device_train_batch_size=8)
-    settings = LocalSettings(args=args, collator=run.collator, method=GradDiff(), retain_per_forget=3)
+    args = replace(run.trainer.args, learning_rate=LEARNING_RATE, per_device_train_batch_size=BATCH)
+    settings = LocalSettings(args=args, collator=run.collator, method=GradDiff(), retain_per_forget=RETAIN)
     for epoch in range(MOST_EPOCHS):
         if made.start is not None and _mean_prob(made, rows) <= goal:
-            save_adapter(folder, made.start.replace(read_tensors(_peft(made))))
+            save_adapter(folder, made.start.replace(read_tensors(_peft(made))), take_probe(made))
             log.info("the fake: %d epochs", epoch)
             return folder
         task = ClientTask(client_id=0, role=Role.UNLEARN, epochs=1.0, lr_scale=1.0, seed=epoch)

@@ -161,16 +161,16 @@ def show_probe(found: Probed, console: Console, whole: bool = False) -> None:
 def _narrow(found: Probed) -> list[list[str]]:
     """Forget Prob before, R or Q by it after each attack."""
     oracle, metric = found.subjects[0], MEASURED[0]
-    rows = [["model", "utility", "Prob", *(NARROW[attack] for attack in oracle.after), "HM"]]
+    rows = [["model", "util.", "Prob", *(NARROW[attack] for attack in oracle.after), "HM"]]
     for one in found.subjects:
-        scores = [_number(score(one, oracle, attack, metric)) for attack in oracle.after]
+        scores = [_short(score(one, oracle, attack, metric)) for attack in oracle.after]
         rows.append(
             [
                 one.name + ("*" if one.below else ""),
-                _number(one.before[UTILITY]),
-                _number(one.before[metric]),
+                _short(one.before[UTILITY]),
+                _short(one.before[metric]),
                 *scores,
-                _number(overall(one, oracle, metric)),
+                _short(overall(one, oracle, metric)),
             ]
         )
     return rows
@@ -183,6 +183,10 @@ def _markdown(rows: list[list[str]]) -> str:
 
 def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _number(value: float | None) -> str:
