@@ -1,8 +1,8 @@
 """A data set as an evaluation sees it, whichever benchmark it is from."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol, Self
+from dataclasses import dataclass, replace
+from typing import Generic, Protocol, Self, TypeVar
 
 import torch
 
@@ -68,6 +68,27 @@ class DataSet(Protocol):
 
 
 Sets = Mapping[str, DataSet]
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class RowSet(Generic[R]):
+    """What data sets made of rows share; see DataSet. rows: those that are evaluated; hash: of all, before any cut."""
+
+    name: str
+    split: str
+    rows: tuple[R, ...]
+    hash: str
+    lacking: str = ""
+
+    @property
+    def num_rows(self) -> int:
+        """See DataSet.num_rows."""
+        return len(self.rows)
+
+    def only(self, places: Sequence[int]) -> Self:
+        """See DataSet.only."""
+        return replace(self, rows=tuple(self.rows[place] for place in places))
 
 
 def drawn_rows(count: int, wanted: int | None, *seed: object) -> list[int]:

@@ -3,16 +3,14 @@
 knowmem: questions behind ten answered ones. verbmem: how a passage goes on. privleak: texts, for attacks.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass
 
 from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.data.chat import ChatFormat, EncodedRow, Shots
 from fedunlearn.data.muse import Muse, Passage, hash_texts
 from fedunlearn.data.tofu import QaRow
 from fedunlearn.errors import UserError
-from fedunlearn.evals.dataset import Continuation, EncodedSet, Sets
+from fedunlearn.evals.dataset import Continuation, EncodedSet, RowSet, Sets
 from fedunlearn.evals.generation import clean, decode
 from fedunlearn.metrics.base import Part
 
@@ -24,25 +22,11 @@ COMPARED = frozenset({Part.PARAPHRASED, Part.PERTURBED})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knowledge:
+class Knowledge(RowSet[QaRow]):
     """knowmem/<side>_qa. shots: all of knowmem/<side>_qa_icl, which stand answered before each question. hash: of both."""
 
-    name: str
-    split: str
-    rows: tuple[QaRow, ...]
     shots: Shots
-    hash: str
-    lacking: str = ""
     unread = COMPARED
-
-    @property
-    def num_rows(self) -> int:
-        """Questions."""
-        return len(self.rows)
-
-    def only(self, places: Sequence[int]) -> Self:
-        """See DataSet.only."""
-        return replace(self, rows=tuple(self.rows[place] for place in places))
 
     def encode(self, chat: ChatFormat) -> EncodedSet:
         """32 new tokens at most, cut at the eos text, a blank line or the next question, in turn. Raises UserError for a row longer than max_length."""
@@ -62,24 +46,10 @@ class Knowledge:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verbatim:
+class Verbatim(RowSet[Passage]):
     """verbmem/forget: the prompt and the text that follows it, tokenised together with a blank between and cut max_length ids after the prompt."""
 
-    name: str
-    split: str
-    rows: tuple[Passage, ...]
-    hash: str
-    lacking: str = ""
     unread = COMPARED
-
-    @property
-    def num_rows(self) -> int:
-        """Passages."""
-        return len(self.rows)
-
-    def only(self, places: Sequence[int]) -> Self:
-        """See DataSet.only."""
-        return replace(self, rows=tuple(self.rows[place] for place in places))
 
     def encode(self, chat: ChatFormat) -> EncodedSet:
         """128 new tokens at most; the truth is the text of the labels, decoded. Raises UserError for a prompt longer than max_length, or without a label behind it."""
@@ -111,27 +81,13 @@ class Verbatim:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Texts:
+class Texts(RowSet[str]):
     """privleak/<side>: whole texts, their first max_length ids; a label at every place but the first, which nothing stands before. opening: whether what the tokenizer opens a text with comes on top
     of max_length, as in open-unlearning.
     """
 
-    name: str
-    split: str
-    rows: tuple[str, ...]
-    hash: str
     opening: bool = False
-    lacking: str = ""
     unread = COMPARED | {Part.TEXTS}
-
-    @property
-    def num_rows(self) -> int:
-        """Texts."""
-        return len(self.rows)
-
-    def only(self, places: Sequence[int]) -> Self:
-        """See DataSet.only."""
-        return replace(self, rows=tuple(self.rows[place] for place in places))
 
     def encode(self, chat: ChatFormat) -> EncodedSet:
         """Nothing to ask. Raises UserError for a text of one token."""

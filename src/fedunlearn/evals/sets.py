@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
 
 from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.data.chat import ChatFormat, EncodedRow
 from fedunlearn.data.tofu import PerturbedRow, Tofu, hash_rows
 from fedunlearn.errors import UserError
-from fedunlearn.evals.dataset import EncodedSet
+from fedunlearn.evals.dataset import EncodedSet, RowSet
 from fedunlearn.evals.generation import clean
 from fedunlearn.metrics.base import readings_of
 from fedunlearn.records.requests import Request
@@ -17,23 +16,8 @@ REQUEST = "request"
 
 
 @dataclass(frozen=True)
-class QuestionSet:
+class QuestionSet(RowSet[PerturbedRow]):
     """Questions with their answers, right and wrong; a DataSet. lacking: why there are no wrong answers to compare with; empty where there are."""
-
-    name: str
-    split: str
-    rows: tuple[PerturbedRow, ...]
-    hash: str
-    lacking: str = ""
-
-    @property
-    def num_rows(self) -> int:
-        """Questions."""
-        return len(self.rows)
-
-    def only(self, places: Sequence[int]) -> Self:
-        """See DataSet.only."""
-        return replace(self, rows=tuple(self.rows[place] for place in places))
 
     def encode(self, chat: ChatFormat) -> EncodedSet:
         """Every question with each of its answers, and alone."""
