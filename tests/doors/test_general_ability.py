@@ -4,6 +4,9 @@ import json
 import math
 import os
 import random
+import re
+import shlex
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,16 +16,19 @@ from helpers_runs import CONFIGS, finetune
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedunlearn.config.lm_eval import LmEvalConfig
 from fedunlearn.doors.compose import compose
 from fedunlearn.doors.evaluation import run_evaluation, run_evaluations
 from fedunlearn.doors.prepare import find_inputs, load_model
 from fedunlearn.doors.shown import run_shown
 from fedunlearn.errors import UserError
+from fedunlearn.evals import lm_eval
 from fedunlearn.evals.lm_eval import evaluate_tasks, load_tasks
 from fedunlearn.evals.lm_eval_file import read_lm_eval
 from fedunlearn.models import resident
 
 pytest.importorskip("lm_eval")
+DOCS = CONFIGS.parent / "docs" / "general-ability.md"
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +217,7 @@ def test_examples_come_before_the_question_and_are_the_same_each_time(pocket, sa
         (("lm_eval.tasks=[pocket_choises]",), r"lm_eval.tasks: 'pocket_choises' is unknown; did you mean 'pocket_choices'"),
         (("lm_eval.tasks=[hellaswagg,nothing_like_it_at_all]",), r"did you mean 'hellaswag'(.|\n)*'nothing_like_it_at_all' is unknown"),
         (("lm_eval.tasks=[pocket_sentences]", "lm_eval.num_fewshot=2"), r"lm_eval.num_fewshot=2, but 'pocket_sentences' is defined without examples"),
+        (("lm_eval.num_fewshot=5",), r"'pocket_choices' cannot be asked with 5 examples before the question \(ValueError.*set lm_eval.num_fewshot lower"),
         (("lm_eval.include_path=null",), r"'pocket_choices' is unknown"),
     ],
 )  # fmt: skip
@@ -224,6 +231,18 @@ def test_what_the_harness_would_pass_over_is_refused_before_a_model_is_loaded(
     assert not (saves / "eval").exists()
 
 
+def test_a_folder_of_tasks_that_nobody_asks_for_is_told(pocket, tmp_path, tasks, monkeypatch, caplog):
+    """Asked by hand: the task's own data would come from the network."""
+    manager = lm_eval._manager(str(tasks))
+    monkeypatch.setattr(lm_eval, "_manager", lambda _: manager)
+    asked = LmEvalConfig(tasks=("pocket_choices",), include_path=str(tasks))
+    load_tasks(asked)
+    assert "none of lm_eval.tasks" not in caplog.text
+    (tmp_path / "other.yaml").write_text("task: other")
+    load_tasks(replace(asked, include_path=str(tmp_path)))
+    assert f"lm_eval.include_path={tmp_path}: none of lm_eval.tasks comes from there" in caplog.text
+
+
 def test_rows_that_are_not_there_are_told_by_the_tasks_name(pocket, saves, evaluation, tasks):
     tuned = finetune(pocket, saves, "ft")
     rows = tasks / "questions.jsonl"
@@ -234,3 +253,17 @@ def test_rows_that_are_not_there_are_told_by_the_tasks_name(pocket, saves, evalu
             run_evaluations(evaluation("x", tuned))
     finally:
         rows.write_bytes(kept)
+
+
+def test_the_command_of_the_docs_runs_on_the_task_of_the_docs(pocket, saves, tmp_path, monkeypatch):
+    command, task = re.findall(r"^```(?:yaml)?\n(.*?)^```$", DOCS.read_text(), re.MULTILINE | re.DOTALL)
+    finetune(pocket, saves, "ft")
+    (tmp_path / "my_tasks").mkdir()
+    (tmp_path / "my_tasks" / "colours.yaml").write_text(task)
+    (tmp_path / "my_tasks" / "colours.jsonl").write_text(re.search(r"# (\{.*\}), one a line", task)[1] + "\n")
+    monkeypatch.chdir(tmp_path)
+    python, door, *words = shlex.split(command)
+    assert (python, door) == ("python", "src/eval.py")
+    places = (f"tofu_path={pocket.data}", "model.model_args.lora_config.r=4", "eval.max_new_tokens=2")
+    run_evaluation(compose(CONFIGS, "eval.yaml", [*words, *places]))
+    assert read_lm_eval(saves / "eval" / "x").tasks["colours"].num_rows == 1

@@ -26,7 +26,10 @@ class LmEvalConfig:
 
     def _rules(self) -> list[tuple[bool, str]]:
         return [
-            (bool(self.tasks), "lm_eval.tasks=[] names none: give some ('lm_eval.tasks=[hellaswag]'), or leave lm_eval out"),
+            (
+                bool(self.tasks),
+                "lm_eval.tasks=[] names none: give some ('lm_eval.tasks=[hellaswag]'), or leave lm_eval out",
+            ),
             (
                 len(set(self.tasks)) == len(self.tasks),
                 f"lm_eval.tasks={list(self.tasks)} names one twice: give each once",

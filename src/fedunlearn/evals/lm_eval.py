@@ -64,8 +64,9 @@ def load_tasks(settings: LmEvalConfig) -> LoadedTasks:
         faults = [fault for name, task in loaded["tasks"].items() for fault in _faults(name, task, settings)]
         if faults:
             raise UserError(*faults)
-        for task in loaded["tasks"].values():
-            _set_examples(task, settings.num_fewshot)
+        for name, task in loaded["tasks"].items():
+            _set_examples(name, task, settings.num_fewshot)
+        _check_used(manager, settings, loaded)
     return loaded
 
 
@@ -153,9 +154,27 @@ def _faults(name: str, task: Any, settings: LmEvalConfig) -> Iterator[str]:
         yield f"lm_eval.tasks: {name!r} asks about images, which a language model cannot see: take it out"
 
 
-def _set_examples(task: Any, num_fewshot: int | None) -> None:
-    wanted = task.get_config("num_fewshot") if num_fewshot is None else num_fewshot
-    task.set_config(key="num_fewshot", value=wanted or 0)
+def _check_used(manager: Any, settings: LmEvalConfig, loaded: LoadedTasks) -> None:
+    if settings.include_path is None:
+        return
+    found = (manager.task_index.get(name) for name in (*settings.tasks, *loaded["tasks"]))
+    files = [Path(one.yaml_path) for one in found if one is not None and one.yaml_path]
+    if not any(file.is_relative_to(settings.include_path) for file in files):
+        log.warning("lm_eval.include_path=%s: none of lm_eval.tasks comes from there", settings.include_path)
+
+
+def _set_examples(name: str, task: Any, num_fewshot: int | None) -> None:
+    """Says how many examples precede each question, and makes the first question to see that there are as many."""
+    wanted = (task.get_config("num_fewshot") if num_fewshot is None else num_fewshot) or 0
+    task.set_config(key="num_fewshot", value=wanted)
+    task.set_fewshot_seed(seed=SEED)
+    try:
+        task.build_all_requests(limit=1, rank=0, world_size=1)
+    except Exception as error:  # whatever a template or a sampler runs into
+        raise UserError(
+            f"lm_eval.tasks: {name!r} cannot be asked with {wanted} examples before the question ({type(error).__name__}: {error}): "
+            "set lm_eval.num_fewshot lower, or correct the task"
+        ) from error
     task.set_fewshot_seed(seed=SEED)
 
 
