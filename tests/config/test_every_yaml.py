@@ -135,7 +135,7 @@ def host(name):
     unlearns = group == "method" or choice.startswith(
         ("unlearn", "in_round", "target", "owners", "all_clients", "by_method", "replay", "FederatedUnlearning")
     )
-    primary = "eval.yaml" if group == "model" or choice.startswith("eval") else PRIMARY[unlearns]
+    primary = "eval.yaml" if group in ("model", "lm_eval") or choice.startswith("eval") else PRIMARY[unlearns]
     primary = "probe.yaml" if group == "probe" or choice.startswith("probe") else primary
     chosen = [f"{group}={choice}", "task_name=t", *ASKS.get(name, [])]
     return primary, chosen + ["++model.model_args.pretrained_model_name_or_path=given"] * ("stories260K" in choice)

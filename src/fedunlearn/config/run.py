@@ -17,6 +17,7 @@ from fedunlearn.config.data import CollatorConfig, DataConfig, PartitionConfig, 
 from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.config.launcher import Launcher
 from fedunlearn.config.ledger import LedgerConfig
+from fedunlearn.config.lm_eval import LmEvalConfig
 from fedunlearn.config.model import ModelConfig
 from fedunlearn.config.requests import RequestConfig
 from fedunlearn.config.server import AggregationConfig, GateConfig
@@ -336,6 +337,7 @@ class EvalRun:
     """Evaluation of a base, an adapter or a run; the result goes to saves/eval/<task_name>/.
 
     adapters: several instead of the one that the model names, one evaluation each (`<task_name>.1`, ...); null: that one.
+    lm_eval: what lm-evaluation-harness asks besides; null: nothing.
     """
 
     task_name: str
@@ -355,6 +357,7 @@ class EvalRun:
     resume: bool = False
     max_length: int = 512
     adapters: tuple[str, ...] | None = None
+    lm_eval: LmEvalConfig | None = None
 
     def __post_init__(self) -> None:
         rules = [

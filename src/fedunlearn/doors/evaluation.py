@@ -6,10 +6,12 @@ from pathlib import Path
 from fedunlearn.config.run import EvalRun
 from fedunlearn.data.requests import evaluated_request
 from fedunlearn.doors.compose import ComposedConfig, changed, model_from
-from fedunlearn.doors.measure import evaluate, reference_scores
+from fedunlearn.doors.measure import evaluate, general_ability, reference_scores
 from fedunlearn.doors.prepare import check_evaluation, find_inputs, load_model
 from fedunlearn.errors import UserError
 from fedunlearn.evals.files import FILES_OF, write_log
+from fedunlearn.evals.lm_eval import load_tasks
+from fedunlearn.evals.lm_eval_file import write_lm_eval
 from fedunlearn.federation.site import set_threads
 from fedunlearn.files import write_json
 from fedunlearn.models.adapter_files import saved_hash
@@ -47,7 +49,7 @@ def run_evaluations(composed: ComposedConfig) -> dict[Path, EvalLog]:
 
 
 def run_evaluation(composed: ComposedConfig) -> EvalLog:
-    """Evaluates a base, an adapter or a run of ours into saves/eval/<task_name>/."""
+    """Evaluates a base, an adapter or a run of ours into saves/eval/<task_name>/; where lm_eval asks for it, its general ability too."""
     run = composed.run
     if not isinstance(run, EvalRun):
         raise UserError(f"mode={run.mode!r} is no evaluation: give --config-name=eval.yaml, or use src/fed_train.py")
@@ -57,10 +59,12 @@ def run_evaluation(composed: ComposedConfig) -> EvalLog:
     inputs = find_inputs(run, composed.plain)
     request = evaluated_request(run, inputs.source.run, inputs.data)
     check_evaluation(run, inputs.data, request, inputs.retain_log)
+    loaded = None if run.lm_eval is None else load_tasks(run.lm_eval)
     reference = reference_scores(run, inputs.data, request)
     made = load_model(run, inputs.source)
     sha = config_hash(composed.plain)
     found = evaluate(run, made, made.start, inputs.data, inputs.retain_log, sha, request, reference)
+    general = None if loaded is None else general_ability(run, made, sha, loaded)
     adapter_hash = made.start.tensor_hash if made.start else "none"
     hashes = {
         "base": made.fingerprint,
@@ -72,6 +76,8 @@ def run_evaluation(composed: ComposedConfig) -> EvalLog:
     def fill(place: Path) -> None:
         write_json(place / "provenance.json", {**provenance(run, hashes), "config_hash": sha})
         write_log(found, place, FILES_OF[run.eval.name])
+        if general is not None:
+            write_lm_eval(general, place)
         write_json(place / DONE, {"adapter_hash": adapter_hash})
 
     make_folder(run, composed.plain, composed.text, fill)

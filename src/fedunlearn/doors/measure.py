@@ -9,6 +9,7 @@ from fedunlearn.data.benchmark import Benchmark
 from fedunlearn.doors.prepare import at_reference, load_model
 from fedunlearn.evals.evaluation import ReferenceScores, evaluate_suite
 from fedunlearn.evals.evidence import Passes
+from fedunlearn.evals.lm_eval import LoadedTasks, evaluate_tasks
 from fedunlearn.evals.store import EvalStore
 from fedunlearn.evals.suites import read_suite
 from fedunlearn.evals.tables import parts_of
@@ -18,6 +19,7 @@ from fedunlearn.models.resident import Resident, numbers_name
 from fedunlearn.models.source import resolve_source
 from fedunlearn.records.adapter import Adapter, Weights
 from fedunlearn.records.evaluation import Compat, EvalLog
+from fedunlearn.records.lm_eval import LmEvalLog
 from fedunlearn.records.requests import Request
 from fedunlearn.reporting.run_folder import PACKAGES, versions
 
@@ -33,25 +35,36 @@ def evaluate(
     reference: ReferenceScores | None = None,
 ) -> EvalLog:
     """Evaluates the model as it is now; the result's provenance names base, adapter, dtype, versions and config."""
-    args = run.model.model_args
-    known: Mapping[str, object] = {
-        "base": made.base_name,
-        "base_fingerprint": made.fingerprint,
-        "adapter_hash": adapter.tensor_hash if adapter is not None else None,
-        "dtype": args.torch_dtype,
-        "versions": versions(PACKAGES),
-        "config_hash": config_sha,
-    }
     return evaluate_suite(
         made.model,
         made.chat,
         read_suite(data, run.forget_split, run.eval, request),
         run.eval,
         retain_log,
-        known,
+        _known(run, made, adapter, config_sha),
         store_of(made, adapter, Path(run.paths.cache_dir), run.eval.compat),
         reference,
     )
+
+
+def general_ability(run: EvalRun, made: Resident, config_sha: str, loaded: LoadedTasks) -> LmEvalLog:
+    """Asks the model, as it is now, what lm_eval names. Its provenance is that of the evaluation beside it, and the harness's version and settings."""
+    if run.lm_eval is None:
+        raise ValueError("tasks were read that nobody asked for")
+    known = _known(run, made, made.start, config_sha)
+    known = {**known, "versions": versions((*PACKAGES, "lm_eval"))}
+    return evaluate_tasks(made.model, made.chat, loaded, run.lm_eval, known)
+
+
+def _known(run: TrainRun | EvalRun, made: Resident, adapter: Adapter | None, config_sha: str) -> Mapping[str, object]:
+    return {
+        "base": made.base_name,
+        "base_fingerprint": made.fingerprint,
+        "adapter_hash": adapter.tensor_hash if adapter is not None else None,
+        "dtype": run.model.model_args.torch_dtype,
+        "versions": versions(PACKAGES),
+        "config_hash": config_sha,
+    }
 
 
 def store_of(made: Resident, adapter: Adapter | None, cache: Path, compat: Compat) -> EvalStore:

@@ -14,7 +14,8 @@ def run_shown(stage: Stage, composed: "ComposedConfig") -> None:
     from fedunlearn.doors.probe import tell_probe
     from fedunlearn.doors.sequence import run_served
     from fedunlearn.doors.stages import run_central
-    from fedunlearn.reporting.console import set_logging, show_config, show_evaluations, show_result
+    from fedunlearn.evals.lm_eval_file import read_lm_eval
+    from fedunlearn.reporting.console import set_logging, show_config, show_evaluations, show_lm_eval, show_result
     from fedunlearn.reporting.run_folder import run_path
 
     set_logging()
@@ -26,4 +27,8 @@ def run_shown(stage: Stage, composed: "ComposedConfig") -> None:
     elif stage == "probe":
         tell_probe(composed)
     else:
-        show_evaluations(run_evaluations(composed))
+        logs = run_evaluations(composed)
+        show_evaluations(logs)
+        general = {folder.name: found for folder in logs if (found := read_lm_eval(folder)) is not None}
+        if general:
+            show_lm_eval(general)

@@ -10,11 +10,12 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from fedunlearn.records.evaluation import EvalLog
+from fedunlearn.records.lm_eval import Figure, LmEvalLog
 from fedunlearn.reporting.run_folder import DONE
 
 SHORT = (
     "mode", "task_name", "tofu_path", "muse_path", "forget_split", "retain_split", "requests", "retain_logs_path", "model.model_args", "method", "strategy",
-    "aggregation", "robust", "gate", "protocol", "partition.scheme", "launcher", "trainer.federated", "trainer.args",
+    "lm_eval", "aggregation", "robust", "gate", "protocol", "partition.scheme", "launcher", "trainer.federated", "trainer.args",
 )  # fmt: skip
 SHOWN = (
     "forget_Q_A_Prob",
@@ -33,7 +34,18 @@ SHOWN_OF_MUSE = (
     "retain_knowmem_ROUGE",
 )
 
-QUIET = ("flwr", "transformers", "datasets", "httpx", "huggingface_hub", "alembic", "filelock", "accelerate", "absl")
+QUIET = (
+    "flwr",
+    "transformers",
+    "datasets",
+    "httpx",
+    "huggingface_hub",
+    "alembic",
+    "filelock",
+    "accelerate",
+    "absl",
+    "lm_eval",
+)
 
 
 def set_logging() -> None:
@@ -103,6 +115,24 @@ def show_evaluations(logs: Mapping[Path, EvalLog]) -> None:
     for folder in logs:
         console.print(f"result: {folder}", soft_wrap=True)
     console.print(metric_table({folder.name: figures(log) for folder, log in logs.items()}))
+
+
+def show_lm_eval(logs: Mapping[str, LmEvalLog]) -> None:
+    """Prints what the harness found, one column a model: tasks and groups by themselves, with standard errors; parts of a group only stand in the file."""
+    console = Console(highlight=False)
+    table = Table("lm_eval", "metric", *logs)
+    for task, metric in dict.fromkeys((task, metric) for log in logs.values() for task, metric in log.main_figures):
+        table.add_row(task, metric, *(_with_error(log.tasks[task].metrics.get(metric)) for log in logs.values()))
+    console.print(table)
+    limits = {log.provenance["limit"] for log in logs.values() if log.provenance.get("trial")}
+    if limits:
+        console.print(f"a trial on {', '.join(map(str, limits))} rows of each task, no evaluation")
+
+
+def _with_error(figure: Figure | None) -> str:
+    if figure is None or figure.value is None:
+        return "–"
+    return _number(figure.value) + ("" if figure.stderr is None else f" ± {_number(figure.stderr)}")
 
 
 def _cost(account: Mapping[str, float], share: Mapping[str, float | None]) -> str:
