@@ -61,7 +61,7 @@ def test_both_ways_agree_and_all_figures_are_there(case):
 
 def test_missed_bounds_are_told(case):
     found = evaluation.Measured(
-        case="", base=3.0, attacks=9.0, generation=1.0, positions=(100, 50), memory_mib=(10.0, 11.0),
+        case="", base=3.0, attacks=9.0, generation=1.0, gradnorm=1.0, positions=(100, 50), memory_mib=(10.0, 11.0),
         apart=1e-3, same_texts=1.0, seconds={},
     )  # fmt: skip
     held = replace(case, bounds=Bounds(base=3.5, attacks=5.5, generation=0.5, positions=2.5))
