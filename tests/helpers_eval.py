@@ -14,6 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedunlearn.config.model import TemplateArgs
 from fedunlearn.data.chat import ChatFormat
+from fedunlearn.evals.evaluation import evaluate_suite
+from fedunlearn.evals.suites import read_suite
 from fedunlearn.metrics.base import Metric
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -21,6 +23,20 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 needs_shared = pytest.mark.skipif(
     not SHARED.is_dir(), reason="the shared copies of TOFU, logs and tokenizers are not here"
 )
+
+SMALL = {
+    "vocab_size": 266,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""A small transformer of whichever family."""
 
 SPECIAL = (
     "<|begin_of_text|>",
@@ -171,3 +187,9 @@ def _perturbed(row: dict, count: int) -> dict:
         "paraphrased_question": "Who?",
         "perturbed_answer": wrong,
     }
+
+
+def evaluate_tofu(model, chat, tofu, forget_split, settings, retain_log, provenance, request=None, reference=None):
+    """A whole evaluation of a TOFU in hand."""
+    suite = read_suite(tofu, forget_split, settings, request)
+    return evaluate_suite(model, chat, suite, settings, retain_log, provenance, reference=reference)

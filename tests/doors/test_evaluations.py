@@ -145,9 +145,15 @@ def test_three_adapters_cost_one_load_of_the_base(pocket, saves, evaluation, mon
     [
         (("adapters=[]",), r"adapters=\[\] names none"),
         (("adapters=[a,a]",), "names one twice"),
+        (
+            ("adapters=[a,b]", "model.model_args.lora_model_path=c"),
+            r"lora_model_path='c' beside adapters, which stand in its place",
+        ),
+        (("eval.every_n_rounds=1",), "an evaluation has no rounds; leave them null"),
+        (("eval.clients_every_n_rounds=1",), "an evaluation has no rounds; leave them null"),
     ],
 )
-def test_adapters_without_sense_are_refused(evaluation, overrides, said):
+def test_what_has_no_sense_in_an_evaluation_is_refused(evaluation, overrides, said):
     with pytest.raises(UserError, match=said):
         evaluation("x", None, *overrides)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers_eval import PHI_ARGS, byte_tokenizer, metrics_of, tiny_chat, tiny_llama, write_folder
+from helpers_eval import PHI_ARGS, byte_tokenizer, evaluate_tofu, metrics_of, tiny_chat, tiny_llama, write_folder
 from helpers_muse import lettered_llama, muse_rows, write_muse
 from rouge_score.tokenizers import DefaultTokenizer
 
@@ -19,7 +19,6 @@ from fedunlearn.evals.evaluation import evaluate_suite
 from fedunlearn.evals.files import MUSE_FILES, read_log, write_log
 from fedunlearn.evals.generation import clean, cut_before
 from fedunlearn.evals.suites import read_suite
-from fedunlearn.evals.tofu import evaluate_tofu
 from fedunlearn.metrics.membership import MinKAttack
 from fedunlearn.metrics.probability import Probability
 from fedunlearn.metrics.rouge import Rouge

@@ -8,6 +8,7 @@ import torch
 from helpers_eval import (
     LLAMA3_ARGS,
     SHARED,
+    evaluate_tofu,
     llama3_tokenizer,
     metrics_of,
     needs_shared,
@@ -25,7 +26,6 @@ from fedunlearn.evals.generation import clean, decode
 from fedunlearn.evals.retain_log import check_retain_log
 from fedunlearn.evals.scoring import score_rows
 from fedunlearn.evals.sets import read_sets
-from fedunlearn.evals.tofu import evaluate_tofu
 from fedunlearn.records.evaluation import Detail
 
 SETTINGS = EvalConfig(max_new_tokens=4, metrics=metrics_of())

@@ -7,14 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers_eval import ATTACKS, metrics_of, tiny_chat, tiny_llama, write_folder
+from helpers_eval import ATTACKS, evaluate_tofu, metrics_of, tiny_chat, tiny_llama, write_folder
 from scipy.stats import hmean, ks_2samp
 
 from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.data.tofu import load_tofu
+from fedunlearn.errors import UserError
 from fedunlearn.evals.generation import decode
+from fedunlearn.evals.gradnorm import gradient_norms
 from fedunlearn.evals.scoring import score_rows
-from fedunlearn.evals.tofu import evaluate_tofu
 from fedunlearn.records.evaluation import Detail
 
 SETTINGS = EvalConfig(
@@ -156,6 +157,15 @@ def test_every_metric_is_the_plain_formula(tmp_path, dtype):
         for side, scores in zip(("forget", "holdout"), both, strict=True):
             expected = pytest.approx(scores, abs=TOLERANCE[dtype], rel=TOLERANCE[dtype])
             assert found[name].parts[side].column("score") == expected, name
+
+
+def test_a_gradient_that_is_not_finite_names_its_row():
+    chat, model = tiny_chat(), tiny_llama()
+    rows = [chat.encode("Who?", answer, "row") for answer in ("Ann Lee.", "Bob Ray.")]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[rows[1].input_ids[rows[1].num_prompt]] = float("nan")
+    with pytest.raises(UserError, match=r"forget10 row 7: its gradient is not finite"):
+        gradient_norms(model, rows, "model", {rows[0]: "forget10 row 6", rows[1]: "forget10 row 7"})
 
 
 def scored(model, chat, rows):

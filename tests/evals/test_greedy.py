@@ -2,23 +2,11 @@
 
 import pytest
 import torch
-from helpers_eval import tiny_llama
+from helpers_eval import SMALL, tiny_llama
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MistralConfig, Qwen2Config
 
 from fedunlearn.evals.greedy import Decoder, is_plainly_greedy
 
-SMALL = {
-    "vocab_size": 266,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "pad_token_id": None,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 CONFIGS = [
     Qwen2Config(**SMALL),
     MistralConfig(**SMALL, sliding_window=7),

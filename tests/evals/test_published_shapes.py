@@ -8,6 +8,7 @@ from helpers_eval import (
     ATTACKS,
     LLAMA3_ARGS,
     SHARED,
+    evaluate_tofu,
     llama3_tokenizer,
     metrics_of,
     needs_shared,
@@ -23,7 +24,6 @@ from fedunlearn.evals.files import EVAL_FILE, SUMMARY_FILE, read_log, write_log
 from fedunlearn.evals.retain_log import check_retain_log
 from fedunlearn.evals.scoring import score_rows
 from fedunlearn.evals.sets import read_sets
-from fedunlearn.evals.tofu import evaluate_tofu
 from fedunlearn.records.evaluation import Detail
 
 pytestmark = needs_shared

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers_eval import PHI_ARGS, SHARED, needs_shared, tiny_llama
+from helpers_eval import PHI_ARGS, SHARED, SMALL, needs_shared, tiny_llama
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MistralConfig, Qwen2Config
 
 from fedunlearn.data.chat import ChatFormat, EncodedRow
@@ -15,18 +15,6 @@ from fedunlearn.evals.scoring import score_rows
 from fedunlearn.models.block_mask import takes_block_mask
 from fedunlearn.records.evaluation import Detail
 
-SMALL = {
-    "vocab_size": 266,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "pad_token_id": None,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 GPT2_SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,

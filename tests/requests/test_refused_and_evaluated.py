@@ -129,6 +129,7 @@ def test_the_central_oracle_leaves_out_all_that_its_requests_name(pocket, saves)
 CENTRAL_REFUSES = {
     "owners_only": (("protocol=owners_only",), r"protocol OwnersOnly: the central baseline has nobody to share roles with"),
     "all_clients": (("protocol=all_clients", "protocol.released=true"), r"protocol AllClients: the central baseline"),
+    "every round": (("eval.every_n_rounds=1",), r"eval.every_n_rounds and eval.clients_every_n_rounds: the central baseline is one round"),
     "joins": (("partition.joins={3: 2}",), r"partition.joins: the central baseline has one round and no clients"),
 }  # fmt: skip
 

@@ -62,6 +62,11 @@ class EvalConfig:
         if self.every_n_rounds is not None:
             self._check_rounds()
 
+    @property
+    def in_rounds(self) -> bool:
+        """Whether anything is evaluated while rounds go on."""
+        return self.every_n_rounds is not None or self.clients_every_n_rounds is not None
+
     def for_rounds(self) -> "EvalConfig":
         """The evaluation of a round: round_metrics and what they are made of."""
         chosen = {name: self.metrics[name] for name in in_order(self.metrics, self.round_metrics)}

@@ -108,6 +108,11 @@ class TrainRun:
         return 0.0 if self.server_method is None else self.server_method.bound(stage)
 
     @property
+    def round_deadline(self) -> float:
+        """Seconds for all clients of a round together; infinite where the launcher keeps each client's time itself, or none."""
+        return self.trainer.federated.round_timeout if self.launcher.clock == "round" else math.inf
+
+    @property
     def replays(self) -> bool:
         """Whether its rounds are those of fine-tuning over again."""
         return self.server_method is not None and self.server_method.replays
@@ -370,6 +375,14 @@ class EvalRun:
             (
                 len(set(self.adapters or ())) == len(self.adapters or ()),
                 f"adapters={list(self.adapters or ())} names one twice: give each once",
+            ),
+            (
+                self.adapters is None or self.model.model_args.lora_model_path is None,
+                f"model.model_args.lora_model_path={self.model.model_args.lora_model_path!r} beside adapters, which stand in its place: name it among them, or leave it null",
+            ),
+            (
+                not self.eval.in_rounds,
+                "eval.every_n_rounds and eval.clients_every_n_rounds: an evaluation has no rounds; leave them null",
             ),
         ]
         faults = [fault for holds, fault in rules if not holds]

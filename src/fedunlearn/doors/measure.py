@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.data.benchmark import Benchmark
-from fedunlearn.doors.prepare import at_reference, load_model
+from fedunlearn.doors.prepare import at_model, load_model
 from fedunlearn.evals.evaluation import ReferenceScores, evaluate_suite
 from fedunlearn.evals.evidence import Passes
 from fedunlearn.evals.lm_eval import LoadedTasks, evaluate_tasks
@@ -87,7 +87,7 @@ def reference_scores(run: TrainRun | EvalRun, data: Benchmark, request: Request 
     """
     if run.eval.reference_model_path is None:
         return None
-    other = at_reference(run)
+    other = at_model(run, run.eval.reference_model_path)
     made = load_model(other, resolve_source(other.model.model_args, Path(run.paths.pocket_dir)))
     passes = Passes(
         made.model, made.chat, run.eval, store_of(made, made.start, Path(run.paths.cache_dir), run.eval.compat)

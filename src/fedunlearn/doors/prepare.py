@@ -47,6 +47,7 @@ from fedunlearn.reporting.run_folder import config_hash, judge_folder, make_fold
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+R = TypeVar("R", TrainRun, EvalRun, TrainRun | EvalRun)
 CENTRAL = "central"
 """What the config of the central baseline has as its `door`."""
 
@@ -270,8 +271,10 @@ def find_inputs(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> Inputs:
         else None
     )
     source = _tried(faults, lambda: resolve_source(run.model.model_args, pocket_dir, fetch=not faults))
-    if run.eval.reference_model_path is not None:
-        _tried(faults, lambda: resolve_source(at_reference(run).model.model_args, pocket_dir, fetch=not faults))
+    reference = run.eval.reference_model_path
+    if reference is not None:
+        other = at_model(run, reference).model.model_args
+        _tried(faults, lambda: resolve_source(other, pocket_dir, fetch=not faults))
     if source is not None and isinstance(run, TrainRun):
         _tried(faults, lambda: _check_source(source, run_path(run)))
     if faults or opened is None or source is None:
@@ -279,11 +282,9 @@ def find_inputs(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> Inputs:
     return Inputs(data=opened[0], retain_log=opened[1], source=source)
 
 
-def at_reference(run: TrainRun | EvalRun) -> TrainRun | EvalRun:
-    """The run with the model of eval.reference_model_path in its model's place."""
-    args = replace(
-        run.model.model_args, pretrained_model_name_or_path=str(run.eval.reference_model_path), lora_model_path=None
-    )
+def at_model(run: R, path: str) -> R:
+    """The run with another model in its model's place: a base, an adapter or a run."""
+    args = replace(run.model.model_args, pretrained_model_name_or_path=path, lora_model_path=None)
     return replace(run, model=replace(run.model, model_args=args))
 
 

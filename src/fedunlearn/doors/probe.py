@@ -11,12 +11,14 @@ from rich.console import Console
 
 from fedunlearn.aggregation.factors import side_by_side
 from fedunlearn.config.probe import BESIDE, CASTS, MEASURED, UTILITY, Attack, ProbeRun
+from fedunlearn.config.run import TrainRun
+from fedunlearn.data.chat import ChatFormat, EncodedRow
 from fedunlearn.data.opened import open_tofu
 from fedunlearn.data.requests import evaluated_request
 from fedunlearn.data.tofu import Tofu
 from fedunlearn.doors.compose import ComposedConfig, changed, model_from
 from fedunlearn.doors.measure import store_of
-from fedunlearn.doors.prepare import load_model
+from fedunlearn.doors.prepare import at_model, load_model
 from fedunlearn.doors.stages import run_federated
 from fedunlearn.errors import UserError
 from fedunlearn.evals.dataset import Sets
@@ -127,10 +129,10 @@ class Prober:
             release()  # its base is about to be spoilt: whoever needs one loads it again
             merge_and_cast(made.model, cast_of(attack, self.run.probe.backend))
         else:
-            self._relearn(made, self._rows_of(attack))
+            self._relearn(made, self._rows_of(attack, made.chat))
         return made
 
-    def _relearn(self, made: Resident, rows: tuple[tuple[str, str], ...]) -> None:
+    def _relearn(self, made: Resident, rows: tuple[EncodedRow, ...]) -> None:
         """Trains the adapter on rows with fine-tuning's own arguments and a fresh optimiser; the same rows and seeds for every model."""
         run, start = self.run, read_tensors(made.model)
         task = ClientTask(
@@ -140,20 +142,21 @@ class Prober:
             lr_scale=1.0,
             seed=seed_of("relearn", run.trainer.args.seed),
         )
-        encoded = tuple(made.chat.encode(*row, f"row {i} of what is relearned") for i, row in enumerate(rows))
         settings = LocalSettings(args=run.trainer.args, collator=run.collator, method=None, guard=run.trainer.guard)
-        done = client_update(made, start, LocalData(forget=(), retain=encoded), task, settings)
+        done = client_update(made, start, LocalData(forget=(), retain=rows), task, settings)
         write_tensors(made.model, done.tensors)
 
-    def _rows_of(self, attack: Attack) -> tuple[tuple[str, str], ...]:
+    def _rows_of(self, attack: Attack, chat: ChatFormat) -> tuple[EncodedRow, ...]:
         """The forget rows; or for unrelated text real authors and world facts."""
         tofu = self.tofu
         if attack == "relearn_forget":
-            full, request = tofu.rows("full"), evaluated_request(self.run, None, tofu)
-            numbers = tofu.forget_rows(self.run.forget_split) if request is None else request.rows
-            return tuple((full[row].question, full[row].answer) for row in numbers)
-        others = (*tofu.perturbed("real_authors"), *tofu.perturbed("world_facts"))
-        return tuple((row.question, row.answer) for row in others)
+            request = evaluated_request(self.run, None, tofu)
+            return tofu.encode(chat, tofu.forget_rows(self.run.forget_split) if request is None else request.rows)
+        return tuple(
+            chat.encode(row.question, row.answer, f"{split} row {i}")
+            for split in ("real_authors", "world_facts")
+            for i, row in enumerate(tofu.perturbed(split))
+        )
 
     def _more_rounds(self, name: str, path: str | None) -> Path:
         """Goes on with ordinary federation on the retain rows; gives the run's folder."""
@@ -217,11 +220,8 @@ class Prober:
         """Finds a model's files. Raises UserError where there are none."""
         return resolve_source(self._run_at(path).model.model_args, Path(self.run.paths.pocket_dir))
 
-    def _run_at(self, path: str | None) -> ProbeRun:
-        if path is None:
-            return self.run
-        args = replace(self.run.model.model_args, pretrained_model_name_or_path=path, lora_model_path=None)
-        return replace(self.run, model=replace(self.run.model, model_args=args))
+    def _run_at(self, path: str | None) -> TrainRun:
+        return self.run if path is None else at_model(self.run, path)
 
     @cached_property
     def tofu(self) -> Tofu:

@@ -10,7 +10,6 @@ import torch
 from peft import PeftModel
 
 from fedunlearn.config.run import TrainRun
-from fedunlearn.data.tofu import as_tofu
 from fedunlearn.doors.compose import ComposedConfig
 from fedunlearn.doors.demo import Demo
 from fedunlearn.doors.prepare import load_model, open_data
@@ -83,15 +82,11 @@ def _opened(composed: ComposedConfig) -> tuple[TrainRun, Resident, LocalData]:
     run = composed.run
     if not isinstance(run, TrainRun):
         raise TypeError("the story trains")
-    tofu = as_tofu(open_data(run)[0])
+    data, _ = open_data(run)
     made = load_model(run, resolve_source(run.model.model_args, Path(run.paths.pocket_dir)))
-    forget = set(tofu.forget_rows(run.forget_split))
-    encoded = [made.chat.encode(row.question, row.answer, f"full row {i}") for i, row in enumerate(tofu.rows("full"))]
-    rows = LocalData(
-        forget=tuple(row for i, row in enumerate(encoded) if i in forget),
-        retain=tuple(row for i, row in enumerate(encoded) if i not in forget),
-    )
-    return run, made, rows
+    forget = data.forget_rows(run.forget_split)
+    kept = [number for number in range(data.num_rows) if number not in set(forget)]
+    return run, made, LocalData(forget=data.encode(made.chat, forget), retain=data.encode(made.chat, kept))
 
 
 def _mean_prob(made: Resident, rows: LocalData) -> float:

@@ -91,6 +91,10 @@ def _check_central(run: TrainRun | EvalRun) -> None:
         faults.append(
             f"protocol {type(run.protocol).__name__}: the central baseline has nobody to share roles with; leave protocol out"
         )
+    if run.eval.in_rounds:
+        faults.append(
+            "eval.every_n_rounds and eval.clients_every_n_rounds: the central baseline is one round, evaluated at its end; leave them null"
+        )
     num_requests = len(run.requests or ())
     if run.mode == "unlearn" and num_requests > 1:
         faults.append(

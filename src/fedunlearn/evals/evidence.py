@@ -19,7 +19,6 @@ from fedunlearn.metrics.base import Part
 from fedunlearn.records.evaluation import AnswerScore, Detail, Generations, ScoreTable
 
 Ids = tuple[int, ...]
-ReferenceScores = Mapping[str, Sequence[AnswerScore]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +47,12 @@ class Passes:
 
         wanted = wanted_rows(encoded, parts)
         scores = self.store.scores(wanted, score) if wanted else {}
-        norms = self._gradnorms(encoded) if Part.GRADNORM in parts else []
+        norms = self._gradnorms(encoded, names) if Part.GRADNORM in parts else []
         return table_of(self.chat, encoded, parts, scores, reference, norms)
 
-    def _gradnorms(self, encoded: EncodedSet) -> list[float]:
+    def _gradnorms(self, encoded: EncodedSet, names: Mapping[EncodedRow, str]) -> list[float]:
         of = self.settings.gradnorm_of
-        norms = self.store.gradnorms(of, encoded.plain, lambda rows: gradient_norms(self.model, rows, of))
+        norms = self.store.gradnorms(of, encoded.plain, lambda rows: gradient_norms(self.model, rows, of, names))
         return [norms[row] for row in encoded.plain]
 
     def texts(self, encoded: EncodedSet) -> Generations:

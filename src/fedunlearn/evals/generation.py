@@ -13,6 +13,7 @@ from torch import nn
 from fedunlearn.data.chat import ChatFormat
 from fedunlearn.evals.greedy import Decoder, Ids, is_plainly_greedy
 from fedunlearn.evals.inference import inference
+from fedunlearn.models.inner import inner_model
 from fedunlearn.records.evaluation import Compat
 from fedunlearn.reporting.progress import track
 
@@ -88,7 +89,7 @@ def generate_ids(
     unique = sorted(dict.fromkeys(prompts), key=len, reverse=True)
     with inference(model) as device, _generating(model, chat, GREEDY, max_new_tokens) as eos_ids:
         padded = partial(_padded, pad_id=chat.pad_id, device=device, compat=compat)
-        inner = _inner(model)
+        inner = inner_model(model)
         if is_plainly_greedy(inner):
             penalty = inner.generation_config.repetition_penalty or 1.0
             answers = Decoder(inner, padded, eos_ids, max_new_tokens, penalty).run(unique, batch_size)
@@ -121,7 +122,7 @@ def sample_texts(
     ):
         torch.manual_seed(seed)
         padded = partial(_padded, pad_id=chat.pad_id, device=device, compat=None)
-        drawn = _by_generate(_inner(model), padded, [prompt] * count, count)
+        drawn = _by_generate(inner_model(model), padded, [prompt] * count, count)
         answers = [_up_to_eos(ids, eos_ids) for _, ids in drawn]
     return tuple(Draw(decode(chat, ids).strip(), len(ids)) for ids in answers)
 
@@ -164,7 +165,7 @@ def _generating(
 
     Swapped, and not handed to generate(): that fills what is None there from the model's own config, sampling settings included.
     """
-    inner = _inner(model)
+    inner = inner_model(model)
     before = inner.generation_config
     config = copy.deepcopy(before)
     for name, value in settings.items():
@@ -176,8 +177,3 @@ def _generating(
         yield frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
     finally:
         inner.generation_config = before
-
-
-def _inner(model: nn.Module) -> Any:
-    """The transformer that generates: under PEFT the wrapped one, whose layers hold the adapter."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]

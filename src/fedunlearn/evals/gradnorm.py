@@ -1,6 +1,7 @@
 """The gradient pass: how strongly a row's loss pulls at the model, row by row; a row that was trained on pulls little (arXiv:2402.17012)."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -17,20 +18,25 @@ from fedunlearn.reporting.progress import track
 Parameters = Literal["model", "adapter"]
 
 
-def gradient_norms(model: nn.Module, rows: Sequence[EncodedRow], parameters: Parameters) -> list[float]:
+def gradient_norms(
+    model: nn.Module,
+    rows: Sequence[EncodedRow],
+    parameters: Parameters,
+    names: Mapping[EncodedRow, str] | None = None,
+) -> list[float]:
     """Gives each row's mean over parameter tensors of the L2 norm of the gradient of its mean loss over its N labels, the last id left out.
 
     parameters: `model` = all weights but the adapter's, as the merged model has them (its gradient by W is that of W + s B A); `adapter` = the trainable LoRA factors. Tied tensors
     count once, tensors without a gradient not at all. Loss in float32, gradients in the weights' dtype. A row with N = 0 has norm 0.
-    Modes, gradients and what is trainable are left as they were. Raises UserError for a norm that is not finite.
+    Modes, gradients and what is trainable are left as they were. names: what a message calls a row. Raises UserError, naming the row, for a norm that is not finite.
     """
     norms = []
     with inference(model) as device, _gradients(model, parameters) as chosen:
-        for number, row in enumerate(track(rows, "gradients", len(rows))):
+        for row in track(rows, "gradients", len(rows)):
             norm = _norm(model, row, chosen, device) if row.num_labels > 1 else 0.0
-            if norm != norm or norm == float("inf"):
+            if not math.isfinite(norm):
                 raise UserError(
-                    f"the gradient of row {number} of {len(rows)} is not finite: the adapter has diverged, or torch_dtype is too narrow; evaluate in float32, or "
+                    f"{(names or {}).get(row, 'a row')}: its gradient is not finite: the adapter has diverged, or torch_dtype is too narrow; evaluate in float32, or "
                     "take the metric out (~eval.metrics.mia_gradnorm)"
                 )
             norms.append(norm)

@@ -6,7 +6,7 @@ from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.errors import UserError
 from fedunlearn.evals.dataset import DataSet
 from fedunlearn.metrics.base import LogReading
-from fedunlearn.records.evaluation import EvalLog, MetricResult
+from fedunlearn.records.evaluation import THEIRS, EvalLog, MetricResult
 
 AT = "retain_logs_path:"
 
@@ -45,7 +45,7 @@ def _definition_fault(logged: MetricResult, name: str, settings: EvalConfig) -> 
     theirs, ours = logged.definition, settings.metrics[name].definition(settings.compat)
     if theirs == ours:
         return ""
-    fit = "eval.compat=open-unlearning" if theirs.startswith("open-unlearning") else "eval.compat=null"
+    fit = "eval.compat=open-unlearning" if theirs.startswith(THEIRS) else "eval.compat=null"
     return f"{AT} the log follows the definitions {theirs!r} of {name}, this evaluation {ours!r}; set {fit} (and the metric's form as it was), or evaluate the oracle anew"
 
 

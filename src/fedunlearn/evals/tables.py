@@ -10,8 +10,6 @@ from fedunlearn.records.evaluation import AnswerScore, Detail, Generations, Scor
 
 DETAILS: Mapping[Part, Detail] = {
     Part.PLAIN: Detail.LOSS,
-    Part.REFERENCE: Detail.LOSS,
-    Part.LABEL_TEXT: Detail.LOSS,
     Part.TOKENS: Detail.TOKENS,
     Part.MOMENTS: Detail.MOMENTS,
 }

@@ -31,7 +31,7 @@ from fedunlearn.federation.wire import (
     unpack_released,
     unpack_scalars,
 )
-from fedunlearn.records.adapter import Weights
+from fedunlearn.records.adapter import Tensors, Weights
 from fedunlearn.training.charges import charges_of
 from fedunlearn.training.local import LocalResult
 
@@ -100,11 +100,8 @@ def _train(site: Site, client: int, content: RecordDict) -> RecordDict:
     request = unpack_scalars(TrainRequest, typed_record(ConfigRecord, content.get(REQUEST)))
     if request.client_id != client:
         raise ValueError(f"client {client} got the task of client {request.client_id}")
-    cache = Path(site.run.paths.cache_dir)
-    store = PartStore(cache / "clients" / str(client))
     wanted = (*request.adapter, *request.sidecar, *request.reference, *request.reference_sidecar)
-    received = {key.removeprefix(PART): _blob(content, key) for key in content if key.startswith(PART)}
-    parts, missing = store.obtain(wanted, received, request.keep)
+    parts, missing = _obtained(site, client, content, wanted, request.keep)
     if missing:
         log.info("client %d lacks %d parts of its task and asks for them", client, len(missing))
         return RecordDict({REPLY: pack_scalars(_reply(site, request, None, missing))})
@@ -112,7 +109,7 @@ def _train(site: Site, client: int, content: RecordDict) -> RecordDict:
     beside = side_by_side([parts[name] for name in request.reference_sidecar])
     reference = Weights(joined(request.reference, parts), beside) if request.reference else None
     released = unpack_released(typed_record(ConfigRecord, content[RELEASED])) if RELEASED in content else ()
-    charges = charges_of(cache, request.run_id, client, request.round)
+    charges = charges_of(Path(site.run.paths.cache_dir), request.run_id, client, request.round)
     result = site.work(request.task, site.owned[client], start, reference, charges, released)
     return RecordDict({ADAPTER: pack_adapter(result.tensors), REPLY: pack_scalars(_reply(site, request, result))})
 
@@ -121,9 +118,7 @@ def _evaluate(site: Site, client: int, content: RecordDict) -> RecordDict:
     request = unpack_scalars(EvaluateRequest, typed_record(ConfigRecord, content.get(REQUEST)))
     if request.client_id != client:
         raise ValueError(f"client {client} got the evaluation of client {request.client_id}")
-    store = PartStore(Path(site.run.paths.cache_dir) / "clients" / str(client))
-    received = {key.removeprefix(PART): _blob(content, key) for key in content if key.startswith(PART)}
-    parts, missing = store.obtain((*request.adapter, *request.sidecar), received, request.keep)
+    parts, missing = _obtained(site, client, content, (*request.adapter, *request.sidecar), request.keep)
     said = OwnScores()
     if not missing:
         adapter = Weights(joined(request.adapter, parts), side_by_side([parts[name] for name in request.sidecar]))
@@ -137,6 +132,15 @@ def _evaluate(site: Site, client: int, content: RecordDict) -> RecordDict:
         **asdict(said),
     )
     return RecordDict({REPLY: pack_scalars(reply)})
+
+
+def _obtained(
+    site: Site, client: int, content: RecordDict, wanted: tuple[str, ...], keep: tuple[str, ...]
+) -> tuple[dict[str, Tensors], tuple[str, ...]]:
+    """Gives the wanted parts, from the message or from what this client keeps, and the hashes of those that it lacks."""
+    store = PartStore(Path(site.run.paths.cache_dir) / "clients" / str(client))
+    received = {key.removeprefix(PART): _blob(content, key) for key in content if key.startswith(PART)}
+    return store.obtain(wanted, received, keep)
 
 
 def _blob(content: RecordDict, key: str) -> bytes:

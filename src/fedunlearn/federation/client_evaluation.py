@@ -134,8 +134,7 @@ def _verdict(survey: Survey, member: Member, reply: EvaluateReply) -> Verdict:
         return Verdict("base_mismatch", f"scored on the base {reply.base_fingerprint[:40]!r}")
     if reply.missing:
         return Verdict("missing_part", f"the client lacks {len(reply.missing)} parts of the adapter")
-    most = survey.rows or LARGEST
-    wanted = min(said.num_forget, most), min(said.num_retain, most)
+    wanted = tuple(n if survey.rows is None else min(n, survey.rows) for n in (said.num_forget, said.num_retain))
     if (reply.num_forget, reply.num_retain) != wanted:
         return Verdict("num_examples", f"scored {reply.num_forget} and {reply.num_retain} rows instead of {wanted}")
     for kind in KINDS:

@@ -1,7 +1,6 @@
 """Updates until enough count: the cohort is asked, the dropped are asked again, then others take their place."""
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -143,7 +142,7 @@ def _turn(call: Call, plan: RoundPlan, tasks: tuple[ClientTask, ...]) -> Turn:
         max_update_ratio=run.gate.max_update_ratio,
         reads_losses=call.reads_losses,
         released=call.released,
-        timeout=run.trainer.federated.round_timeout if run.launcher.clock == "round" else math.inf,
+        timeout=run.round_deadline,
     )
 
 

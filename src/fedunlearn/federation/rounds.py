@@ -240,7 +240,7 @@ def _survey(server: Server, after: Checkpoint) -> Survey:
         held=after.holds,
         rows=run.eval.client_rows,
         seed=run.trainer.args.seed,
-        timeout=run.trainer.federated.round_timeout if run.launcher.clock == "round" else math.inf,
+        timeout=run.round_deadline,
     )
 
 

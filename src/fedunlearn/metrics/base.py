@@ -7,7 +7,6 @@ from enum import StrEnum
 
 from fedunlearn.errors import UserError
 from fedunlearn.records.evaluation import (
-    AnswerScore,
     Compat,
     EvalLog,
     Generations,
@@ -63,11 +62,6 @@ class Evidence:
     metrics: Mapping[str, MetricResult] = field(default_factory=dict)
     retain: EvalLog | None = None
     compat: Compat = None
-
-    def answers(self, reading: Reading) -> tuple[AnswerScore, ...]:
-        """The scores of a data set's plain or paraphrased answers."""
-        table = self.tables[reading.dataset]
-        return table.paraphrased if reading.part is Part.PARAPHRASED else table.plain
 
 
 class Metric(ABC):

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from scipy.stats import ks_2samp
-
 from fedunlearn.metrics.base import Evidence, LogReading, Metric
 from fedunlearn.records.evaluation import MetricResult
 
@@ -41,5 +39,7 @@ def forget_quality(ratio: MetricResult, retain_ratio: MetricResult | None) -> Me
         raise ValueError(
             f"truth ratios of two kinds cannot be compared: {ratio.definition!r} and {retain_ratio.definition!r}"
         )
+    from scipy.stats import ks_2samp  # a second, which whoever merely reads a config need not wait
+
     test = ks_2samp(ratio.column("score"), retain_ratio.column("score"), alternative="two-sided", method="auto")
     return MetricResult(float(test.pvalue), ratio.definition)

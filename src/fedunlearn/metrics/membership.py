@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import rankdata
 
 from fedunlearn.errors import UserError
 from fedunlearn.metrics.base import Evidence, LogReading, Metric, Part, Reading
@@ -214,6 +213,8 @@ class PrivLeak(Metric):
 
 def auc(forget: Sequence[float], holdout: Sequence[float]) -> float:
     """Area under the ROC curve with holdout as the positive class: the share of pairs in which holdout scores higher, ties half (Mann-Whitney)."""
+    from scipy.stats import rankdata  # as in forget_quality
+
     ranks = rankdata([*forget, *holdout])[len(forget) :]
     count = len(holdout)
     return float((ranks.sum() - count * (count + 1) / 2) / (count * len(forget)))

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from scipy.stats import hmean
-
 from fedunlearn.metrics.base import Evidence, Metric
 from fedunlearn.records.evaluation import Compat, MetricResult, definition_of
 
@@ -48,5 +46,7 @@ def model_utility(
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return MetricResult(None, definition_of(compat))
+    from scipy.stats import hmean  # as in forget_quality
+
     utility = float(hmean(known)) if min(known) > 0.0 else 0.0
     return MetricResult(utility, definition_of(compat))

@@ -1,10 +1,11 @@
 """Attention masks that say of each position which others it sees, and which models take them."""
 
 import inspect
-from typing import Any
 
 import torch
 from torch import nn
+
+from fedunlearn.models.inner import inner_model
 
 KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
@@ -16,7 +17,7 @@ def takes_block_mask(model: nn.Module, longest: int) -> bool:
     among its arguments, no state besides attention, and no layer that the mask would not reach (linear, chunked, convolutional). A sliding window
     is in order where no row reaches it: the mask given takes the window's place.
     """
-    inner = _inner(model)
+    inner = inner_model(model)
     config = getattr(inner, "config", None)
     if (
         config is None
@@ -39,7 +40,7 @@ def breadth_of(model: nn.Module) -> float:
 
     Counted in multiplications: a position takes one a parameter in the linear layers, and 2 * hidden for each position of the sequence in a layer's attention.
     """
-    inner = _inner(model)
+    inner = inner_model(model)
     config = inner.config.get_text_config()
     tables = {id(m.weight) for m in (inner.get_input_embeddings(), inner.get_output_embeddings())}
     linear: int = sum(p.numel() for p in inner.parameters() if id(p) not in tables)
@@ -49,14 +50,9 @@ def breadth_of(model: nn.Module) -> float:
 
 def as_given(model: nn.Module, seen: torch.Tensor) -> torch.Tensor:
     """Gives a mask [B, 1, T, T] from seen [B, T, T] bool in the kind the model's attention adds up: bool under sdpa, 0 and the dtype's lowest number under eager."""
-    inner = _inner(model)
+    inner = inner_model(model)
     mask = seen[:, None]
     if inner.config._attn_implementation == "sdpa":
         return mask
     zero = torch.zeros((), dtype=inner.dtype, device=seen.device)
     return torch.where(mask, zero, torch.finfo(inner.dtype).min)
-
-
-def _inner(model: nn.Module) -> Any:
-    """The transformer itself: under PEFT the wrapped one."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
