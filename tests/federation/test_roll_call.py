@@ -55,7 +55,7 @@ def call(*replies, **expected):
         packed = pack_scalars(reply) if isinstance(reply, RollCallReply) else ConfigRecord({"json": reply})
         return Message(RecordDict({REPLY: packed}), reply_to=message)
 
-    return roll_call(LocalGrid(app, len(replies)), replace(EXPECTED, **expected), timeout=5, answer_timeout=math.inf)
+    return roll_call(LocalGrid(app, len(replies)), replace(EXPECTED, **expected), timeout=5, answer_timeout=math.inf, content=RecordDict())
 
 
 def test_members_come_in_client_order_whatever_the_nodes_order():
@@ -151,11 +151,11 @@ def test_nodes_that_are_not_there_at_the_deadline_are_left_out_or_end_the_run():
     def answer(message: Message, context: Context) -> Message:
         return Message(RecordDict({REPLY: pack_scalars(GOOD)}), reply_to=message)
 
-    called = roll_call(LocalGrid(app, 1), EXPECTED, timeout=0.2, answer_timeout=math.inf)
+    called = roll_call(LocalGrid(app, 1), EXPECTED, timeout=0.2, answer_timeout=math.inf, content=RecordDict())
     assert list(called.members) == [0]
     assert called.refused == ("roll call: client 1 is not there", "roll call: client 2 is not there")
     with pytest.raises(UserError, match=r"1 of 3 clients can take part, trainer.federated.min_clients=2 are wanted"):
-        roll_call(LocalGrid(app, 1), replace(EXPECTED, min_clients=2), timeout=0.2, answer_timeout=math.inf)
+        roll_call(LocalGrid(app, 1), replace(EXPECTED, min_clients=2), timeout=0.2, answer_timeout=math.inf, content=RecordDict())
 
 
 def test_a_node_that_does_not_answer_is_left_out_after_the_answers_deadline(monkeypatch):
@@ -174,6 +174,6 @@ def test_a_node_that_does_not_answer_is_left_out_after_the_answers_deadline(monk
         return Message(RecordDict({REPLY: pack_scalars(said)}), reply_to=message)
 
     monkeypatch.setattr(link, "SECONDS_BETWEEN_LOOKS", 0.001)
-    called = roll_call(Silent(app, 3), EXPECTED, timeout=60, answer_timeout=0.5)
+    called = roll_call(Silent(app, 3), EXPECTED, timeout=60, answer_timeout=0.5, content=RecordDict())
     assert list(called.members) == [0, 2]
     assert "roll call: node 3 did not answer in time" in called.refused

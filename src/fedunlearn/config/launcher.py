@@ -26,6 +26,11 @@ class Launcher:
         """
         return "round"
 
+    @property
+    def nodes_change(self) -> bool:
+        """Whether nodes may come and go, and come back under another id, while a run lasts."""
+        return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class LocalLauncher(Launcher):

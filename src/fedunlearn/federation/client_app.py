@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,22 +40,25 @@ log = logging.getLogger(__name__)
 _sites: dict[str, Site] = {}
 
 
-def make_client_app(config_json: str) -> ClientApp:
-    """Gives the ClientApp of a run. The composed config is all it captures: it is pickled with every message under Ray."""
+def make_client_app(config_json: str, max_steps: int | None = None) -> ClientApp:
+    """Gives the ClientApp of a run. The composed config is all it captures: it is pickled with every message under Ray.
+
+    max_steps: optimiser steps that a task may ask for at most.
+    """
     app = ClientApp()
 
     @app.query()
     def roll_call(message: Message, context: Context) -> Message:
-        reply = _roll_call(_site(config_json), _client_id(context))
+        reply = _roll_call(_site(config_json, max_steps), _client_id(context))
         return Message(RecordDict({REPLY: pack_scalars(reply)}), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return Message(_train(_site(config_json), _client_id(context), message.content), reply_to=message)
+        return Message(_train(_site(config_json, max_steps), _client_id(context), message.content), reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return Message(_evaluate(_site(config_json), _client_id(context), message.content), reply_to=message)
+        return Message(_evaluate(_site(config_json, max_steps), _client_id(context), message.content), reply_to=message)
 
     return app
 
@@ -64,14 +68,14 @@ def close_sites() -> None:
     _sites.clear()
 
 
-def _site(config_json: str) -> Site:
+def _site(config_json: str, max_steps: int | None) -> Site:
     if config_json not in _sites:
         close_sites()
         run = parse_config(json.loads(config_json))
         if not isinstance(run, TrainRun):
             raise TypeError(f"a client serves training and unlearning, not mode={run.mode!r}")
         set_threads(run)
-        _sites[config_json] = Site(run)
+        _sites[config_json] = Site(run, max_steps)
     return _sites[config_json]
 
 
@@ -100,6 +104,7 @@ def _train(site: Site, client: int, content: RecordDict) -> RecordDict:
     request = unpack_scalars(TrainRequest, typed_record(ConfigRecord, content.get(REQUEST)))
     if request.client_id != client:
         raise ValueError(f"client {client} got the task of client {request.client_id}")
+    loading = _load(site)
     wanted = (*request.adapter, *request.sidecar, *request.reference, *request.reference_sidecar)
     parts, missing = _obtained(site, client, content, wanted, request.keep)
     if missing:
@@ -111,7 +116,16 @@ def _train(site: Site, client: int, content: RecordDict) -> RecordDict:
     released = unpack_released(typed_record(ConfigRecord, content[RELEASED])) if RELEASED in content else ()
     charges = charges_of(Path(site.run.paths.cache_dir), request.run_id, client, request.round)
     result = site.work(request.task, site.owned[client], start, reference, charges, released)
-    return RecordDict({ADAPTER: pack_adapter(result.tensors), REPLY: pack_scalars(_reply(site, request, result))})
+    return RecordDict({ADAPTER: pack_adapter(result.tensors), REPLY: pack_scalars(_reply(site, request, result, loading=loading))})
+
+
+def _load(site: Site) -> float:
+    """Makes sure that the model is there; gives the seconds that loading it took, 0 where it was there already."""
+    if "made" in vars(site):
+        return 0.0
+    began = time.monotonic()
+    site.made  # noqa: B018
+    return time.monotonic() - began
 
 
 def _evaluate(site: Site, client: int, content: RecordDict) -> RecordDict:
@@ -147,7 +161,13 @@ def _blob(content: RecordDict, key: str) -> bytes:
     return blob_of(typed_record(ArrayRecord, content[key]))
 
 
-def _reply(site: Site, request: TrainRequest, result: LocalResult | None, missing: tuple[str, ...] = ()) -> TrainReply:
+def _reply(
+    site: Site,
+    request: TrainRequest,
+    result: LocalResult | None,
+    missing: tuple[str, ...] = (),
+    loading: float = 0.0,
+) -> TrainReply:
     return TrainReply(
         run_id=request.run_id,
         round=request.round,
@@ -159,6 +179,7 @@ def _reply(site: Site, request: TrainRequest, result: LocalResult | None, missin
         num_tokens=result.num_tokens if result else 0,
         num_reference_tokens=result.num_reference_tokens if result else 0,
         seconds=result.seconds if result else 0.0,
+        seconds_loading=loading,
         loss=result.loss if result else 0.0,
         loss_trace=tuple(float(f"{loss:.6g}") for loss in result.loss_trace) if result else (),
         memory=dict(result.memory) if result else {},

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -31,7 +31,7 @@ class Call:
 
     mu: client -> proximal weight, where a Flower strategy configured the round: no others are asked then. reads_losses: see Turn.
     memories: what each client's method remembers of earlier rounds. released: see Turn. absent: clients that take no
-    part in this round.
+    part in this round. renew: looks who is there by now, before somebody is asked again.
     """
 
     grid: Grid
@@ -47,6 +47,7 @@ class Call:
     memories: Mapping[int, Memory] = field(default_factory=dict)
     released: tuple[ReleasedRow, ...] = ()
     absent: frozenset[int] = frozenset()
+    renew: Callable[[], Mapping[int, Member]] | None = None
 
     def plan(self, number: int, left_out: Collection[int] = ()) -> RoundPlan:
         """The round's plan, without clients that failed it for good."""
@@ -104,6 +105,8 @@ def collect(call: Call, number: int, holds: Holds, spool: Spool) -> Collected:
         log.warning(
             "round %d, attempt %d: %d usable updates, %d wanted", plan.round, attempt, len(report.updates), wanted
         )
+        if call.renew is not None:
+            call = replace(call, members=call.renew())
         gone = {client for client, times in asked.items() if times >= TIMES_ASKED} - _counted(report)
         plan = call.plan(number, left_out=gone)
     raise UserError(_what_is_missing(plan.round, report, wanted, retries))

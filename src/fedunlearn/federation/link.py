@@ -51,10 +51,11 @@ def rows_of(members: Mapping[int, Member]) -> dict[int, ClientRows]:
 
 @dataclass(frozen=True, kw_only=True)
 class RollCall:
-    """members: by client id, in order. refused: a sentence for each node or client that is left out."""
+    """members: by client id, in order. refused: a sentence for each node or client that is left out. asked: the nodes that were there."""
 
     members: Mapping[int, Member]
     refused: tuple[str, ...]
+    asked: frozenset[int] = frozenset()
 
 
 def exchange(grid: Grid, messages: Mapping[int, Message], timeout: float) -> Iterator[tuple[int, Message | None]]:
@@ -72,25 +73,19 @@ def exchange(grid: Grid, messages: Mapping[int, Message], timeout: float) -> Ite
         yield key, None
 
 
-def roll_call(grid: Grid, expected: Expectation, timeout: float, answer_timeout: float) -> RollCall:
+def roll_call(
+    grid: Grid, expected: Expectation, timeout: float, answer_timeout: float, content: RecordDict
+) -> RollCall:
     """Asks every node who it is: once a run. Nodes that are not there yet are waited for until `timeout` seconds have passed.
 
-    answer_timeout: seconds for all answers together; infinite where the Grid keeps each client's time itself.
+    answer_timeout: seconds for all answers together; infinite where the Grid keeps each client's time itself. content: what every node is told.
 
     A node that does not answer, or cannot take part (another version, base or partition, row counts that are not the partition's, two
     that say the same id), is refused by name and left out. Raises UserError, telling all at once, where fewer than
     expected.min_clients are left, or in unlearning one that owns forget rows is not among them: the request could not be served.
     """
     nodes = _wait_for_nodes(grid, len(expected.rows), timeout)
-    messages = {node: Message(RecordDict(), node, MessageType.QUERY, group_id="roll-call") for node in nodes}
-    found: dict[int, list[Member]] = {}
-    refused: list[str] = []
-    for node, reply in exchange(grid, messages, answer_timeout):
-        member = _read_member(node, reply)
-        faults = [member] if isinstance(member, str) else _mismatches(member.declared, expected)
-        refused += faults
-        if not isinstance(member, str) and not faults:
-            found.setdefault(member.declared.client_id, []).append(member)
+    found, refused = call_nodes(grid, nodes, expected, answer_timeout, content)
     refused += [
         f"roll call: {len(said)} nodes say that they are client {client}"
         for client, said in sorted(found.items())
@@ -103,7 +98,23 @@ def roll_call(grid: Grid, expected: Expectation, timeout: float, answer_timeout:
     _check_enough(members, expected, refused)
     for fault in refused:
         log.warning("%s: the run goes on without", fault)
-    return RollCall(members=members, refused=tuple(refused))
+    return RollCall(members=members, refused=tuple(refused), asked=frozenset(nodes))
+
+
+def call_nodes(
+    grid: Grid, nodes: Sequence[int], expected: Expectation, timeout: float, content: RecordDict
+) -> tuple[dict[int, list[Member]], list[str]]:
+    """Asks some nodes who they are; gives who can take part, by the client id that they say, and a sentence for each node that cannot."""
+    messages = {node: Message(content, node, MessageType.QUERY, group_id="roll-call") for node in nodes}
+    found: dict[int, list[Member]] = {}
+    refused: list[str] = []
+    for node, reply in exchange(grid, messages, timeout):
+        member = _read_member(node, reply)
+        faults = [member] if isinstance(member, str) else _mismatches(member.declared, expected)
+        refused += faults
+        if not isinstance(member, str) and not faults:
+            found.setdefault(member.declared.client_id, []).append(member)
+    return found, refused
 
 
 def _check_enough(members: Mapping[int, Member], expected: Expectation, refused: Sequence[str]) -> None:

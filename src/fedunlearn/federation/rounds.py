@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 import fedunlearn
@@ -40,6 +41,7 @@ from fedunlearn.federation.parts import Depot
 from fedunlearn.federation.past import read_parent, read_past
 from fedunlearn.federation.planning import check_plans, plan_round
 from fedunlearn.federation.round_evaluation import RoundEvaluation
+from fedunlearn.federation.roster import Roster
 from fedunlearn.federation.server_step import Stepped, Stepper, step, weigh
 from fedunlearn.federation.site import WIRE_DTYPES, client_shapes
 from fedunlearn.federation.spool import Spool, open_spool
@@ -63,7 +65,7 @@ class Server:
     run: TrainRun
     folder: Path
     start: Start
-    members: Mapping[int, Member]
+    roster: Roster
     stepper: Stepper
     reads_reference: bool
     released: tuple[ReleasedRow, ...]
@@ -71,15 +73,23 @@ class Server:
     evaluation: RoundEvaluation
 
     @property
+    def members(self) -> Mapping[int, Member]:
+        """Who takes part, by client id."""
+        return self.roster.members
+
+    @property
     def nodes(self) -> dict[int, int]:
         """Client id -> the node it is reached at."""
         return {client: member.node_id for client, member in self.members.items()}
 
 
-def run_rounds(grid: Grid, run: TrainRun, folder: Path, reads_reference: bool) -> None:
+def run_rounds(
+    grid: Grid, run: TrainRun, folder: Path, reads_reference: bool, told: RecordDict | None = None
+) -> None:
     """Runs the rounds that are left and leaves each one's checkpoint in `folder`.
 
-    What the run began with and partition.json lie there. reads_reference: whether those who unlearn need the adapter it began with.
+    What the run began with and partition.json lie there. reads_reference: whether those who unlearn need the adapter it began with. told: what nodes are
+    told at the roll call, where they do not share this folder.
     Raises UserError where the roll call fails or a round cannot be completed; everything up to the last good round is then on disk.
     """
     start = load_start(folder)
@@ -90,7 +100,8 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, reads_reference: bool) -
     _open_ledger(run, folder, checkpoint.state.round)
     timeout = run.trainer.federated.roll_call_timeout
     answers = timeout if run.launcher.clock == "round" else math.inf
-    called = roll_call(grid, _expectation(run, folder, start), timeout, answers)
+    expected, content = _expectation(run, folder, start), told or RecordDict()
+    called = roll_call(grid, expected, timeout, answers, content)
     _write_roll_call(folder, called)
     check_plans(run, rows_of(called.members))
     server = Server(
@@ -98,7 +109,9 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, reads_reference: bool) -
         run=run,
         folder=folder,
         start=start,
-        members=called.members,
+        roster=Roster(
+            grid, expected, called, nodes_change=run.launcher.nodes_change, content=content, timeout=answers
+        ),
         stepper=stepper,
         reads_reference=reads_reference,
         released=read_released(folder) if run.protocol.releases else (),
@@ -202,6 +215,7 @@ def _write_roll_call(folder: Path, called: RollCall) -> None:
 
 def _one_round(server: Server, before: Checkpoint, number: int, curves: Curves) -> Checkpoint:
     began = time.monotonic()
+    server.roster.renew()
     with open_spool(server.folder) as spool:
         collected = collect(_call(server, before, number), number, before.holds, spool)
         stepped = _step(server, before, collected, spool)
@@ -284,6 +298,7 @@ def _call(server: Server, before: Checkpoint, number: int) -> Call:
         memories=before.memories,
         released=server.released,
         absent=frozenset() if server.conductor is None else server.conductor.absent(number),
+        renew=server.roster.renew,
     )
 
 

@@ -16,6 +16,7 @@ from fedunlearn.data.opened import open_benchmark
 from fedunlearn.data.ownership import FILE, owned_rows, read_partition
 from fedunlearn.data.requests import own_request
 from fedunlearn.data.tofu import QaRow, as_tofu
+from fedunlearn.errors import UserError
 from fedunlearn.evals.dataset import drawn_rows
 from fedunlearn.evals.scoring import score_rows
 from fedunlearn.federation.start import counted
@@ -55,9 +56,13 @@ class OwnScores:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """What clients of this process share: one base model and the data, each row tokenised once. Everything is made on first use."""
+    """What clients of this process share: one base model and the data, each row tokenised once. Everything is made on first use.
+
+    max_steps: optimiser steps that a task may ask for at most.
+    """
 
     run: TrainRun
+    max_steps: int | None = None
 
     @cached_property
     def made(self) -> Resident:
@@ -76,8 +81,13 @@ class Site:
 
     @cached_property
     def partition(self) -> Partition:
-        """The run's partition, read from its folder."""
-        return read_partition(run_path(self.run) / FILE)
+        """The run's partition, read from its folder. Raises UserError where it was made for other data than are here."""
+        partition = read_partition(run_path(self.run) / FILE)
+        if partition.data_hash != self.data.hash("full"):
+            raise UserError(
+                f"the data here are not those that the partition was made for (sha256 {self.data.hash('full')[:12]}, the partition names {partition.data_hash[:12]})"
+            )
+        return partition
 
     @cached_property
     def request(self) -> Request:
@@ -180,6 +190,7 @@ class Site:
             method=run.local_method,
             retain_per_forget=run.data.retain_per_forget,
             guard=run.trainer.guard,
+            max_steps=self.max_steps,
         )
 
     def _retain_data(self, owned: OwnedRows) -> LocalData:

@@ -332,6 +332,7 @@ def _outcome(sent: ClientOutcome, judged: _Judged) -> ClientOutcome:
         num_reference_tokens=reply.num_reference_tokens,
         stopped=reply.stopped,
         seconds=reply.seconds,
+        seconds_loading=reply.seconds_loading,
         loss=reply.loss if _is_told(reply.loss) else None,
         loss_trace=tuple(value for value in reply.loss_trace if _is_told(value)),
     )

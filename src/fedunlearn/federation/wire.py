@@ -76,7 +76,7 @@ class TrainRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReply:
-    """Client to server, beside the adapter: what ClientUpdate says in numbers. memory: what its method remembers. stopped: why its guard ended the
+    """Client to server, beside the adapter: what ClientUpdate says in numbers. seconds_loading: spent on loading the base for this task, 0 where it was there. memory: what its method remembers. stopped: why its guard ended the
     epoch. missing: parts it lacks, for want of which it did nothing.
     """
 
@@ -90,6 +90,7 @@ class TrainReply:
     num_tokens: int
     num_reference_tokens: int
     seconds: float
+    seconds_loading: float
     loss: float
     loss_trace: tuple[float, ...]
     memory: dict[str, float]
@@ -98,7 +99,7 @@ class TrainReply:
 
     def check_account(self) -> None:
         """Raises WireError where steps, tokens or seconds cannot be: negative, not finite or absurdly large."""
-        account = (self.num_steps, self.num_tokens, self.num_reference_tokens, self.seconds)
+        account = (self.num_steps, self.num_tokens, self.num_reference_tokens, self.seconds, self.seconds_loading)
         if not all(math.isfinite(value) and 0 <= value < MOST for value in account):
             raise WireError("unreadable", f"steps, tokens and seconds {account} are not between 0 and {MOST:g}")
 

@@ -133,7 +133,7 @@ class ClientOutcome:
 
     weight: its share of the mean; capped: gate.max_client_share held it down. update_norm: ||s_k B_k A_k - s B A|| over all modules;
     factor_norm: the same of what it changed in A and B by themselves. Both are None where the reply did not get as far as being measured.
-    stopped: why its guard ended the epoch, as it says; empty where it did not.
+    stopped: why its guard ended the epoch, as it says; empty where it did not. seconds_loading: spent on loading the base for this task, beside seconds.
     """
 
     client_id: int
@@ -150,6 +150,7 @@ class ClientOutcome:
     num_tokens: int = 0
     num_reference_tokens: int = 0
     seconds: float = 0.0
+    seconds_loading: float = 0.0
     loss: float | None = None
     loss_trace: tuple[float, ...] = ()
     stopped: str = ""

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 
 from fedunlearn.config.trainer import TrainArgs
+from fedunlearn.errors import UserError
 from fedunlearn.methods.tokens import Need
 from fedunlearn.models.lora import read_tensors, training_only, write_tensors
 from fedunlearn.models.resident import Resident
@@ -24,7 +25,8 @@ def client_update(
     """Trains the resident model's adapter from `start` for one round and gives the new values of both factors, trained or not.
 
     A fresh optimiser and schedule each time; random numbers only from task.seed (global random state is put back). The model
-    is left in eval mode. Raises ValueError for an idle task, one without rows, or unlearning without a method.
+    is left in eval mode. Raises ValueError for an idle task, one without rows, or unlearning without a method, UserError for more steps
+    than settings.max_steps.
     """
     rows = data.forget if task.role.on_forget_rows else data.retain
     if task.role is Role.IDLE or not rows:
@@ -50,7 +52,9 @@ def _plan(work: Work) -> tuple[Step, ...]:
         per_row=work.settings.retain_per_forget if method is not None and method.retain != "none" else 0,
         alternates=work.data.alternates.counts if method is not None and work.data.alternates is not None else (),
     )
-    count = count_steps(len(work.rows), work.task.epochs, args, work.task.share)
+    count, allowed = count_steps(len(work.rows), work.task.epochs, args, work.task.share), work.settings.max_steps
+    if allowed is not None and count > allowed:
+        raise UserError(f"the task asks for {count} optimiser steps, this client's policy allows {allowed} (policy: max_steps)")
     return tuple(plan_steps(supply, count, args, work.task.seed))
 
 

@@ -37,13 +37,14 @@ class LocalData:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSettings:
-    """How a client trains; the same for all clients of a run."""
+    """How a client trains; the same for all clients of a run. max_steps: optimiser steps that the client's owner allows a task, None: any number."""
 
     args: TrainArgs
     collator: CollatorConfig
     method: Method | None
     retain_per_forget: int = 1
     guard: GuardArgs = field(default_factory=GuardArgs)
+    max_steps: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,43 @@
+"""What a node is told at the roll call, in place of the run's folder that clients of one machine read. Knows no torch."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flwr.app import ConfigRecord, RecordDict
+
+BRIEF = "brief"
+LONGEST_BRIEF = 64 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Brief:
+    """version: of the server's package. config: of the run, for clients (JSON values). partition, request: the texts of partition.json and request.json."""
+
+    version: str
+    config: Mapping[str, Any]
+    partition: str
+    request: str
+
+
+def pack_brief(brief: Brief) -> RecordDict:
+    """Gives the content of a roll call's query."""
+    return RecordDict({BRIEF: ConfigRecord({"json": json.dumps(asdict(brief), sort_keys=True)})})
+
+
+def unpack_brief(content: RecordDict) -> Brief:
+    """Reads it again. Raises ValueError for anything else."""
+    record = content.get(BRIEF)
+    text = record.get("json") if isinstance(record, ConfigRecord) else None
+    if not isinstance(text, str) or len(text) > LONGEST_BRIEF:
+        raise ValueError("the roll call holds no brief of a run")
+    try:
+        data = json.loads(text)
+        brief = Brief(**data)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"the brief of the run cannot be read ({type(error).__name__})") from error
+    texts = (brief.version, brief.partition, brief.request)
+    if not all(isinstance(text, str) for text in texts) or not isinstance(brief.config, dict):
+        raise ValueError("the brief of the run holds values of other types")
+    return brief

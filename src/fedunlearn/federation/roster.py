@@ -1,0 +1,61 @@
+"""Who is there, where nodes come and go: members by client id, each at the node where it is reached now."""
+
+import logging
+from collections.abc import Mapping
+
+from flwr.app import RecordDict
+from flwr.serverapp import Grid
+
+from fedunlearn.federation.link import Expectation, Member, RollCall, call_nodes
+
+log = logging.getLogger(__name__)
+
+
+class Roster:
+    """The members of a run. nodes_change: whether nodes may come and go while it lasts; content, timeout: of a newcomer's roll call."""
+
+    def __init__(
+        self, grid: Grid, expected: Expectation, called: RollCall, *, nodes_change: bool, content: RecordDict, timeout: float
+    ) -> None:
+        self._grid = grid
+        self._expected = expected
+        self._members = dict(called.members)
+        self._known = set(called.asked)
+        self._nodes_change = nodes_change
+        self._content = content
+        self._timeout = timeout
+
+    @property
+    def members(self) -> Mapping[int, Member]:
+        """By client id, in order."""
+        return self._members
+
+    def renew(self) -> Mapping[int, Member]:
+        """Calls nodes that are new and gives the members as they are then.
+
+        A client whose former node is gone is reached at its new one; a node that says the id of a client that is still there is refused by name. A
+        node is asked once.
+        """
+        if not self._nodes_change:
+            return self._members
+        there = set(self._grid.get_node_ids())
+        new = sorted(there - self._known)
+        if new:
+            self._known.update(new)
+            found, refused = call_nodes(self._grid, new, self._expected, self._timeout, self._content)
+            for client, said in sorted(found.items()):
+                refused += self._take(client, said, there)
+            for fault in refused:
+                log.warning("%s: the run goes on without", fault)
+            self._members = dict(sorted(self._members.items()))
+        return self._members
+
+    def _take(self, client: int, said: list[Member], there: set[int]) -> list[str]:
+        former = self._members.get(client)
+        if len(said) > 1:
+            return [f"roll call: {len(said)} nodes say that they are client {client}"]
+        if former is not None and former.node_id in there:
+            return [f"roll call: node {said[0].node_id} says that it is client {client}, which is there already as node {former.node_id}"]
+        log.info("client %d is %s", client, "back, at another node" if former else "there now")
+        self._members[client] = said[0]
+        return []
