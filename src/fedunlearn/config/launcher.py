@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from fedunlearn.config.sites import parse_address
 from fedunlearn.errors import UserError
 from fedunlearn.limits import LARGEST
 
@@ -25,6 +26,11 @@ class Launcher:
         keeps; none: it does not act.
         """
         return "round"
+
+    @property
+    def submits(self) -> bool:
+        """Whether the run is handed to a server elsewhere, which prepares and ends it too."""
+        return False
 
     @property
     def nodes_change(self) -> bool:
@@ -86,6 +92,51 @@ class RayLauncher(Launcher):
             raise UserError(
                 f"launcher: client_cpus={self.client_cpus} and start_timeout={self.start_timeout} must be above 0 (start_timeout at most 1e6), client_gpus={self.client_gpus} not below"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperlinkLauncher(Launcher):
+    """A run handed to a SuperLink: server and clients are other processes, mostly on other machines.
+
+    address: host:port of the SuperLink's Control API. root_certificates: PEM file its certificate is checked against; null with insecure only.
+    insecure: no TLS; on loopback alone. start_timeout: seconds until the SuperLink has answered and the ServerApp has said its first word.
+    """
+
+    threads: int | None = 2
+    address: str
+    root_certificates: str | None = None
+    insecure: bool = False
+    start_timeout: float = START_TIMEOUT
+
+    @property
+    def nodes_change(self) -> bool:
+        """A node that was started again has another id."""
+        return True
+
+    @property
+    def submits(self) -> bool:
+        """The whole stage is the server's work."""
+        return True
+
+    def __post_init__(self) -> None:
+        _check_threads(self.threads)
+        faults = []
+        address = parse_address(self.address)
+        if address is None:
+            faults.append(f"launcher.address={self.address!r} is no address: give host:port, as in 127.0.0.1:8000")
+        elif self.insecure and not address.is_loopback:
+            faults.append(
+                f"launcher.insecure=true goes with loopback only, launcher.address={self.address!r} is not: use TLS"
+            )
+        if self.insecure == (self.root_certificates is not None):
+            faults.append(
+                "launcher.root_certificates: give the PEM file that the SuperLink's certificate is checked against, or launcher.insecure=true on this machine "
+                "alone; one of the two"
+            )
+        if not 0 < self.start_timeout <= LARGEST:
+            faults.append(f"launcher.start_timeout={self.start_timeout} must be above 0 seconds, at most 1e6")
+        if faults:
+            raise UserError(*faults)
 
 
 def _check_threads(threads: int | None) -> None:

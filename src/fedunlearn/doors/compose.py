@@ -1,7 +1,7 @@
 """Hydra's composition, with every fault told at once instead of the first."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -122,10 +122,14 @@ def _plain(config: DictConfig) -> dict[str, object]:
     return cast("dict[str, object]", OmegaConf.to_container(config))
 
 
+def as_composed(plain: Mapping[str, object]) -> ComposedConfig:
+    """Gives a config that was composed elsewhere. Raises UserError as the records do."""
+    return ComposedConfig(plain=plain, run=parse_config(plain), text=OmegaConf.to_yaml(OmegaConf.create(dict(plain))))
+
+
 def changed(composed: ComposedConfig, changes: Mapping[str, object]) -> ComposedConfig:
     """Gives the config with other values at its top level."""
-    plain = {**composed.plain, **changes}
-    return replace(composed, plain=plain, run=parse_config(plain), text=OmegaConf.to_yaml(OmegaConf.create(plain)))
+    return as_composed({**composed.plain, **changes})
 
 
 def model_from(plain: Mapping[str, object], path: str) -> dict[str, object]:

@@ -7,22 +7,22 @@ from typing import cast
 from fedunlearn.config.run import TrainRun
 from fedunlearn.doors.compose import ComposedConfig, changed, model_from
 from fedunlearn.doors.prepare import check_requests
-from fedunlearn.doors.stages import run_federated
+from fedunlearn.doors.stages import Carry, run_federated
 from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.reporting.run_folder import check_folders, is_done, run_path
 
 log = logging.getLogger(__name__)
 
 
-def run_served(composed: ComposedConfig) -> tuple[Path, EvalLog | None]:
-    """Runs a federation, once for each request where there are several; gives the last folder and its evaluation."""
+def run_served(composed: ComposedConfig, carry: Carry | None = None) -> tuple[Path, EvalLog | None]:
+    """Runs a federation, once for each request where there are several; gives the last folder and its evaluation. carry: see run_federated."""
     run = composed.run
     if isinstance(run, TrainRun) and run.mode == "unlearn" and len(run.requests or ()) > 1:
-        return run_requests(composed, run)
-    return run_path(run), run_federated(composed)
+        return run_requests(composed, run, carry)
+    return run_path(run), run_federated(composed, carry)
 
 
-def run_requests(composed: ComposedConfig, run: TrainRun) -> tuple[Path, EvalLog | None]:
+def run_requests(composed: ComposedConfig, run: TrainRun, carry: Carry | None = None) -> tuple[Path, EvalLog | None]:
     """Serves the requests one after the other, as runs `<task_name>.1`, `<task_name>.2` ...; gives the last folder and its evaluation.
 
     All of them, and their folders, are checked before the first begins. With resume=true those that are done are left alone, the one that was
@@ -38,7 +38,7 @@ def run_requests(composed: ComposedConfig, run: TrainRun) -> tuple[Path, EvalLog
             log.info("request %d of %d: %s is done", number, len(legs), folder)
             continue
         log.info("request %d of %d: %s", number, len(legs), folder)
-        result = run_federated(leg)
+        result = run_federated(leg, carry)
     return folder, result
 
 

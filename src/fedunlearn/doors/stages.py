@@ -1,7 +1,9 @@
 """The three things a door can do: a federated run, the central baseline, an evaluation."""
 
 import logging
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from typing import Any
 
 from fedunlearn.aggregation.choices import trained_in
 from fedunlearn.config.run import EvalRun, TrainRun
@@ -30,12 +32,21 @@ from fedunlearn.training.local import LocalResult
 log = logging.getLogger(__name__)
 
 
-def run_federated(composed: ComposedConfig) -> EvalLog | None:
-    """Fine-tunes or unlearns in the federation, saves adapter and account, evaluates; gives the evaluation where there is one."""
+Carry = Callable[[Mapping[str, Any]], None]
+
+
+def run_federated(composed: ComposedConfig, carry: Carry | None = None) -> EvalLog | None:
+    """Fine-tunes or unlearns in the federation, saves adapter and account, evaluates; gives the evaluation where there is one.
+
+    carry: takes the prepared run to its last round, given its plain config; None: its launcher does.
+    """
     reset_peak()  # before the model is loaded: it is the run's too
     set_threads(composed.run)
     prepared = prepare(composed)
-    launch(prepared.run.launcher, composed.plain)
+    if carry is None:
+        launch(prepared.run.launcher, composed.plain)
+    else:
+        carry(composed.plain)
     last = latest_checkpoint(prepared.folder)
     if last is None or last.state.round != prepared.run.total_rounds:
         raise UserError(

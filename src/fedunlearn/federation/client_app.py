@@ -116,7 +116,9 @@ def _train(site: Site, client: int, content: RecordDict) -> RecordDict:
     released = unpack_released(typed_record(ConfigRecord, content[RELEASED])) if RELEASED in content else ()
     charges = charges_of(Path(site.run.paths.cache_dir), request.run_id, client, request.round)
     result = site.work(request.task, site.owned[client], start, reference, charges, released)
-    return RecordDict({ADAPTER: pack_adapter(result.tensors), REPLY: pack_scalars(_reply(site, request, result, loading=loading))})
+    return RecordDict(
+        {ADAPTER: pack_adapter(result.tensors), REPLY: pack_scalars(_reply(site, request, result, loading=loading))}
+    )
 
 
 def _load(site: Site) -> float:

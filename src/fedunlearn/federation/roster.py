@@ -15,7 +15,14 @@ class Roster:
     """The members of a run. nodes_change: whether nodes may come and go while it lasts; content, timeout: of a newcomer's roll call."""
 
     def __init__(
-        self, grid: Grid, expected: Expectation, called: RollCall, *, nodes_change: bool, content: RecordDict, timeout: float
+        self,
+        grid: Grid,
+        expected: Expectation,
+        called: RollCall,
+        *,
+        nodes_change: bool,
+        content: RecordDict,
+        timeout: float,
     ) -> None:
         self._grid = grid
         self._expected = expected
@@ -55,7 +62,9 @@ class Roster:
         if len(said) > 1:
             return [f"roll call: {len(said)} nodes say that they are client {client}"]
         if former is not None and former.node_id in there:
-            return [f"roll call: node {said[0].node_id} says that it is client {client}, which is there already as node {former.node_id}"]
+            return [
+                f"roll call: node {said[0].node_id} says that it is client {client}, which is there already as node {former.node_id}"
+            ]
         log.info("client %d is %s", client, "back, at another node" if former else "there now")
         self._members[client] = said[0]
         return []

@@ -3,8 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from flwr.app import RecordDict
@@ -40,8 +40,8 @@ from fedunlearn.federation.notes import check_unlearned, mean_losses, step_notes
 from fedunlearn.federation.parts import Depot
 from fedunlearn.federation.past import read_parent, read_past
 from fedunlearn.federation.planning import check_plans, plan_round
-from fedunlearn.federation.round_evaluation import RoundEvaluation
 from fedunlearn.federation.roster import Roster
+from fedunlearn.federation.round_evaluation import RoundEvaluation
 from fedunlearn.federation.server_step import Stepped, Stepper, step, weigh
 from fedunlearn.federation.site import WIRE_DTYPES, client_shapes
 from fedunlearn.federation.spool import Spool, open_spool
@@ -71,6 +71,7 @@ class Server:
     released: tuple[ReleasedRow, ...]
     conductor: Conductor | None
     evaluation: RoundEvaluation
+    tell: Callable[[RoundResult], None]
 
     @property
     def members(self) -> Mapping[int, Member]:
@@ -83,13 +84,19 @@ class Server:
         return {client: member.node_id for client, member in self.members.items()}
 
 
-def run_rounds(
-    grid: Grid, run: TrainRun, folder: Path, reads_reference: bool, told: RecordDict | None = None
-) -> None:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Nodes:
+    """Clients on other machines. content: what each is told at its roll call; tell: is handed every round's line of history."""
+
+    content: RecordDict = field(default_factory=RecordDict)
+    tell: Callable[[RoundResult], None] = lambda result: None
+
+
+def run_rounds(grid: Grid, run: TrainRun, folder: Path, reads_reference: bool, nodes: "Nodes | None" = None) -> None:
     """Runs the rounds that are left and leaves each one's checkpoint in `folder`.
 
-    What the run began with and partition.json lie there. reads_reference: whether those who unlearn need the adapter it began with. told: what nodes are
-    told at the roll call, where they do not share this folder.
+    What the run began with and partition.json lie there. reads_reference: whether those who unlearn need the adapter it began with. nodes: where clients
+    do not share this folder, what they are told instead.
     Raises UserError where the roll call fails or a round cannot be completed; everything up to the last good round is then on disk.
     """
     start = load_start(folder)
@@ -100,7 +107,8 @@ def run_rounds(
     _open_ledger(run, folder, checkpoint.state.round)
     timeout = run.trainer.federated.roll_call_timeout
     answers = timeout if run.launcher.clock == "round" else math.inf
-    expected, content = _expectation(run, folder, start), told or RecordDict()
+    nodes = nodes or Nodes()
+    expected, content = _expectation(run, folder, start), nodes.content
     called = roll_call(grid, expected, timeout, answers, content)
     _write_roll_call(folder, called)
     check_plans(run, rows_of(called.members))
@@ -109,14 +117,13 @@ def run_rounds(
         run=run,
         folder=folder,
         start=start,
-        roster=Roster(
-            grid, expected, called, nodes_change=run.launcher.nodes_change, content=content, timeout=answers
-        ),
+        roster=Roster(grid, expected, called, nodes_change=run.launcher.nodes_change, content=content, timeout=answers),
         stepper=stepper,
         reads_reference=reads_reference,
         released=read_released(folder) if run.protocol.releases else (),
         conductor=conductor,
         evaluation=RoundEvaluation(run, folder),
+        tell=nodes.tell,
     )
     rounds = range(checkpoint.state.round + 1, run.total_rounds + 1)
     with open_curves(folder, run.trainer.args.report_to) as curves:
@@ -232,6 +239,7 @@ def _one_round(server: Server, before: Checkpoint, number: int, curves: Curves) 
     append_history(server.folder, asdict(result))  # before the checkpoint: resume drops lines that have none
     save_checkpoint(server.folder, after, server.start.adapter, server.run.trainer.federated.keep_rounds)
     curves.add(result)
+    server.tell(result)
     return after
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -103,6 +104,14 @@ def show_result(folder: Path, log: EvalLog | None) -> None:
         console.print(metric_table({folder.name: figures(log)}))
         if log.provenance.get("trial"):
             console.print(f"a trial on {log.provenance['max_rows']} rows of each data set, no evaluation")
+
+
+def show_submitted(done: Mapping[str, Any]) -> None:
+    """Prints what a server told of a run's result: its folder under the server's saves_root, and the evaluation's main figures."""
+    console = Console(highlight=False)
+    console.print(f"result: {done['folder']} under the server's saves_root", soft_wrap=True)
+    if done["metrics"]:
+        console.print(metric_table({Path(done["folder"]).name: done["metrics"]}))
 
 
 def show_evaluations(logs: Mapping[Path, EvalLog]) -> None:

@@ -54,7 +54,9 @@ def _plan(work: Work) -> tuple[Step, ...]:
     )
     count, allowed = count_steps(len(work.rows), work.task.epochs, args, work.task.share), work.settings.max_steps
     if allowed is not None and count > allowed:
-        raise UserError(f"the task asks for {count} optimiser steps, this client's policy allows {allowed} (policy: max_steps)")
+        raise UserError(
+            f"the task asks for {count} optimiser steps, this client's policy allows {allowed} (policy: max_steps)"
+        )
     return tuple(plan_steps(supply, count, args, work.task.seed))
 
 

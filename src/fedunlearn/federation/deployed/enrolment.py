@@ -17,7 +17,11 @@ CONFIG, PARTITION, REQUEST, RUN = "config.json", "partition.json", "request.json
 KINDS = {"train": "finetune", "unlearn": "unlearn"}
 OURS = ("fedunlearn.", "flwr.serverapp.strategy.")
 HERE = {"_target_": "fedunlearn.config.launcher.LocalLauncher"}
-FILES_OF_ONE_MACHINE = (("data", "alternates_path"), ("data", "idk_path"), ("model", "tokenizer_args", "pretrained_model_name_or_path"))
+FILES_OF_ONE_MACHINE = (
+    ("data", "alternates_path"),
+    ("data", "idk_path"),
+    ("model", "tokenizer_args", "pretrained_model_name_or_path"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Enrolment:
 
 def enrolment_of(site: ClientSite, run_id: int) -> Enrolment:
     """Where a run lies on this node, whether or not it is there yet."""
-    return Enrolment(site.work_dir / "runs" / str(run_id))
+    return Enrolment(Path(site.work_dir) / "runs" / str(run_id))
 
 
 def enrol(site: ClientSite, run_id: int, brief: Brief) -> Enrolment:
@@ -54,7 +58,11 @@ def enrol(site: ClientSite, run_id: int, brief: Brief) -> Enrolment:
         raise UserError(
             f"this node has fedunlearn {fedunlearn.__version__}, the server {brief.version}: install the same version on both"
         )
-    faults = [*_model_faults(site, brief.config), *_data_faults(site, brief.config), *_target_faults(site, brief.config)]
+    faults = [
+        *_model_faults(site, brief.config),
+        *_data_faults(site, brief.config),
+        *_target_faults(site, brief.config),
+    ]
     faults += [
         f"the server's config names the file {'.'.join(keys)}={_at(brief.config, keys)!r}, which only it has: leave it null"
         for keys in FILES_OF_ONE_MACHINE
@@ -77,16 +85,15 @@ def localised(site: ClientSite, config: Mapping[str, Any], folder: Path) -> dict
     model = config["model"]
     args = {
         **model["model_args"],
-        "pretrained_model_name_or_path": str(site.models[model["model_args"]["pretrained_model_name_or_path"]]),
+        "pretrained_model_name_or_path": site.models[model["model_args"]["pretrained_model_name_or_path"]],
         "lora_model_path": None,
         "device": site.device or "auto",
     }
-    tofu, muse = site.data.tofu_path, site.data.muse_path
     return {
         **config,
         "task_name": RUN,
-        "tofu_path": None if tofu is None else str(tofu),
-        "muse_path": None if muse is None else str(muse),
+        "tofu_path": site.data.tofu_path,
+        "muse_path": site.data.muse_path,
         "retain_logs_path": None,
         "overwrite": False,
         "resume": False,
@@ -95,8 +102,8 @@ def localised(site: ClientSite, config: Mapping[str, Any], folder: Path) -> dict
         "launcher": {**HERE, "threads": config["launcher"].get("threads")},
         "paths": {
             "saves_dir": str(folder / "saves"),
-            "pocket_dir": str(site.work_dir / "pocket"),
-            "cache_dir": str(site.work_dir / "cache"),
+            "pocket_dir": str(Path(site.work_dir) / "pocket"),
+            "cache_dir": str(Path(site.work_dir) / "cache"),
         },
     }
 
@@ -110,17 +117,14 @@ def _model_faults(site: ClientSite, config: Mapping[str, Any]) -> Iterator[str]:
         yield f"this node's policy does not allow model {named!r}; it allows {allowed} (policy: models)"
     elif named not in site.models:
         yield f"this node has no folder for model {named!r}: name it in its site YAML (models)"
-    elif not Path(site.models[str(named)]).is_dir():
-        yield f"this node's folder for model {named!r} does not exist: correct its site YAML (models)"
 
 
 def _data_faults(site: ClientSite, config: Mapping[str, Any]) -> Iterator[str]:
     wanted = "muse_path" if config.get("muse_path") is not None else "tofu_path"
-    path = getattr(site.data, wanted)
-    if path is None:
+    if getattr(site.data, wanted) is None:
         yield f"the run is about {wanted.removesuffix('_path').upper()}, this node's site YAML names no data.{wanted}"
-    elif not Path(path).is_dir():
-        yield f"this node's data.{wanted} does not exist: correct its site YAML"
+    elif (missing := site.data.missing()) is not None:
+        yield missing
 
 
 def _target_faults(site: ClientSite, config: Mapping[str, Any]) -> Iterator[str]:

@@ -48,16 +48,16 @@ class Keeper:
     @property
     def socket_path(self) -> Path:
         """Where it listens."""
-        return self.site.work_dir / f"worker-{self.key}.sock"
+        return Path(self.site.work_dir) / f"worker-{self.key}.sock"
 
     @property
     def _record(self) -> Path:
-        return self.site.work_dir / f"worker-{self.key}.json"
+        return Path(self.site.work_dir) / f"worker-{self.key}.json"
 
     @property
     def log_path(self) -> Path:
         """Where it writes what it has to say."""
-        return self.site.work_dir / f"worker-{self.key}.log"
+        return Path(self.site.work_dir) / f"worker-{self.key}.log"
 
     def ask(self, frame: Frame, seconds: float) -> Frame:
         """Gives the worker's answer, starting one where none is there.
@@ -98,7 +98,7 @@ class Keeper:
         """Starts a worker and connects to it. Two messages that come at once start one: the second waits for the lock, and finds it."""
         if len(os.fsencode(self.socket_path)) > LONGEST_SOCKET:
             raise UserError(
-                f"work_dir={str(self.site.work_dir)!r} is too long a path for a unix socket: choose one of at most {LONGEST_SOCKET - 30} bytes"
+                f"work_dir={self.site.work_dir!r} is too long a path for a unix socket: choose one of at most {LONGEST_SOCKET - 30} bytes"
             )
         with self._lock():
             if self._connect(there):
@@ -119,7 +119,7 @@ class Keeper:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        with (self.site.work_dir / f"worker-{self.key}.lock").open("w") as file:
+        with (Path(self.site.work_dir) / f"worker-{self.key}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

@@ -6,10 +6,10 @@ It imports no torch: Flower starts a process a message, and a second of imports 
 import logging
 from pathlib import Path
 
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedunlearn.config.sites import ClientSite, read_client_site
+from fedunlearn.config.sites import ClientSite, read_site
 from fedunlearn.errors import UserError
 from fedunlearn.federation.deployed.brief import unpack_brief
 from fedunlearn.federation.deployed.enrolment import Enrolment, enrol, enrolment_of
@@ -44,7 +44,7 @@ def _answer(kind: str, message: Message, context: Context) -> Message:
     """Gives the worker's reply, or an error reply that says in words what was in its way. Never raises: Flower keeps no reason of what is raised."""
     try:
         site_path = _site_path(context)
-        site = read_client_site(site_path)
+        site = read_site(site_path, ClientSite)
         enrolment = _enrolled(kind, site, context.run_id, message)
         keeper = Keeper(
             site=site,
@@ -78,7 +78,9 @@ class _RefusedError(Exception):
 def _site_path(context: Context) -> Path:
     named = context.node_config.get(SITE)
     if not isinstance(named, str):
-        raise UserError("this SuperNode was started without its site YAML: start it with scripts/supernode.py SITE.yaml")
+        raise UserError(
+            "this SuperNode was started without its site YAML: start it with scripts/supernode.py SITE.yaml"
+        )
     return Path(named)
 
 
@@ -91,7 +93,7 @@ def _enrolled(kind: str, site: ClientSite, run_id: int, message: Message) -> Enr
     return enrolment
 
 
-def _ask(keeper: Keeper, enrolment: Enrolment, kind: str, message: Message) -> "object":
+def _ask(keeper: Keeper, enrolment: Enrolment, kind: str, message: Message) -> RecordDict:
     content, blobs = pack_content(message.content) if kind != "query" else ({}, [])
     head = {"do": "answer", "folder": enrolment.folder.name, "kind": kind, "content": content}
     answer = keeper.ask(Frame(head, blobs), keeper.site.policy.max_task_seconds)

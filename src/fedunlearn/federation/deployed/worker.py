@@ -19,14 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedunlearn.config.sites import ClientSite, read_client_site
+from fedunlearn.config.sites import ClientSite, read_site
 from fedunlearn.errors import UserError
 from fedunlearn.federation.client_app import make_client_app
 from fedunlearn.federation.deployed.enrolment import Enrolment
-from fedunlearn.federation.deployed.frames import Frame, FrameError, pack_content, receive_frame, send_frame, unpack_content
+from fedunlearn.federation.deployed.frames import (
+    Frame,
+    FrameError,
+    pack_content,
+    receive_frame,
+    send_frame,
+    unpack_content,
+)
 from fedunlearn.federation.faults import CLIENT_RAISED
 from fedunlearn.federation.local_grid import call_client
 from fedunlearn.reporting.console import set_logging
@@ -118,7 +125,7 @@ class Worker:
 
     def _enrolment(self, head: Mapping[str, Any]) -> Enrolment:
         name = str(head.get("folder"))
-        enrolment = Enrolment(self.site.work_dir / "runs" / name)
+        enrolment = Enrolment(Path(self.site.work_dir) / "runs" / name)
         if not name.isdecimal() or not enrolment.exists:
             raise UserError(f"run {name[:40]!r} is unknown to this node")
         return enrolment
@@ -177,8 +184,8 @@ def main(site_path: str, key: str, supernode: int) -> None:
     set_logging()
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     threading.Thread(target=_end_with_supernode, args=(supernode,), daemon=True).start()
-    site = read_client_site(Path(site_path))
-    Worker(site=site, address=site.work_dir / f"worker-{key}.sock").serve()
+    site = read_site(site_path, ClientSite)
+    Worker(site=site, address=Path(site.work_dir) / f"worker-{key}.sock").serve()
 
 
 if __name__ == "__main__":

@@ -19,13 +19,13 @@ def launch(launcher: Launcher, plain: Mapping[str, object]) -> None:
 
 def check_launcher(launcher: Launcher) -> None:
     """Raises UserError for a record that no launcher is registered for."""
-    if launch.dispatch(type(launcher)) is launch.dispatch(object):
+    if not launcher.submits and launch.dispatch(type(launcher)) is launch.dispatch(object):
         raise _unknown(launcher)
 
 
 def _unknown(launcher: Launcher) -> UserError:
     kind = type(launcher)
     return UserError(
-        f"launcher._target_={f'{kind.__module__}.{kind.__qualname__}'!r} is a record without a launcher: choose launcher=local or launcher=ray, "
+        f"launcher._target_={f'{kind.__module__}.{kind.__qualname__}'!r} is a record without a launcher: choose launcher=local, launcher=ray or launcher=superlink, "
         "or register yours with fedunlearn.federation.launchers.launch.register in the module that defines it"
     )

@@ -1,0 +1,20 @@
+"""Handing a run to a server elsewhere: what can be known here is checked here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedunlearn.config.launcher import SuperlinkLauncher
+from fedunlearn.config.run import TrainRun
+from fedunlearn.doors.compose import ComposedConfig
+from fedunlearn.errors import UserError
+from fedunlearn.federation.launchers.superlink import submit
+
+
+def run_submission(composed: ComposedConfig) -> Mapping[str, Any]:
+    """Submits a federated run and follows it to its end; gives what the server tells of the result."""
+    run = composed.run
+    if not isinstance(run, TrainRun) or not isinstance(run.launcher, SuperlinkLauncher):
+        raise UserError(
+            f"mode={run.mode!r} is for src/eval.py: give --config-name=train-lora.yaml or unlearn-lora.yaml"
+        )
+    return submit(run.launcher, composed.plain)

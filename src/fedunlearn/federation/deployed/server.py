@@ -1,0 +1,79 @@
+"""The ServerApp that a SuperLink starts: a whole stage on the server's machine, told line by line to whoever follows the run."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedunlearn.config.parse import parse_config
+from fedunlearn.config.run import TrainRun
+from fedunlearn.config.sites import ServerSite, read_site
+from fedunlearn.errors import UserError
+from fedunlearn.federation.deployed.brief import pack_brief
+from fedunlearn.federation.deployed.submission import at_server, brief_of
+from fedunlearn.federation.rounds import Nodes, run_rounds
+from fedunlearn.federation.site import reads_reference, set_threads
+from fedunlearn.files import canonical_json
+from fedunlearn.records.rounds import RoundResult
+from fedunlearn.reporting.run_folder import run_path
+
+SITE_VARIABLE = "FEDUNLEARN_SITE"
+CONFIG_KEY = "config-json"
+TOLD = "fedunlearn> "
+Carry = Callable[[Mapping[str, Any]], None]
+Stage = Callable[[Mapping[str, Any], Carry], Mapping[str, Any]]
+
+
+def make_submitted_app(stage: Stage) -> ServerApp:
+    """Gives the ServerApp. stage: does everything but the rounds, given the config as it is on this machine and how to carry the rounds out; gives the result in short."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        try:
+            site = _site()
+            plain = at_server(site, json.loads(str(context.run_config[CONFIG_KEY])))
+            tell("done", stage(plain, lambda prepared: _carry(grid, site, prepared)))
+        except UserError as error:
+            tell("faults", list(error.faults))
+            raise
+        except BaseException as error:
+            tell("faults", [f"the server failed: {type(error).__name__}: {error}"])
+            traceback.print_exc()
+            raise
+
+    return app
+
+
+def tell(kind: str, value: object) -> None:
+    """Writes one line that `launcher=superlink` reads in the run's log."""
+    sys.stdout.write(f"{TOLD}{canonical_json({kind: value})}\n")
+    sys.stdout.flush()
+
+
+def _site() -> ServerSite:
+    path = os.environ.get(SITE_VARIABLE)
+    if path is None:
+        raise UserError(
+            "the SuperLink was started without its site YAML: start it with scripts/superlink.py start SITE.yaml"
+        )
+    return read_site(path, ServerSite)
+
+
+def _carry(grid: Grid, site: ServerSite, plain: Mapping[str, Any]) -> None:
+    run = parse_config(plain)
+    assert isinstance(run, TrainRun)
+    set_threads(run)
+    folder = run_path(run)
+    content = pack_brief(brief_of(site, run, plain, folder))
+    run_rounds(grid, run, folder, reads_reference(run), Nodes(content=content, tell=_tell_round))
+
+
+def _tell_round(result: RoundResult) -> None:
+    tell("history", asdict(result))

@@ -1,0 +1,109 @@
+"""A submitted config on the server's machine: its own places in it for the run, and the brief that clients get of it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fedunlearn
+from fedunlearn.config.run import TrainRun
+from fedunlearn.config.sites import ServerSite
+from fedunlearn.data.ownership import FILE as PARTITION
+from fedunlearn.data.requests import FILE as REQUEST
+from fedunlearn.errors import UserError
+from fedunlearn.federation.deployed.brief import Brief
+from fedunlearn.federation.start import load_start
+from fedunlearn.models.source import resolve_source
+
+MODEL = "pretrained_model_name_or_path"
+OF_THE_ADAPTER = ("r", "lora_alpha", "target_modules", "use_rslora")
+
+
+def at_server(site: ServerSite, plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives the config with the server's own places: data, the base behind a model's id, saves_root, device.
+
+    A path in it may name runs under paths.saves_dir only, which are looked for under saves_root. Raises UserError, all faults at once, for any other.
+    """
+    faults: list[str] = []
+    if "/" in str(plain["task_name"]) or str(plain["task_name"]).startswith("."):
+        faults.append(f"task_name={plain['task_name']!r} is a path: give a name")
+    model, saves = plain["model"], str(plain["paths"]["saves_dir"])
+    args = {**model["model_args"]}
+    named = str(args[MODEL])
+    args[MODEL] = site.models.get(named) or _run(site, saves, "model.model_args." + MODEL, named, faults)
+    if args["lora_model_path"] is not None:
+        args["lora_model_path"] = _run(site, saves, "model.model_args.lora_model_path", args["lora_model_path"], faults)
+    if site.device is not None:
+        args["device"] = site.device
+    partition, logs = dict(plain["partition"]), plain["retain_logs_path"]
+    if partition["path"] is not None:
+        partition["path"] = _run(site, saves, "partition.path", partition["path"], faults)
+    if logs is not None:
+        logs = _run(site, saves, "retain_logs_path", logs, faults)
+    wanted = "muse_path" if plain["muse_path"] is not None else "tofu_path"
+    if getattr(site.data, wanted) is None:
+        faults.append(f"{wanted}={plain[wanted]!r}: the server's site YAML names no data.{wanted}")
+    if faults:
+        raise UserError(*faults)
+    return {
+        **plain,
+        "tofu_path": site.data.tofu_path,
+        "muse_path": site.data.muse_path,
+        "retain_logs_path": logs,
+        "model": {**model, "model_args": args},
+        "partition": partition,
+        "paths": {
+            "saves_dir": site.saves_root,
+            "pocket_dir": str(Path(site.work_dir) / "pocket"),
+            "cache_dir": str(Path(site.work_dir) / "cache"),
+        },
+    }
+
+
+def _run(site: ServerSite, saves: str, key: str, named: str, faults: list[str]) -> str:
+    """The place under saves_root of what a path names under the submitter's saves_dir."""
+    path = PurePosixPath(named)
+    if path.is_relative_to(saves) and ".." not in path.parts:
+        found = Path(site.saves_root) / path.relative_to(saves)
+        if found.exists():
+            return str(found)
+        faults.append(f"{key}={named!r}: the server has no such run under its saves_root")
+    else:
+        known = ", ".join(site.models)
+        faults.append(
+            f"{key}={named!r} names nothing on the server: give a run of its own as {saves}/finetune/NAME or {saves}/unlearn/NAME"
+            + (f", or a model's id, one of {known}" if key.endswith(MODEL) else "")
+        )
+    return named
+
+
+def brief_of(site: ServerSite, run: TrainRun, plain: Mapping[str, Any], folder: Path) -> Brief:
+    """What nodes are told of a prepared run: the config with the base's id and the adapter's shape in the place of paths, and who owns what."""
+    base = resolve_source(run.model.model_args, Path(run.paths.pocket_dir)).base.resolve()
+    ids = [name for name, path in site.models.items() if Path(path).resolve() == base]
+    if not ids:
+        raise UserError(
+            f"the base {str(base)!r} of the run's adapter has no id that nodes could know it by: name it in the server's site YAML (models)"
+        )
+    shape = load_start(folder).adapter.peft_config
+    model = plain["model"]
+    args = model["model_args"]
+    lora = {**args["lora_config"], **{key: shape[key] for key in OF_THE_ADAPTER if key in shape}}
+    config = {
+        **plain,
+        "task_name": "run",
+        "tofu_path": None if run.tofu_path is None else "tofu",
+        "muse_path": None if run.muse_path is None else "muse",
+        "retain_logs_path": None,
+        "requests": None,
+        "model": {**model, "model_args": {**args, MODEL: ids[0], "lora_model_path": None, "lora_config": lora}},
+        "partition": {**plain["partition"], "path": None},
+        "eval": {**plain["eval"], "reference_model_path": None},
+        "paths": dict.fromkeys(plain["paths"], ""),
+    }
+    return Brief(
+        version=fedunlearn.__version__,
+        config=json.loads(json.dumps(config)),
+        partition=(folder / PARTITION).read_text(encoding="utf-8"),
+        request=(folder / REQUEST).read_text(encoding="utf-8"),
+    )
