@@ -40,13 +40,18 @@ _BAD = _Bad()
 class Reader:
     """Walks data and hints side by side and collects what does not fit.
 
-    refused: for a record, keys that it does not know and whose reason is worth saying. faults: one sentence a fault; whatever `record` and `value`
-    give counts only where there is none.
+    refused: for a record, keys that it does not know and whose reason is worth saying. give: how a missing key is given, `{key}` standing for
+    its name. faults: one sentence a fault; whatever `record` and `value` give counts only where there is none.
     """
 
-    def __init__(self, refused: Mapping[type, Mapping[str, str]] = MappingProxyType({})) -> None:
+    def __init__(
+        self,
+        refused: Mapping[type, Mapping[str, str]] = MappingProxyType({}),
+        give: str = "give {key}=VALUE on the command line or set it in a YAML of yours",
+    ) -> None:
         self.faults: list[str] = []
         self._refused = refused
+        self._give = give
 
     def record(self, cls: type, data: Mapping[str, object], key: str) -> object:
         """Gives an instance of the dataclass `cls`, or _BAD with the faults noted."""
@@ -64,7 +69,7 @@ class Reader:
             )
         given = {name: data[name] for name in known if name in data and data[name] != MISSING}
         self.faults += [
-            _missing(_join(key, name))
+            f"{_join(key, name)} is missing and has no default: {self._give.format(key=_join(key, name))}"
             for name in known
             if name not in given and (name in data or _required(fields[name]))
         ]
@@ -169,10 +174,6 @@ def _target(key: str, cls: type) -> str:
 
 def _required(field: dataclasses.Field[object]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _missing(key: str) -> str:
-    return f"{key} is missing and has no default: give {key}=VALUE on the command line or set it in a YAML of yours"
 
 
 def _options(hint: object) -> tuple[object, ...]:
