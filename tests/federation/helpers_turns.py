@@ -55,6 +55,7 @@ def good_reply(request, **changes):
         num_tokens=99,
         num_reference_tokens=0,
         seconds=0.1,
+        seconds_loading=0.0,
         loss=1.0,
         loss_trace=(1.0,),
         memory={},

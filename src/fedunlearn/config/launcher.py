@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from fedunlearn.config.sites import parse_address
+from fedunlearn.config.addresses import parse_address
 from fedunlearn.errors import UserError
 from fedunlearn.limits import LARGEST
 

@@ -91,8 +91,10 @@ class Worker:
             return True
         if asked.head.get("do") == "end":
             return False
-        with _ending_with(there), suppress(OSError):
-            send_frame(there, self._answer(asked))
+        with _ending_with(there):
+            answer = self._answer(asked)
+        with suppress(OSError):  # who has its answer may hang up
+            send_frame(there, answer)
         return True
 
     def _answer(self, asked: Frame) -> Frame:
