@@ -381,6 +381,11 @@ class EvalRun:
                 f"model.model_args.lora_model_path={self.model.model_args.lora_model_path!r} beside adapters, which stand in its place: name it among them, or leave it null",
             ),
             (
+                bool(self.eval.metrics) or self.lm_eval is not None,
+                "eval.metrics is empty and lm_eval null: nothing would be evaluated; name metrics, or choose eval=tofu",
+            ),
+            (self.max_length >= 2, f"max_length={self.max_length} must be at least 2 tokens"),
+            (
                 not self.eval.in_rounds,
                 "eval.every_n_rounds and eval.clients_every_n_rounds: an evaluation has no rounds; leave them null",
             ),
