@@ -47,7 +47,7 @@ STEPS = {
     "requests": "other rows",
     "eval.round_metrics": ("exact_memorization",),
     "probe.unlearned": {"a": "y"},
-    "probe.attacks": ("difference", "nf4"),
+    "probe.attacks": ("difference", "nf4", "rounds", "relearn_forget"),
 }
 # What members ask for that have no default, or want a word of consent.
 ASKS = {
@@ -79,8 +79,8 @@ FIXED_IN = {
     "data/finetune.yaml": ANSWERS,
     "data/retain.yaml": ANSWERS,
     "data/unlearn.yaml": {"data.rows", *ANSWERS},
-    "eval/tofu.yaml": {"eval.reference_model_path"},
-    "eval/muse.yaml": {"eval.question_key", "eval.holdout_split", "eval.reference_model_path"},
+    "eval/tofu.yaml": {"eval.reference_model_path", "eval.holdout_split", "eval.gradnorm_of"},
+    "eval/muse.yaml": {"eval.question_key", "eval.holdout_split", "eval.reference_model_path", "eval.gradnorm_of"},
     **{f"experiment/{kind}/muse/default.yaml": {"tofu_path"} for kind in ("eval", "finetune", "unlearn")},  # null there
     "paths/default.yaml": {"requests"},
     "protocol/all_clients.yaml": {"protocol.released"},

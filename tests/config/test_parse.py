@@ -102,7 +102,9 @@ def test_the_mode_chooses_the_record():
         for key, value in PLAIN.items()
         if key not in ("trainer", "strategy", "protocol", "partition", "data", "method")
     }
-    assert isinstance(parse_config({**shared, "mode": "eval"}), EvalRun)
+    forget_prob = {"_target_": "fedunlearn.metrics.probability.Probability", "of": "forget"}
+    eval_run = parse_config({**shared, "mode": "eval", "eval": {"metrics": {"forget_Q_A_Prob": forget_prob}}})
+    assert isinstance(eval_run, EvalRun)
     with pytest.raises(
         UserError, match=r"mode='unlern' is unknown; did you mean 'unlearn'\? Known: train, unlearn, eval"
     ):

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import safetensors.numpy
 from helpers_runs import CONFIGS, finetune
 
-from fedunlearn.doors.compose import compose
+from fedunlearn.doors.compose import changed, compose
 from fedunlearn.doors.evaluation import run_evaluation, run_evaluations
 from fedunlearn.errors import UserError
 from fedunlearn.evals import evidence
@@ -125,6 +126,66 @@ def test_a_damaged_table_is_computed_anew_and_told(pocket, saves, evaluation, as
     assert figures_of(log_of(saves, "second")) == pytest.approx(figures_of(log_of(saves, "first")), rel=1e-5)
 
 
+def test_a_table_that_was_altered_is_not_believed(pocket, saves, evaluation, asked, caplog):
+    tuned = finetune(pocket, saves, "ft")
+    first = run_evaluation(evaluation("first", tuned, "eval=tofu_attacks"))
+    cache = saves / "cache" / "evaluations"
+    table, texts = next(cache.rglob("*-moments.safetensors")), next(cache.rglob("texts-*/*.json"))
+    tensors = safetensors.numpy.load_file(table)
+    with safetensors.safe_open(table, "numpy") as file:
+        seal = file.metadata()
+    table.write_bytes(safetensors.numpy.save({**tensors, "num_labels": tensors["num_labels"] * 100}, seal))
+    saved = json.loads(texts.read_text())
+    texts.write_text(json.dumps({**saved, "values": dict.fromkeys(saved["values"], 7)}))
+    asked.clear()
+    second = run_evaluation(evaluation("second", tuned, "eval=tofu_attacks"))
+    assert {name for name, _ in asked} == {"score_rows", "generate_texts"}
+    assert all(f"{path} is damaged" in caplog.text for path in (table, texts))
+    wanted = known({name: metric.agg_value for name, metric in first.metrics.items()})
+    assert known({n: metric.agg_value for n, metric in second.metrics.items()}) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_folder_in_the_place_of_a_table_is_told(pocket, saves, evaluation):
+    tuned = finetune(pocket, saves, "ft")
+    run_evaluation(evaluation("first", tuned))
+    table = next((saves / "cache" / "evaluations").rglob("*.safetensors"))
+    table.unlink()
+    table.mkdir()
+    with pytest.raises(UserError, match=f"{table}.*is no file of this cache"):
+        run_evaluation(evaluation("second", tuned))
+    assert not (saves / "eval" / "second").exists()
+
+
+def test_a_truth_ratio_takes_the_answers_it_names_whatever_else_is_scored(pocket, saves, evaluation):
+    tuned = finetune(pocket, saves, "ft")
+    plain = "eval.metrics.forget_truth_ratio.paraphrased=false"
+    beside, alone, other = (
+        run_evaluation(evaluation(name, tuned, *more)).metrics["forget_truth_ratio"].agg_value
+        for name, more in (("a", (plain,)), ("b", (plain, "~eval.metrics.forget_Q_A_PARA_Prob")), ("c", ()))
+    )
+    assert beside == pytest.approx(alone, rel=1e-5)
+    assert beside != pytest.approx(other, rel=1e-3)
+
+
+def test_a_model_that_says_nan_is_named_where_texts_alone_are_read(pocket, saves, evaluation):
+    tuned = finetune(pocket, saves, "ft")
+    weights = tuned / "adapter" / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(weights)
+    broken = saves / "broken"
+    broken.mkdir(parents=True)
+    (broken / "adapter_config.json").write_text((tuned / "adapter" / "adapter_config.json").read_text())
+    (broken / "adapter_model.safetensors").write_bytes(
+        safetensors.numpy.save({name: values * float("nan") for name, values in tensors.items()}, {"format": "pt"})
+    )
+    composed = evaluation("x", broken)
+    metrics = {"forget_Q_A_ROUGE": composed.plain["eval"]["metrics"]["forget_Q_A_ROUGE"]}
+    composed = changed(composed, {"eval": {**composed.plain["eval"], "metrics": metrics}})
+    with pytest.raises(UserError, match=r"the prompt that ends in '.+': the model's logits are not finite"):
+        run_evaluation(composed)
+    assert not (saves / "eval").exists()
+    assert not list((saves / "cache").rglob("texts-*/*.json"))
+
+
 def test_three_adapters_cost_one_load_of_the_base(pocket, saves, evaluation, monkeypatch):
     runs = [finetune(pocket, saves, f"ft{seed}", f"trainer.args.seed={seed}") for seed in range(3)]
     alone = [run_evaluation(evaluation(f"alone{k}", run, f"paths.cache_dir={saves}/a")) for k, run in enumerate(runs)]
@@ -166,6 +227,19 @@ def test_one_adapter_that_is_not_there_is_told_before_any_is_evaluated(pocket, s
     assert not (saves / "eval").exists()
 
 
+def test_adapters_that_are_damaged_or_named_twice_are_told_before_any_is_evaluated(pocket, saves, evaluation, asked):
+    tuned, other = finetune(pocket, saves, "ft"), finetune(pocket, saves, "other", "trainer.args.seed=5")
+    weights = other / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    with pytest.raises(UserError) as caught:
+        run_evaluations(evaluation("all", None, f"adapters=[{tuned},{other},{tuned}/adapter]"))
+    damaged, twice = caught.value.faults
+    assert "is corrupt or truncated" in damaged
+    assert twice.startswith("adapters[2]=")
+    assert asked == []
+    assert not (saves / "eval").exists()
+
+
 def test_the_attack_against_another_model_reads_that_model(pocket, saves, evaluation):
     tuned, other = finetune(pocket, saves, "ft"), finetune(pocket, saves, "other", "trainer.args.seed=5")
     log = run_evaluation(evaluation("ev", tuned, "eval=tofu_reference", f"eval.reference_model_path={other}"))
@@ -187,6 +261,15 @@ def test_the_attack_against_another_model_reads_that_model(pocket, saves, evalua
         (("+eval.metrics.mine={_target_: fedunlearn.metrics.rouge.Rouge, of: forget, score: rouge9}",), "rouge9"),
         (("eval=tofu_attack",), r"tofu_attacks"),
         (("eval.question_key=other",), "question_key"),
+        (("eval.holdout_split=holdout10",), "no metric reads the holdout: leave it null, or choose eval=tofu_attacks"),
+        (("eval.gradnorm_of=adapter",), "no metric takes gradients: leave it at model"),
+        (("eval.metrics.model_utility.parts=[]",), r"parts=\[\] leaves nothing to take the mean of"),
+        (("~eval.metrics",), "eval.metrics is empty and lm_eval null: nothing would be evaluated"),
+        (("max_length=1",), "max_length=1 must be at least 2 tokens"),
+        (
+            ("+eval.metrics.provenance={_target_: fedunlearn.metrics.probability.Probability, of: forget}",),
+            "eval.metrics.provenance is the name of a block in the result's file",
+        ),
     ],
 )
 def test_what_cannot_be_composed_is_refused(evaluation, overrides, said):
@@ -200,6 +283,8 @@ def test_what_cannot_be_composed_is_refused(evaluation, overrides, said):
         (("eval=tofu_attacks", "eval.holdout_split=holdout05"), r"eval.holdout_split='holdout05' beside forget_split='forget10'"),
         (("+eval.metrics.mine={_target_: fedunlearn.metrics.rouge.Rouge, of: forgot}",), r"eval.metrics.mine reads the data set 'forgot', which TOFU has not"),
         (("eval=tofu_reference", "eval.reference_model_path=nowhere/at/all"), r"nowhere/at/all"),
+        (("+eval.metrics.mine={_target_: fedunlearn.metrics.truth_ratio.TruthRatio, of: ra, kind: retain, paraphrased: true}",), "mine reads 'paraphrased' answers of 'ra', which TOFU has none of"),
+        (("+eval.metrics.mine={_target_: fedunlearn.metrics.truth_ratio.TruthRatio, of: holdout, kind: retain, paraphrased: false}",), "mine reads 'perturbed' answers of 'holdout'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_evaluated_is_refused_before_the_model_is_asked(

@@ -1,6 +1,8 @@
 """Probes on the tiny pocket: what is attacked, by what, what stands in the files, and what is refused."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +107,15 @@ REFUSED = {
     "control alone": (("probe.control=x",), "probe.control='x' is read by difference alone"),
     "no epochs": (("probe.relearn_epochs=0",), "probe.relearn_epochs=0.0 must be above 0"),
     "no rounds": (("probe.rounds=0",), "probe.rounds=0 must be at least 1"),
+    "an unread backend": (
+        ("probe.attacks=[rounds]", "probe.backend=bitsandbytes"),
+        "probe.backend=bitsandbytes is read by bfloat16, int8, nf4 alone",
+    ),
+    "unread epochs": (
+        ("probe.attacks=[nf4]", "probe.relearn_epochs=2"),
+        "probe.relearn_epochs=2.0 is read by relearn_forget",
+    ),
+    "unread rounds": (("probe.attacks=[nf4]", "probe.rounds=3"), "probe.rounds=3 is read by rounds alone"),
     "no oracle": (("probe.oracle=???",), "probe.oracle"),
     "a metric out": (("~eval.metrics.extraction_strength",), "eval.metrics lacks extraction_strength"),
 }
@@ -131,3 +142,12 @@ def test_paths_that_are_no_models_and_a_missing_backend_are_told_at_once(saves, 
     assert "nowhere/oracle" in said
     assert torch.cuda.is_available() or "probe.backend=bitsandbytes" in said
     assert not (saves / "probe").exists()
+
+
+def test_a_damaged_adapter_is_told_before_any_is_attacked(saves, probe, models, tmp_path):
+    cut = tmp_path / "cut"
+    shutil.copytree(Path(models[2]) / "adapter", cut)
+    (cut / "adapter_model.safetensors").write_bytes((cut / "adapter_model.safetensors").read_bytes()[:200])
+    with pytest.raises(UserError, match=f"{cut}.* is corrupt or truncated"):
+        run_probe(probe({"a": cut}, models[1], CASTS))
+    assert not (saves / "cache" / "evaluations").exists()

@@ -26,7 +26,7 @@ from fedunlearn.evals.generation import clean, decode
 from fedunlearn.evals.retain_log import check_retain_log
 from fedunlearn.evals.scoring import score_rows
 from fedunlearn.evals.sets import read_sets
-from fedunlearn.records.evaluation import Detail
+from fedunlearn.records.evaluation import Detail, MetricResult
 
 SETTINGS = EvalConfig(max_new_tokens=4, metrics=metrics_of())
 COMPAT = replace(SETTINGS, compat="open-unlearning")
@@ -218,3 +218,19 @@ def test_prompts_and_truths_are_the_published_texts():
         rows = published.metrics[f"{name}_Q_A_ROUGE"].value_by_index
         assert [decode(chat, chat.prompt(row.question)) for row in data.rows] == [row["input"] for row in rows]
         assert [clean(row.answer).strip() for row in data.rows] == [row["ground_truth"] for row in rows]
+
+
+def test_a_log_without_the_numbers_that_are_read_is_refused(log, tofu):
+    forget, ratio = forget_set(tofu, "forget10"), log.metrics["forget_truth_ratio"]
+    worded = replace(ratio, value_by_index=({"score": "bad"}, *ratio.value_by_index[1:]))
+    with pytest.raises(UserError, match="the log has no forget_truth_ratio with a score a row"):
+        check_retain_log(replace(log, metrics={"forget_truth_ratio": worded}), forget, SETTINGS)
+    with pytest.raises(UserError, match=r"does not say which rows it was made on \(provenance.data\)"):
+        check_retain_log(replace(log, provenance={**log.provenance, "data": "x"}), forget, SETTINGS)
+    attacks = replace(SETTINGS, metrics=metrics_of("tofu", "tofu_attacks"))
+    for auc in (None, 7.0, -0.1):
+        named = replace(log, metrics={**log.metrics, "mia_min_k": MetricResult(auc, "log-space")})
+        with pytest.raises(
+            UserError, match=f"the log has mia_min_k={auc}, where privleak wants an AUC between 0 and 1"
+        ):
+            check_retain_log(named, forget, attacks)

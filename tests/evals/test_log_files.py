@@ -99,3 +99,16 @@ def test_a_missing_file_is_named(tmp_path):
         read_log(tmp_path / "nowhere.json")
     with pytest.raises(UserError, match="there is no such file"):
         read_log(tmp_path)
+
+
+@pytest.mark.parametrize("text", ['"0.5"', "true", "[0.5]"])
+def test_what_stands_where_a_number_is_wanted_is_refused(tmp_path, text):
+    (tmp_path / "log.json").write_text(f'{{"forget_quality": {{"agg_value": {text}}}}}')
+    with pytest.raises(UserError, match="stands where a number is wanted"):
+        read_log(tmp_path / "log.json")
+
+
+def test_a_log_that_is_nested_without_end_is_refused(tmp_path):
+    (tmp_path / "log.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match=r"is no TOFU_EVAL\.json"):
+        read_log(tmp_path / "log.json")

@@ -43,6 +43,14 @@ def test_mixed_details_in_any_chunks_are_the_definitions(monkeypatch, chunk):
     assert not found.best[~tokens].any()
 
 
+def test_a_token_that_is_ruled_out_weighs_nothing():
+    logits = drawn()
+    ruled_out = torch.cat([logits, torch.full((50, 1), -math.inf, dtype=torch.float64)], 1)
+    found, wanted = (score_contexts(x, torch.full((50,), Detail.MOMENTS)) for x in (ruled_out, logits))
+    for column in ("rest", "mu", "sigma2"):
+        torch.testing.assert_close(getattr(found, column), getattr(wanted, column), atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_narrow_logits_are_scored_in_float32(dtype):
     logits = drawn().to(dtype)

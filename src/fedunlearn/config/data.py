@@ -88,3 +88,14 @@ class PathsConfig:
     saves_dir: str = "saves"
     pocket_dir: str = "saves/pocket"
     cache_dir: str = "saves/cache"
+
+
+def task_name_rule(name: str) -> tuple[bool, str]:
+    """Whether a name can be a run's folder, and the fault where it cannot."""
+    plain = (
+        bool(name.strip())
+        and name == name.strip()
+        and name not in (".", "..")
+        and not any(mark in name for mark in "/\\\0")
+    )
+    return plain, f"task_name={name!r} must be a plain folder name: no separators, no blanks around it"

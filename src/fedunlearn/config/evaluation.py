@@ -4,8 +4,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fedunlearn.errors import UserError
-from fedunlearn.metrics.base import Metric, Part, in_order
+from fedunlearn.metrics.base import Metric, Part, in_order, readings_of
 
+RESERVED = "provenance"
 _OR_NULL = {
     **dict.fromkeys(("max_rows", "round_rows", "client_rows"), " or null (all rows)"),
     **dict.fromkeys(("every_n_rounds", "clients_every_n_rounds"), " or null (never)"),
@@ -58,7 +59,10 @@ class EvalConfig:
             if value is not None and value < 1:
                 raise UserError(f"eval.{key}={value} must be at least 1{_OR_NULL.get(key, '')}")
         in_order(self.metrics)
+        if RESERVED in self.metrics:
+            raise UserError(f"eval.metrics.{RESERVED} is the name of a block in the result's file: choose another")
         self._check_reference()
+        self._check_read()
         if self.every_n_rounds is not None:
             self._check_rounds()
 
@@ -84,6 +88,18 @@ class EvalConfig:
                 raise UserError(
                     f"eval.round_metrics: {name} compares with another model, which a round's evaluation of some rows cannot; take it out"
                 )
+
+    def _check_read(self) -> None:
+        """Raises UserError for what is set and nobody reads."""
+        readings = readings_of(self.metrics)
+        if self.holdout_split is not None and not any(one.dataset == "holdout" for one in readings):
+            raise UserError(
+                f"eval.holdout_split={self.holdout_split!r}, but no metric reads the holdout: leave it null, or choose eval=tofu_attacks"
+            )
+        if self.gradnorm_of != "model" and not any(one.part is Part.GRADNORM for one in readings):
+            raise UserError(
+                f"eval.gradnorm_of={self.gradnorm_of}, but no metric takes gradients: leave it at model, or choose eval=tofu_attacks"
+            )
 
     def _check_reference(self) -> None:
         reading = [name for name, one in self.metrics.items() if any(part.part is Part.REFERENCE for part in one.reads)]

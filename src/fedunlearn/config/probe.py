@@ -70,6 +70,22 @@ class ProbeConfig:
                 f"probe.relearn_epochs={self.relearn_epochs} must be above 0, at most {LARGEST:g}",
             ),
             (self.rounds >= 1, f"probe.rounds={self.rounds} must be at least 1"),
+            *self._unread(),
+        ]
+
+    def _unread(self) -> list[tuple[bool, str]]:
+        """What is set beside attacks that do not read it."""
+        readers: tuple[tuple[str, object, tuple[Attack, ...]], ...] = (
+            ("backend", "simulated", CASTS),
+            ("relearn_epochs", 1.0, ("relearn_forget", "relearn_unrelated")),
+            ("rounds", 10, ("rounds",)),
+        )
+        return [
+            (
+                getattr(self, key) == default or bool(set(attacks) & set(self.attacks)),
+                f"probe.{key}={getattr(self, key)} is read by {', '.join(attacks)} alone: add one to probe.attacks, or leave it at {default}",
+            )
+            for key, default, attacks in readers
         ]
 
     @property

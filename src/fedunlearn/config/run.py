@@ -13,7 +13,7 @@ from fedunlearn.aggregation.flower import FlowerStrategy
 from fedunlearn.aggregation.robust.base import Robust
 from fedunlearn.aggregation.robust.off import Off
 from fedunlearn.config.benchmark import benchmark_rules, raw_text_rules
-from fedunlearn.config.data import CollatorConfig, DataConfig, PartitionConfig, PathsConfig
+from fedunlearn.config.data import CollatorConfig, DataConfig, PartitionConfig, PathsConfig, task_name_rule
 from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.config.launcher import Launcher
 from fedunlearn.config.ledger import LedgerConfig
@@ -299,7 +299,7 @@ class TrainRun:
         want = "FederatedUnlearningTrainer" if unlearn else "FederatedTrainer"
         rows = ("forget_and_retain",) if unlearn else ("full", "retain")
         return [
-            _task_name_rule(self.task_name),
+            task_name_rule(self.task_name),
             (
                 self.trainer.name == want,
                 f"trainer.name={self.trainer.name!r} does not fit mode={self.mode!r}: choose trainer={want}, or the other --config-name",
@@ -366,7 +366,7 @@ class EvalRun:
 
     def __post_init__(self) -> None:
         rules = [
-            _task_name_rule(self.task_name),
+            task_name_rule(self.task_name),
             *benchmark_rules(self.tofu_path, self.muse_path, self.eval, self.requests),
             (
                 self.adapters is None or bool(self.adapters),
@@ -381,6 +381,11 @@ class EvalRun:
                 f"model.model_args.lora_model_path={self.model.model_args.lora_model_path!r} beside adapters, which stand in its place: name it among them, or leave it null",
             ),
             (
+                bool(self.eval.metrics) or self.lm_eval is not None,
+                "eval.metrics is empty and lm_eval null: nothing would be evaluated; name metrics, or choose eval=tofu",
+            ),
+            (self.max_length >= 2, f"max_length={self.max_length} must be at least 2 tokens"),
+            (
                 not self.eval.in_rounds,
                 "eval.every_n_rounds and eval.clients_every_n_rounds: an evaluation has no rounds; leave them null",
             ),
@@ -388,13 +393,3 @@ class EvalRun:
         faults = [fault for holds, fault in rules if not holds]
         if faults:
             raise UserError(*faults)
-
-
-def _task_name_rule(name: str) -> tuple[bool, str]:
-    plain = (
-        bool(name.strip())
-        and name == name.strip()
-        and name not in (".", "..")
-        and not any(mark in name for mark in "/\\\0")
-    )
-    return plain, f"task_name={name!r} must be a plain folder name: no separators, no blanks around it"

@@ -1,6 +1,7 @@
 """Evaluation of a base, an adapter or a run of ours; or of several, which share one base."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedunlearn.config.run import EvalRun
@@ -14,8 +15,8 @@ from fedunlearn.evals.lm_eval import load_tasks
 from fedunlearn.evals.lm_eval_file import write_lm_eval
 from fedunlearn.federation.site import set_threads
 from fedunlearn.files import write_json
-from fedunlearn.models.adapter_files import saved_hash
-from fedunlearn.models.source import resolve_source
+from fedunlearn.models.adapter_files import load_adapter, saved_hash
+from fedunlearn.models.source import adapter_folder
 from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.reporting.run_folder import DONE, check_folders, config_hash, make_folder, provenance, run_path
 
@@ -39,13 +40,33 @@ def run_evaluations(composed: ComposedConfig) -> dict[Path, EvalLog]:
         for number, path in enumerate(adapters, 1)
     ]
     check_folders((leg.run, leg.plain) for leg in legs)
-    for leg in legs:
-        resolve_source(leg.run.model.model_args, Path(leg.run.paths.pocket_dir), fetch=False)
+    _check_adapters(adapters)
     found = {}
     for path, leg in zip(adapters, legs, strict=True):
         log.info("%s: %s", path, run_path(leg.run))
         found[run_path(leg.run)] = run_evaluation(leg)
     return found
+
+
+def _check_adapters(adapters: Sequence[str]) -> None:
+    """Raises UserError, all faults at once, for a path that is not there, weights that are damaged, and an adapter that is named twice in other words."""
+    faults: list[str] = []
+    places: dict[Path, str] = {}
+    for number, path in enumerate(adapters):
+        key = f"adapters[{number}]"
+        try:
+            folder = adapter_folder(Path(path).expanduser(), key)
+            if folder is not None:
+                load_adapter(folder)
+        except UserError as error:
+            faults += error.faults
+            continue
+        place = (folder or Path(path)).resolve()
+        if place in places:
+            faults.append(f"{key}={path!r} is {places[place]!r} over again: give each once")
+        places[place] = path
+    if faults:
+        raise UserError(*faults)
 
 
 def run_evaluation(composed: ComposedConfig) -> EvalLog:

@@ -93,7 +93,7 @@ class Prober:
         chosen, faults = self.run.probe, list[str]()
         works: list[Callable[[], object]] = [lambda: judge_folder(self.run, self.composed.plain), lambda: self.sets]
         named = (*chosen.subjects.values(), chosen.finetuned, chosen.control)
-        works += [partial(self.source, path) for path in named if path]
+        works += [partial(self._whole, path) for path in named if path]
         works += [partial(cast_of, name, chosen.backend) for name in CASTS if name in chosen.attacks]
         for work in works:
             try:
@@ -102,6 +102,16 @@ class Prober:
                 faults += error.faults
         if faults:
             raise UserError(*dict.fromkeys(faults))
+
+    def _whole(self, path: str) -> None:
+        """Raises UserError for a path that names nothing, an adapter that is damaged, and for `difference` where it is none."""
+        folder = self.source(path).adapter
+        if folder is not None:
+            load_adapter(folder)
+        elif "difference" in self.run.probe.attacks:
+            raise UserError(
+                f"probe.attacks has difference, and {path!r} is no adapter, of which two are compared: leave it out"
+            )
 
     def probed(self) -> Probed:
         """Runs every attack on every model."""

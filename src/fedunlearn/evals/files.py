@@ -80,7 +80,7 @@ def read_log(path: Path, files: LogFiles = TOFU_FILES) -> EvalLog:
         content = file.read_bytes()
         log = _parse_log(json.loads(content.decode("utf-8"), parse_constant=_refuse_constant))
         return replace(log, file_hash=hashlib.sha256(content).hexdigest())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
             f"retain_logs_path={str(path)!r} is no {files.evaluation} ({error}); expected JSON with agg_value and value_by_index under each metric's "
             "name: evaluate the oracle again, or set it to null"
@@ -132,7 +132,13 @@ def _parse_metric(name: str, body: object, definition: Definition) -> MetricResu
         for key, value in body.items()
         if isinstance(value, dict) and key != "value_by_index"
     }
-    return MetricResult(body["agg_value"], definition, tuple(_parse_row(name, row) for row in rows.values()), parts)
+    value = body["agg_value"]
+    return MetricResult(
+        None if value is None else _number(value),
+        definition,
+        tuple(_parse_row(name, row) for row in rows.values()),
+        parts,
+    )
 
 
 def _parse_row(name: str, row: object) -> Row:
@@ -143,8 +149,14 @@ def _parse_row(name: str, row: object) -> Row:
 
 def _parse_value(value: object) -> RowValue:
     if isinstance(value, list):
-        return tuple(float(item) for item in value)
-    return value if isinstance(value, str) else float(value)  # type: ignore[arg-type]
+        return tuple(_number(item) for item in value)
+    return value if isinstance(value, str) else _number(value)
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{str(value)[:100]!r} stands where a number is wanted")
+    return float(value)
 
 
 def _refuse_constant(name: str) -> object:

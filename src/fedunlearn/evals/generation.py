@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import LogitsProcessorList
 
 from fedunlearn.data.chat import ChatFormat
-from fedunlearn.evals.greedy import Decoder, Ids, is_plainly_greedy
+from fedunlearn.errors import UserError
+from fedunlearn.evals.greedy import Decoder, Ids, NotFiniteError, is_plainly_greedy
 from fedunlearn.evals.inference import inference
 from fedunlearn.models.inner import inner_model
 from fedunlearn.records.evaluation import Compat
@@ -34,6 +36,7 @@ PLAIN: dict[str, Any] = {
 GREEDY: dict[str, Any] = {**PLAIN, "do_sample": False}
 SAMPLED: dict[str, Any] = {**PLAIN, "do_sample": True, "temperature": 1.0}
 
+SHOWN_CHARACTERS = 80
 Padded = Callable[[Sequence[Ids]], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -96,16 +99,38 @@ def generate_ids(
         else:
             answers = _by_generate(inner, padded, unique, batch_size)
         done = track(answers, "generating", len(unique))
-        return {unique[place]: tuple(_up_to_eos(ids, eos_ids)) for place, ids in done}
+        try:
+            return {unique[place]: tuple(_up_to_eos(ids, eos_ids)) for place, ids in done}
+        except NotFiniteError as error:
+            asked = decode(chat, unique[error.place]).strip()[-SHOWN_CHARACTERS:]
+            raise UserError(
+                f"the prompt that ends in {asked!r}: the model's logits are not finite (NaN or infinity), so it says nothing; the model is broken, or its training diverged"
+            ) from error
 
 
 def _by_generate(inner: Any, padded: Padded, prompts: Sequence[Ids], batch_size: int) -> Iterator[tuple[int, Ids]]:
     """Gives each prompt's place and new ids, what fills its row up included."""
     for start in range(0, len(prompts), batch_size):
         ids, mask = padded(prompts[start : start + batch_size])
-        output = inner.generate(input_ids=ids, attention_mask=mask)
+        output = inner.generate(
+            input_ids=ids, attention_mask=mask, logits_processor=LogitsProcessorList([_Checked(start)])
+        )
         for i, new in enumerate(output[:, ids.shape[1] :].tolist()):
             yield start + i, tuple(new)
+
+
+class _Checked:
+    """Leaves scores [B, V] as they are. first: place of row 0 among all prompts."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Raises NotFiniteError for the first row with NaN, or with nothing finite."""
+        lost = ~torch.isfinite(scores.amax(-1))
+        if bool(lost.any()):
+            raise NotFiniteError(self.first + int(lost.int().argmax()))
+        return scores
 
 
 def sample_texts(

@@ -21,6 +21,14 @@ Ids = tuple[int, ...]
 NEEDED = frozenset({"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
 
 
+class NotFiniteError(Exception):
+    """A model's logits for a prompt hold NaN, or nothing finite. place: of that prompt."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__(f"the logits of prompt {place} are not finite")
+        self.place = place
+
+
 def is_plainly_greedy(inner: Any) -> bool:
     """Says whether a Decoder gives this transformer's generate(): its generation_config sets nothing else, and it keeps keys and values only.
 
@@ -90,7 +98,9 @@ class Decoder:
         )  # [B, V]
         if self.penalty != 1:
             logits = _penalised(logits, state.ids, state.mask, self.penalty)
-        chosen = logits.argmax(-1)
+        best, chosen = logits.max(-1)
+        if not bool(torch.isfinite(best).all()):
+            raise NotFiniteError(state.rows[int((~torch.isfinite(best)).int().argmax())])
         found = [(*before, token) for before, token in zip(state.found, chosen.tolist(), strict=True)]
         going = [i for i, new in enumerate(found) if new[-1] not in self.ends and len(new) < self.limit]
         for i in set(range(len(found))) - set(going):

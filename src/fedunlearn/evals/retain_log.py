@@ -36,8 +36,12 @@ def _lacking(log: EvalLog, name: str, reading: LogReading) -> str:
     way_out = f"evaluate the oracle again with it, take {name} out (~eval.metrics.{name}), or set it to null"
     if found is None:
         return f"{AT} the log has no {reading.metric}, which {name} compares with; {way_out}"
-    if reading.rows and not all("score" in row for row in found.value_by_index):
+    if reading.rows and not all(isinstance(row.get("score"), float) for row in found.value_by_index):
         return f"{AT} the log has no {reading.metric} with a score a row, which {name} compares with; {way_out}"
+    if not reading.rows and (found.agg_value is None or not 0 <= found.agg_value <= 1):
+        return (
+            f"{AT} the log has {reading.metric}={found.agg_value}, where {name} wants an AUC between 0 and 1; {way_out}"
+        )
     return ""
 
 
@@ -61,8 +65,10 @@ def _row_faults(log: EvalLog, sets: Sequence[DataSet], settings: EvalConfig, com
             return [
                 f"{AT} the log was made with eval.{key}={said.get(key)}, this evaluation has {value}; make the two equal"
             ]
-    hashes = said.get("data")
-    other = [data for data in sets if isinstance(hashes, dict) and hashes.get(data.split) != data.hash]
+    hashes = said.get("data") if said else {}
+    if not isinstance(hashes, dict):
+        return [f"{AT} the log does not say which rows it was made on (provenance.data); evaluate the oracle again"]
+    other = [data for data in sets if said and hashes.get(data.split) != data.hash]
     if other:
         return [f"{AT} the log was made on other rows of {other[0].split} than these; evaluate the oracle on this data"]
     num_rows = 0 if forget.lacking else forget.num_rows

@@ -9,7 +9,7 @@ from fedunlearn.data.tofu import PerturbedRow, Tofu, hash_rows
 from fedunlearn.errors import UserError
 from fedunlearn.evals.dataset import EncodedSet, RowSet
 from fedunlearn.evals.generation import clean
-from fedunlearn.metrics.base import readings_of
+from fedunlearn.metrics.base import Part, readings_of
 from fedunlearn.records.requests import Request
 
 REQUEST = "request"
@@ -26,6 +26,11 @@ class QuestionSet(RowSet[PerturbedRow]):
 
 SPLITS = {"retain": "retain", "ra": "real_authors", "wf": "world_facts"}
 KNOWN = ("forget", *SPLITS, "holdout")
+UNREAD = {
+    **dict.fromkeys(("ra", "wf"), frozenset({Part.PARAPHRASED})),
+    "holdout": frozenset({Part.PARAPHRASED, Part.PERTURBED}),
+}
+"""Answers that TOFU has none of."""
 
 
 def read_sets(
@@ -62,6 +67,11 @@ def _asked(settings: EvalConfig) -> frozenset[str]:
             if reading.dataset not in KNOWN:
                 raise UserError(
                     f"eval.metrics.{name} reads the data set {reading.dataset!r}, which TOFU has not; known: {', '.join(KNOWN)}"
+                )
+            if reading.part in UNREAD.get(reading.dataset, ()):
+                raise UserError(
+                    f"eval.metrics.{name} reads {reading.part.value!r} answers of {reading.dataset!r}, which TOFU has none of: take it out "
+                    f"(~eval.metrics.{name}), or let it read another data set"
                 )
     return frozenset(reading.dataset for reading in readings_of(settings.metrics))
 

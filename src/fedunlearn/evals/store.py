@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from fedunlearn.data.chat import EncodedRow
+from fedunlearn.errors import UserError
 from fedunlearn.files import canonical_json, write_bytes, write_json
 from fedunlearn.records.evaluation import AnswerScore, Detail, TokenScores
 
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 Ids = tuple[int, ...]
 T = TypeVar("T")
 R = TypeVar("R")
+SEAL = "sha256"
 COLUMNS = ("logp", "hit", "mu", "sigma2")
 
 
@@ -71,13 +73,13 @@ class EvalStore:
             new = dict(zip(lacking, work([wanted[name] for name in lacking]), strict=True))
             known |= new
             if self.folder is not None:
-                write_json(self.folder / kind / f"{_hash(sorted(new))}.json", new)
+                write_json(self.folder / kind / f"{_hash(sorted(new))}.json", {SEAL: _hash(new), "values": new})
         return {one: known[name] for name, one in wanted.items()}
 
     def _read_values(self, kind: str) -> dict[str, Any]:
         known: dict[str, Any] = {}
         for path in sorted((self.folder / kind).glob("*.json")) if self.folder is not None else ():
-            known |= _guarded(path, lambda path: dict(json.loads(path.read_text(encoding="utf-8"))))
+            known |= _guarded(path, _read_json)
         return known
 
     @cached_property
@@ -97,12 +99,40 @@ def _hash(value: object) -> str:
 
 
 def _guarded(path: Path, read: Callable[[Path], dict[str, T]]) -> dict[str, T]:
+    """Gives what a file holds, nothing where it is not the one that was written. Raises UserError where something else stands in its place."""
     try:
         return read(path)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         log.warning("%s is damaged (%s): what stood in it is computed anew", path, error)
+    try:
         path.unlink(missing_ok=True)
-        return {}
+    except OSError as error:
+        raise UserError(
+            f"{str(path)!r} is no file of this cache and cannot be taken away ({error.strerror or error}): delete it, or choose another paths.cache_dir"
+        ) from error
+    return {}
+
+
+def _sealed(tensors: Mapping[str, np.ndarray]) -> str:
+    """sha256 of arrays by name: what is read must be what was written."""
+    seal = hashlib.sha256()
+    for name in sorted(tensors):
+        seal.update(f"{name} {tensors[name].dtype} {tensors[name].shape} ".encode())
+        seal.update(np.ascontiguousarray(tensors[name]).tobytes())
+    return seal.hexdigest()
+
+
+def _read_seal(path: Path) -> str | None:
+    with safe_open(path, "numpy") as file:
+        return (file.metadata() or {}).get(SEAL)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    values: dict[str, Any] = saved["values"]
+    if saved[SEAL] != _hash(values):
+        raise ValueError("its seal is not that of its content")
+    return values
 
 
 def _detail(score: AnswerScore) -> Detail:
@@ -125,11 +155,14 @@ def _write_scores(folder: Path, scores: Mapping[EncodedRow, AnswerScore]) -> Non
         }
         for column in COLUMNS[: 2 * detail]:
             tensors[column] = np.concatenate([getattr(score.tokens, column) for score in chosen.values()])
-        write_bytes(folder / "scores" / f"{_hash(sorted(chosen))}-{detail.name.lower()}.safetensors", save(tensors))
+        blob = save(tensors, metadata={SEAL: _sealed(tensors)})
+        write_bytes(folder / "scores" / f"{_hash(sorted(chosen))}-{detail.name.lower()}.safetensors", blob)
 
 
 def _read_scores(path: Path) -> dict[str, AnswerScore]:
     tensors = load_file(path)
+    if _read_seal(path) != _sealed(tensors):
+        raise ValueError("its seal is not that of its content")
     counts, ends = tensors["num_labels"], np.cumsum(tensors["num_labels"])
     columns = [tensors[column] for column in COLUMNS if column in tensors]
     known = {}

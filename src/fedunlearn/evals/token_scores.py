@@ -10,6 +10,7 @@ from fedunlearn.records.evaluation import Detail
 # Numbers of one chunk: few enough that a chunk stays in a CPU's cache, and on a GPU that it is small beside the logits.
 CHUNK = {"cpu": 2**18}
 CHUNK_ELSEWHERE = 2**26
+LOWEST = -1e15
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def score_contexts(logits: torch.Tensor, detail: torch.Tensor) -> ContextScores:
                 rest[at] = x.exp_().sum(1).log_()
                 continue
             p = x.exp()
+            x.clamp_(min=LOWEST)  # a token ruled out by -inf has weight 0, and 0 * inf would be NaN
             total = p.sum(1)
             p *= x
             mean = p.sum(1) / total

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fedunlearn.errors import UserError
 from fedunlearn.metrics.base import Evidence, Metric
 from fedunlearn.records.evaluation import Compat, MetricResult, definition_of
 
@@ -24,6 +25,10 @@ class ModelUtility(Metric):
     """Model utility: the harmonic mean of `parts`, which must be among eval.metrics."""
 
     parts: tuple[str, ...] = MODEL_UTILITY_PARTS
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise UserError("model_utility: parts=[] leaves nothing to take the mean of; name metrics, or take it out")
 
     @property
     def made_of(self) -> tuple[str, ...]:

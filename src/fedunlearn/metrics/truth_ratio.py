@@ -5,7 +5,7 @@ geometric mean of the wrong answers' probabilities over the right one's. (The pa
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -46,6 +46,8 @@ class TruthRatio(Metric):
         table, name = found.tables[self.of], self.definition(found.compat)
         if not table.compares:
             return MetricResult(None, name)
+        if not self.paraphrased:
+            table = replace(table, paraphrased=())  # another metric may have them scored
         if self.form == "prob_mean":
             return prob_mean(table, name, compat=found.compat)
         return truth_ratio(table, self.kind, compat=found.compat)
