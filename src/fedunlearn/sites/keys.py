@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -85,6 +86,11 @@ def client_keys(folder: str) -> list[Path]:
     if faults:
         raise UserError(*faults)
     return paths
+
+
+def names_by_key(paths: Sequence[Path]) -> dict[bytes, str]:
+    """Public key as Flower sends it -> its file's name, of keys that `client_keys` gave."""
+    return {_public(path)[0]: path.name for path in paths}
 
 
 def _public(path: Path) -> tuple[bytes, str]:

@@ -30,10 +30,14 @@ def tell(text: str) -> None:
 
 
 class Child:
-    """A running command in a process group of its own, so that Ctrl-C reaches us alone and its children end with it."""
+    """A running command in a process group of its own, so that Ctrl-C reaches us alone and its children end with it.
 
-    def __init__(self, command: Command) -> None:
+    retell: what is told instead of a line of it.
+    """
+
+    def __init__(self, command: Command, retell: Callable[[str], str] = str) -> None:
         self.command = command
+        self._retell = retell
         try:
             self._process = subprocess.Popen(
                 command.argv,
@@ -84,7 +88,7 @@ class Child:
         for raw in self._process.stdout:
             line = raw.decode(errors="replace").rstrip("\n")
             self.lines.append(line)
-            tell(line)
+            tell(self._retell(line))
 
 
 def _end_with_parent() -> Callable[[], None] | None:

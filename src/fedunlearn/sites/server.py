@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 from fedunlearn.config.sites import ServerSite, read_site
@@ -17,8 +18,9 @@ from fedunlearn.sites.commands import (
     superexec_command,
     superlink_command,
 )
-from fedunlearn.sites.keys import client_keys
+from fedunlearn.sites.keys import client_keys, names_by_key
 from fedunlearn.sites.registry import Registry
+from fedunlearn.sites.retold import retelling
 from fedunlearn.sites.running import POLL, Child, Stop, asked_to_stop, interrupted, tell, until
 from fedunlearn.sites.tls import unverified
 
@@ -43,7 +45,7 @@ def run_server(site_file: Path, *, only_print: bool = False) -> None:
     write_bytes(flower_home(site.work_dir) / "config.toml", flower_config(site).encode())
     registry = Registry.opened(site, site_file)
     with asked_to_stop() as stop:
-        running = [_Kept(superlink)]
+        running = [_Kept(superlink, retelling(names_by_key(keys)))]
         try:
             _wait_until_up(site, running[0].child, stop)
             if not stop.signal:
@@ -62,8 +64,9 @@ def run_server(site_file: Path, *, only_print: bool = False) -> None:
 class _Kept:
     """A process that is started again when it dies, a few times in ten minutes."""
 
-    def __init__(self, command: Command) -> None:
-        self.child = Child(command)
+    def __init__(self, command: Command, retell: Callable[[str], str] = str) -> None:
+        self.child = Child(command, retell)
+        self._retell = retell
         self._deaths: deque[float] = deque(maxlen=_RESTARTS)
 
     def look(self) -> None:
@@ -78,7 +81,7 @@ class _Kept:
         self._deaths.append(now)
         tell(f"server: {why}; starting it again, runs go on")
         self.child.end()  # what is left of its group
-        self.child = Child(self.child.command)
+        self.child = Child(self.child.command, self._retell)
 
 
 def _wait_until_up(site: ServerSite, child: Child, stop: Stop) -> None:
