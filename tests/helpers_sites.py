@@ -1,19 +1,28 @@
 """A trial federation on loopback, and servers that answer as a real one, or just not quite."""
 
 import http.server
+import signal
 import socket
 import ssl
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 
+import psutil
 import yaml
 
 from fedunlearn.sites.authority import Authority, Validity
 from fedunlearn.sites.certificates import Federation, make_federation
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+SOON = 10.0
+"""Seconds from a node's start to its message; a healthy machine needs one."""
 
 
 def free_port():
@@ -97,3 +106,53 @@ def answering(files: Path | None, *, hours_ahead: float = 0.0, body: bytes = b"{
     finally:
         server.shutdown()
         server.server_close()
+
+
+class Running:
+    """A script and what it writes."""
+
+    def __init__(self, log, *words):
+        self.log = log
+        self.began = time.monotonic()
+        with log.open("wb") as file:
+            self.process = subprocess.Popen([sys.executable, *map(str, words)], stdout=file, stderr=subprocess.STDOUT)
+
+    def text(self):
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, said, seconds=60):
+        end = time.monotonic() + seconds
+        while said not in self.text():
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < end, self.text()
+            time.sleep(0.05)
+
+    def refused(self, seconds=SOON):
+        """Its last line; it must have ended with code 2 in that many seconds of its start."""
+        assert self.process.wait(seconds) == 2, self.text()
+        assert time.monotonic() - self.began < seconds
+        return self.text().splitlines()[-1]
+
+    def end(self, number=signal.SIGTERM):
+        """Ends it; nothing that it started may be left."""
+        if self.process.poll() is None:
+            below = psutil.Process(self.process.pid).children(recursive=True)
+            self.process.send_signal(number)
+            self.process.wait(30)
+            _, left = psutil.wait_procs(below, timeout=5)
+            assert not left
+        return self.process.returncode
+
+
+def start_server(folder):
+    running = Running(folder / "server.log", SCRIPTS / "superlink.py", "start", folder / "server" / "server.yaml")
+    try:
+        running.wait_for("the SuperLink is up", 120)
+    except AssertionError:
+        running.end()
+        raise
+    return running
+
+
+def start_node(site):
+    return Running(site.with_suffix(".log"), SCRIPTS / "supernode.py", site)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers_sites import edit, free_port, server_files, trial, valid
+from helpers_sites import SCRIPTS, Running, edit, free_port, server_files, start_node, start_server, trial, valid
 
 from fedunlearn.config.sites import ServerSite, make_work_dir, read_site
 from fedunlearn.sites.authority import Authority
@@ -18,60 +18,6 @@ from fedunlearn.sites.commands import flower_home, superlink_command
 from fedunlearn.sites.running import Child
 
 pytestmark = pytest.mark.deployment
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-SOON = 10.0
-"""Seconds from a node's start to its message; a healthy machine needs one."""
-
-
-class Running:
-    """A script and what it writes."""
-
-    def __init__(self, log, *words):
-        self.log = log
-        self.began = time.monotonic()
-        with log.open("wb") as file:
-            self.process = subprocess.Popen([sys.executable, *map(str, words)], stdout=file, stderr=subprocess.STDOUT)
-
-    def text(self):
-        return self.log.read_text(errors="replace")
-
-    def wait_for(self, said, seconds=60):
-        end = time.monotonic() + seconds
-        while said not in self.text():
-            assert self.process.poll() is None, self.text()
-            assert time.monotonic() < end, self.text()
-            time.sleep(0.05)
-
-    def refused(self, seconds=SOON):
-        """Its last line; it must have ended with code 2 in that many seconds of its start."""
-        assert self.process.wait(seconds) == 2, self.text()
-        assert time.monotonic() - self.began < seconds
-        return self.text().splitlines()[-1]
-
-    def end(self, number=signal.SIGTERM):
-        """Ends it; nothing that it started may be left."""
-        if self.process.poll() is None:
-            below = psutil.Process(self.process.pid).children(recursive=True)
-            self.process.send_signal(number)
-            self.process.wait(30)
-            _, left = psutil.wait_procs(below, timeout=5)
-            assert not left
-        return self.process.returncode
-
-
-def start_server(folder):
-    running = Running(folder / "server.log", SCRIPTS / "superlink.py", "start", folder / "server" / "server.yaml")
-    try:
-        running.wait_for("the SuperLink is up", 120)
-    except AssertionError:
-        running.end()
-        raise
-    return running
-
-
-def start_node(site):
-    return Running(site.with_suffix(".log"), SCRIPTS / "supernode.py", site)
 
 
 def another(folder, name, **changes):

@@ -15,7 +15,8 @@ server {{
 
     location / {{ return 404; }}
 
-    location /v1/fleet/ {{
+    location ~ ^/v1/fleet/[a-z-]+$ {{
+        limit_except POST {{ deny all; }}
         proxy_pass https://127.0.0.1:{port};
         proxy_ssl_trusted_certificate {folder}/ca.crt;
         proxy_ssl_verify on;
