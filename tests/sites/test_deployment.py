@@ -112,16 +112,23 @@ def test_an_expired_certificate(tmp_path):
 
 
 def test_a_key_that_is_taken_from_the_folder_is_shut_out(tmp_path):
+    """Both the node that is connected when the server comes back, and one that starts later."""
     folder = trial(tmp_path)
-    start_server(folder).end()
+    site = folder / "client1" / "client1.yaml"
+    server = start_server(folder)
+    connected = start_node(site)
+    connected.wait_for("SuperNode ID")
+    server.end()
     (folder / "server" / "client_keys" / "client1.pub").unlink()
     server = start_server(folder)
     try:
         assert "no longer in client_keys was shut out" in server.text()
         assert "client0.pub may connect" not in server.text()  # known from before
-        assert "does not know key=" in start_node(folder / "client1" / "client1.yaml").refused()
+        assert "no longer takes this node's signature" in connected.refused(120)
+        assert "does not know key=" in start_node(site).refused()
     finally:
         assert server.end(signal.SIGINT) == 130
+        connected.end()
 
 
 APP = {

@@ -11,7 +11,7 @@ import pytest
 from fedunlearn.errors import UserError
 from fedunlearn.sites import running
 from fedunlearn.sites.commands import Command
-from fedunlearn.sites.running import Child, asked_to_stop, interrupted, until
+from fedunlearn.sites.running import Child, alone_in, asked_to_stop, interrupted, until
 
 STUBBORN = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
@@ -85,6 +85,17 @@ def test_a_signal_is_a_wish_and_the_handlers_come_back(number, is_interrupt):
             interrupted(stop)
     else:
         interrupted(stop)
+
+
+def test_one_site_a_work_dir(tmp_path):
+    with (
+        alone_in(str(tmp_path)),
+        pytest.raises(UserError, match="another site is running in it"),
+        alone_in(str(tmp_path)),
+    ):
+        pass
+    with alone_in(str(tmp_path)):  # it is free again
+        pass
 
 
 def test_until_gives_up_in_time():

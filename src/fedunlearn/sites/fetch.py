@@ -13,6 +13,7 @@ from fedunlearn.errors import UserError, did_you_mean
 from fedunlearn.files import whole_folder
 from fedunlearn.sites.running import tell
 
+_KINDS = ("finetune", "unlearn", "eval", "probe")
 _WANTED = "*.json *.jsonl *.yaml adapter"
 """What is copied; rounds, ledger and side-car stay where resume needs them."""
 
@@ -50,7 +51,7 @@ def _saves_root(site: str, ssh: str | None) -> str:
 def _runs(root: str, ssh: str | None) -> list[str]:
     """kind/name of every run."""
     listed = _output(f"cd -- {shlex.quote(root)} && ls -d -- */*/ 2>/dev/null || true", ssh, f"{root} cannot be read")
-    return [line.rstrip("/") for line in listed.splitlines() if line.split("/")[0] in ("finetune", "unlearn", "eval")]
+    return [line.rstrip("/") for line in listed.splitlines() if line.split("/")[0] in _KINDS]
 
 
 def _one_run(task: str, runs: Sequence[str], root: str) -> str:

@@ -7,7 +7,7 @@ from fedunlearn.config.sites import ClientSite, read_site
 from fedunlearn.errors import UserError
 from fedunlearn.sites.checks import check_client
 from fedunlearn.sites.commands import supernode_command
-from fedunlearn.sites.running import POLL, Child, asked_to_stop, interrupted, tell
+from fedunlearn.sites.running import POLL, Child, alone_in, asked_to_stop, interrupted, tell
 
 
 def run_node(site_file: Path, *, only_print: bool = False) -> None:
@@ -24,7 +24,7 @@ def run_node(site_file: Path, *, only_print: bool = False) -> None:
     if missing:
         tell(f"client {site.client_id}: {missing}; until then the server refuses this client")
     check_client(site)
-    with asked_to_stop() as stop:
+    with alone_in(site.work_dir), asked_to_stop() as stop:
         child = Child(command)
         try:
             while child.ended() is None and not stop.wait(POLL):

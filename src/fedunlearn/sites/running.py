@@ -1,6 +1,7 @@
 """Processes in the foreground: their lines passed on, their end told, and ended whole with ours."""
 
 import ctypes
+import fcntl
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 from fedunlearn.errors import UserError
@@ -128,6 +130,20 @@ def asked_to_stop() -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def alone_in(work_dir: str) -> Iterator[None]:
+    """Holds the work_dir's lock, which the system takes away when we die. Raises UserError where another site holds it."""
+    path = Path(work_dir) / "site.lock"
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"work_dir={work_dir!r}: another site is running in it: end that one, or give each site a work_dir of its own"
+            ) from error
+        yield
 
 
 def interrupted(stop: Stop) -> None:
