@@ -1,5 +1,6 @@
 """Flower's command lines: Flower's own parsers are asked what they make of them."""
 
+import subprocess
 import sys
 import tomllib
 
@@ -129,3 +130,9 @@ def test_registering_is_asked_of_the_site_s_own_superlink(folder):
 def test_an_example_has_no_absolute_path_of_its_own_folder(folder):
     held = yaml.safe_load((folder / "server" / "server.yaml").read_text())
     assert not [value for key, value in held.items() if key not in ("data", "models") and str(folder) in str(value)]
+
+
+def test_starting_a_site_imports_neither_torch_nor_flower():
+    names = "checks, commands, fetch, node, server, certificates"
+    code = f"import sys; from fedunlearn.sites import {names}; assert not {{'torch', 'transformers', 'flwr'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
