@@ -3,6 +3,12 @@
 import socket
 
 import pytest
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from helpers_sites import answering, edit, free_port, server_files, trial, valid
 
 from fedunlearn.config.sites import ClientSite, ServerSite, read_site
@@ -144,3 +150,11 @@ def test_a_certificate_with_another_s_key(folder):
     (folder / "server" / "server.key").write_bytes(Authority("x", valid(-1, 1)).server(["localhost"])[1])
     (fault,) = faults(check_server, server(folder))
     assert "do not go together" in fault
+
+
+def test_a_server_s_key_that_is_locked_is_told_and_nobody_is_asked(folder):
+    path = folder / "server" / "server.key"
+    key = load_pem_private_key(path.read_bytes(), None)
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret")))
+    (fault,) = faults(check_server, server(folder))
+    assert "PEM key without passphrase" in fault

@@ -107,3 +107,8 @@ def test_until_gives_up_in_time():
 def test_a_program_that_is_not_there():
     with pytest.raises(UserError, match="/none cannot be started"):
         Child(Command(name="it", argv=("/none",), folder="."))
+
+
+def test_an_interrupt_before_anything_was_started_says_so():
+    with pytest.raises(KeyboardInterrupt, match="nothing had been started"), running.nothing_started():
+        raise KeyboardInterrupt

@@ -7,7 +7,7 @@ from fedunlearn.config.sites import ClientSite, read_site
 from fedunlearn.errors import UserError
 from fedunlearn.sites.checks import check_client
 from fedunlearn.sites.commands import supernode_command
-from fedunlearn.sites.running import POLL, Child, alone_in, asked_to_stop, interrupted, tell
+from fedunlearn.sites.running import POLL, Child, alone_in, asked_to_stop, interrupted, nothing_started, tell
 
 
 def run_node(site_file: Path, *, only_print: bool = False) -> None:
@@ -23,7 +23,8 @@ def run_node(site_file: Path, *, only_print: bool = False) -> None:
     missing = site.data.missing()
     if missing:
         tell(f"client {site.client_id}: {missing}; until then the server refuses this client")
-    check_client(site)
+    with nothing_started():
+        check_client(site)
     with alone_in(site.work_dir), asked_to_stop() as stop:
         child = Child(command)
         try:

@@ -146,6 +146,15 @@ def alone_in(work_dir: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def nothing_started() -> Iterator[None]:
+    """Ctrl-C in here says that nothing had been started."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt("nothing had been started") from stop
+
+
 def interrupted(stop: Stop) -> None:
     """Raises KeyboardInterrupt where the end was asked for by Ctrl-C; SIGTERM is a service's ordinary end."""
     if stop.signal == signal.SIGINT:

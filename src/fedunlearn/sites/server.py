@@ -21,7 +21,17 @@ from fedunlearn.sites.commands import (
 from fedunlearn.sites.keys import client_keys, names_by_key
 from fedunlearn.sites.registry import Registry
 from fedunlearn.sites.retold import retelling
-from fedunlearn.sites.running import POLL, Child, Stop, alone_in, asked_to_stop, interrupted, tell, until
+from fedunlearn.sites.running import (
+    POLL,
+    Child,
+    Stop,
+    alone_in,
+    asked_to_stop,
+    interrupted,
+    nothing_started,
+    tell,
+    until,
+)
 from fedunlearn.sites.tls import unverified
 
 START_TIMEOUT = 60.0
@@ -41,7 +51,8 @@ def run_server(site_file: Path, *, only_print: bool = False) -> None:
         tell(command.shown())
     if only_print:
         return
-    check_server(site)
+    with nothing_started():
+        check_server(site)
     write_bytes(flower_home(site.work_dir) / "config.toml", flower_config(site).encode())
     registry = Registry.opened(site, site_file)
     with alone_in(site.work_dir), asked_to_stop() as stop:
