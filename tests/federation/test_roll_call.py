@@ -55,7 +55,13 @@ def call(*replies, **expected):
         packed = pack_scalars(reply) if isinstance(reply, RollCallReply) else ConfigRecord({"json": reply})
         return Message(RecordDict({REPLY: packed}), reply_to=message)
 
-    return roll_call(LocalGrid(app, len(replies)), replace(EXPECTED, **expected), timeout=5, answer_timeout=math.inf, content=RecordDict())
+    return roll_call(
+        LocalGrid(app, len(replies)),
+        replace(EXPECTED, **expected),
+        timeout=5,
+        answer_timeout=math.inf,
+        content=RecordDict(),
+    )
 
 
 def test_members_come_in_client_order_whatever_the_nodes_order():
@@ -155,7 +161,13 @@ def test_nodes_that_are_not_there_at_the_deadline_are_left_out_or_end_the_run():
     assert list(called.members) == [0]
     assert called.refused == ("roll call: client 1 is not there", "roll call: client 2 is not there")
     with pytest.raises(UserError, match=r"1 of 3 clients can take part, trainer.federated.min_clients=2 are wanted"):
-        roll_call(LocalGrid(app, 1), replace(EXPECTED, min_clients=2), timeout=0.2, answer_timeout=math.inf, content=RecordDict())
+        roll_call(
+            LocalGrid(app, 1),
+            replace(EXPECTED, min_clients=2),
+            timeout=0.2,
+            answer_timeout=math.inf,
+            content=RecordDict(),
+        )
 
 
 def test_a_node_that_does_not_answer_is_left_out_after_the_answers_deadline(monkeypatch):

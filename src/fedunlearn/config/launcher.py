@@ -1,9 +1,9 @@
 """Records of the `launcher` group: where the clients run."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
-from fedunlearn.config.addresses import parse_address
+from fedunlearn.config.addresses import Address, parse_address
 from fedunlearn.errors import UserError
 from fedunlearn.limits import LARGEST
 
@@ -112,6 +112,11 @@ class SuperlinkLauncher(Launcher):
     def nodes_change(self) -> bool:
         """A node that was started again has another id."""
         return True
+
+    @property
+    def superlink(self) -> Address:
+        """The address, read."""
+        return cast("Address", parse_address(self.address))
 
     @property
     def submits(self) -> bool:

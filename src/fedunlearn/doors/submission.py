@@ -8,6 +8,7 @@ from fedunlearn.config.run import TrainRun
 from fedunlearn.doors.compose import ComposedConfig
 from fedunlearn.errors import UserError
 from fedunlearn.federation.launchers.superlink import submit
+from fedunlearn.sites.checks import Way, check_way
 
 
 def run_submission(composed: ComposedConfig) -> Mapping[str, Any]:
@@ -17,4 +18,14 @@ def run_submission(composed: ComposedConfig) -> Mapping[str, Any]:
         raise UserError(
             f"mode={run.mode!r} is for src/eval.py: give --config-name=train-lora.yaml or unlearn-lora.yaml"
         )
-    return submit(run.launcher, composed.plain)
+    launcher = run.launcher
+    check_way(
+        Way(
+            key="launcher.address",
+            address=launcher.superlink,
+            ca_key="launcher.root_certificates",
+            ca=launcher.root_certificates,
+            insecure=launcher.insecure,
+        )
+    )
+    return submit(launcher, composed.plain)

@@ -4,6 +4,7 @@ import os
 import socket
 import ssl
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -27,7 +28,11 @@ def check_client(site: ClientSite) -> None:
         key = node_key(site.key) if site.key else None
     except UserError as error:
         faults += error.faults
-    faults += _insecure_way_faults(site) if site.insecure else _tls_way_faults(site, key)
+    way = Way(key="superlink", address=site.superlink_address, ca_key="ca", ca=site.ca, insecure=site.insecure)
+    on_the_way = way_faults(
+        way
+    )  # only where there is none the key is shown, to nobody but the server that the authority vouches for
+    faults += on_the_way or (_key_faults(site, key) if key and not site.insecure else [])
     if faults:
         raise UserError(*(f"{name}: {fault}" for fault in faults))
 
@@ -110,57 +115,82 @@ def _own_certificate_faults(files: TlsFiles, names: Sequence[str]) -> list[str]:
         ]
 
 
-def _insecure_way_faults(site: ClientSite) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """The way to a SuperLink. key: what names it in messages; ca_key: what names the authority. ca: None for those the machine trusts. insecure: no TLS."""
+
+    key: str
+    address: Address
+    ca_key: str
+    ca: str | None
+    insecure: bool
+
+    @property
+    def said(self) -> str:
+        """Key and value, for messages."""
+        return f"{self.key}={str(self.address)!r}"
+
+
+def check_way(way: Way) -> None:
+    """Raises UserError where no SuperLink answers there, or not in that way; within about 10 s."""
+    faults = way_faults(way)
+    if faults:
+        raise UserError(*faults)
+
+
+def way_faults(way: Way) -> list[str]:
+    """The faults of the connection: nobody there, TLS where plaintext is meant or the other way round, a certificate that does not fit, a clock."""
+    return _plain_way_faults(way) if way.insecure else _tls_way_faults(way)
+
+
+def _plain_way_faults(way: Way) -> list[str]:
     try:
-        fleet.clock_ahead(site.superlink_address, None, TIMEOUT)
+        fleet.clock_ahead(way.address, None, TIMEOUT)
     except fleet.NotHttpError:
         return [
-            f"superlink={site.superlink!r} does not answer in plaintext, as insecure=true has it; a SuperLink with TLS does so: give "
-            "insecure=false, ca and key"
+            f"{way.said} does not answer in plaintext, as insecure=true has it; a SuperLink with TLS does so: give insecure=false and {way.ca_key}"
         ]
     except OSError as error:
-        return [_nobody(site.superlink, error)]
+        return [_nobody(way.said, error)]
     return []
 
 
-def _tls_way_faults(site: ClientSite, key: ec.EllipticCurvePrivateKey | None) -> list[str]:
-    """The faults of the connection; only where there is none the key is shown, to nobody but the server that the authority vouches for."""
-    address = site.superlink_address
-    fault = _unreadable_ca(site.ca)
+def _tls_way_faults(way: Way) -> list[str]:
+    fault = _unreadable_ca(way)
     if fault:
         return [fault]
     try:
-        socket.create_connection((address.host, address.port), timeout=TIMEOUT).close()
+        socket.create_connection((way.address.host, way.address.port), timeout=TIMEOUT).close()
     except OSError as error:
-        return [_nobody(site.superlink, error)]
-    said = f"superlink={site.superlink!r}: its certificate"
+        return [_nobody(way.said, error)]
     try:
-        faults = tls.certificate_faults(tls.over_network(address, TIMEOUT), [address.host], site.ca, said)
-        faults += _clock_faults(site)
+        faults = tls.certificate_faults(
+            tls.over_network(way.address, TIMEOUT), [way.address.host], way.ca, f"{way.said}: its certificate"
+        )
+        return faults + _clock_faults(way)
     except (OSError, fleet.NotHttpError) as error:
         return [
-            f"superlink={site.superlink!r} answers, but not in TLS ({_reason(error)}): a SuperLink started with insecure=true does so, or "
+            f"{way.said} answers, but not in TLS ({_reason(error)}): a SuperLink started with insecure=true does so, or "
             "another program listens there; start the server with tls, or correct host:port"
         ]
-    return faults or (_key_faults(site, key) if key else [])
 
 
-def _unreadable_ca(ca: str | None) -> str | None:
+def _unreadable_ca(way: Way) -> str | None:
     try:
-        ssl.create_default_context(cafile=ca)
+        ssl.create_default_context(cafile=way.ca)
     except (ssl.SSLError, OSError) as error:
-        return f"ca={ca!r} is no PEM certificate ({_reason(error)}): give the authority's certificate, as the server's site has it"
+        return f"{way.ca_key}={way.ca!r} is no PEM certificate ({_reason(error)}): give the authority's certificate, as the server's site has it"
     return None
 
 
-def _clock_faults(site: ClientSite) -> list[str]:
+def _clock_faults(way: Way) -> list[str]:
     """Over a connection that nobody vouches for: a hint is asked for, nothing is given away."""
-    ahead = fleet.clock_ahead(site.superlink_address, tls.unverified(), TIMEOUT)
+    ahead = fleet.clock_ahead(way.address, tls.unverified(), TIMEOUT)
     if ahead is None or abs(ahead) < fleet.CLOCK_TOLERANCE:
         return []
-    way = "ahead of" if ahead > 0 else "behind"
+    word = "ahead of" if ahead > 0 else "behind"
     return [
-        f"superlink={site.superlink!r}: its clock is {abs(ahead) / 60:.0f} minutes {way} this machine's, and signatures older than "
+        f"{way.said}: its clock is {abs(ahead) / 60:.0f} minutes {word} this machine's, and signatures older than "
         f"{fleet.CLOCK_TOLERANCE / 60:.0f} minutes are refused: set both by the same time server"
     ]
 
@@ -170,7 +200,7 @@ def _key_faults(site: ClientSite, key: ec.EllipticCurvePrivateKey) -> list[str]:
     try:
         known = fleet.knows_key(site.superlink_address, context, key, TIMEOUT)
     except OSError as error:
-        return [_nobody(site.superlink, error)]
+        return [_nobody(f"superlink={site.superlink!r}", error)]
     if known is True:
         return []
     if known is False:
@@ -183,9 +213,9 @@ def _key_faults(site: ClientSite, key: ec.EllipticCurvePrivateKey) -> list[str]:
     ]
 
 
-def _nobody(superlink: str, error: OSError) -> str:
+def _nobody(said: str, error: OSError) -> str:
     return (
-        f"superlink={superlink!r}: no SuperLink answers there ({_reason(error)}): start the server first (scripts/superlink.py start), or "
+        f"{said}: no SuperLink answers there ({_reason(error)}): start the server first (scripts/superlink.py start), or "
         "correct host:port; a firewall may be in the way"
     )
 

@@ -39,7 +39,7 @@ def make_submitted_app(stage: Stage) -> ServerApp:
         try:
             site = _site()
             plain = at_server(site, json.loads(str(context.run_config[CONFIG_KEY])))
-            tell("done", stage(plain, lambda prepared: _carry(grid, site, prepared)))
+            tell("done", stage(plain, lambda prepared: carry(grid, site, prepared)))
         except UserError as error:
             tell("faults", list(error.faults))
             raise
@@ -66,7 +66,8 @@ def _site() -> ServerSite:
     return read_site(path, ServerSite)
 
 
-def _carry(grid: Grid, site: ServerSite, plain: Mapping[str, Any]) -> None:
+def carry(grid: Grid, site: ServerSite, plain: Mapping[str, Any]) -> None:
+    """Runs the rounds of a prepared run over real nodes; each is told at its roll call what it needs, and every round is told to the follower."""
     run = parse_config(plain)
     assert isinstance(run, TrainRun)
     set_threads(run)
