@@ -63,7 +63,7 @@ def exchange(grid: Grid, messages: Mapping[int, Message], timeout: float) -> Ite
     waiting = {message.metadata.message_id: key for key, message in messages.items()}
     end = time.monotonic() + timeout
     while waiting and time.monotonic() < end:
-        replies = list(grid.pull_messages(list(waiting)))
+        replies = list(grid.pull_messages(waiting.keys()))
         for reply in replies:
             yield waiting.pop(reply.metadata.reply_to_message_id), reply
         if not replies:

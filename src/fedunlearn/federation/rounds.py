@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from flwr.serverapp import Grid
@@ -38,7 +39,7 @@ from fedunlearn.federation.link import Expectation, Member, RollCall, roll_call,
 from fedunlearn.federation.notes import check_unlearned, mean_losses, step_notes
 from fedunlearn.federation.parts import Depot
 from fedunlearn.federation.past import read_parent, read_past
-from fedunlearn.federation.planning import check_plans, plan_round
+from fedunlearn.federation.planning import Planner, check_plans
 from fedunlearn.federation.round_evaluation import RoundEvaluation
 from fedunlearn.federation.server_step import Stepped, Stepper, step, weigh
 from fedunlearn.federation.site import WIRE_DTYPES, client_shapes
@@ -64,13 +65,14 @@ class Server:
     folder: Path
     start: Start
     members: Mapping[int, Member]
+    planner: Planner
     stepper: Stepper
     reads_reference: bool
     released: tuple[ReleasedRow, ...]
     conductor: Conductor | None
     evaluation: RoundEvaluation
 
-    @property
+    @cached_property
     def nodes(self) -> dict[int, int]:
         """Client id -> the node it is reached at."""
         return {client: member.node_id for client, member in self.members.items()}
@@ -92,13 +94,14 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, reads_reference: bool) -
     answers = timeout if run.launcher.clock == "round" else math.inf
     called = roll_call(grid, _expectation(run, folder, start), timeout, answers)
     _write_roll_call(folder, called)
-    check_plans(run, rows_of(called.members))
+    planner = check_plans(run, rows_of(called.members))
     server = Server(
         grid=grid,
         run=run,
         folder=folder,
         start=start,
         members=called.members,
+        planner=planner,
         stepper=stepper,
         reads_reference=reads_reference,
         released=read_released(folder) if run.protocol.releases else (),
@@ -276,6 +279,7 @@ def _call(server: Server, before: Checkpoint, number: int) -> Call:
         run_id=server.start.run_id,
         base_fingerprint=str(server.start.adapter.base_fingerprint),
         members=server.members,
+        planner=server.planner,
         shapes=stepper.shapes,
         depot=_depot(server, before),
         reads_reference=server.reads_reference,
@@ -307,9 +311,7 @@ def _configured(server: Server, before: Checkpoint, number: int) -> Mapping[int,
     foreign = server.stepper.foreign
     if foreign is None:
         return None
-    tasks = [
-        task for task in plan_round(server.run, rows_of(server.members), number).tasks if task.role is not Role.IDLE
-    ]
+    tasks = [task for task in server.planner.plan(number).tasks if task.role is not Role.IDLE]
     if not tasks:
         return {}
     active = {name: t for name, t in before.state.adapter.items() if tasks[0].trained.covers(name)}

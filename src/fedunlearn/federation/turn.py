@@ -144,7 +144,8 @@ def _ask(
         outcomes[client] = _outcome(outcomes[client], judged)
         if judged.update is not None:
             updates.append(judged.update)
-            kept[client] = shipment.keep
+            if shipment.keep or client in holds:
+                kept[client] = shipment.keep
         if judged.verdict.reason == "missing_part":
             lacking.add(client)
     return TurnReport(updates=tuple(updates), outcomes=tuple(outcomes.values()), holds=kept), lacking

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from fedunlearn.files import canonical_json
 
@@ -29,7 +30,7 @@ class Partition:
         wanted = frozenset(rows)
         return frozenset(client for client, owned in enumerate(self.clients) if not wanted.isdisjoint(owned))
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """sha256 of who owns what in which data; the scheme's name does not matter."""
         return hashlib.sha256(canonical_json([self.clients, self.rows_per_author, self.data_hash]).encode()).hexdigest()
