@@ -160,15 +160,16 @@ def owned_rows(kind: str, partition: Partition, request: Request, *, replays: bo
     Rows of earlier requests are in neither, and a client that is gone has none. num_owned counts what the client owns in this federation: in the
     oracle, and where fine-tuning is replayed, the forget rows do not exist; elsewhere they count, whatever the role.
     """
-    return tuple(_owned(client, rows, kind, request, replays) for client, rows in enumerate(partition.clients))
+    asked = frozenset(request.rows) if kind == "forget_and_retain" else frozenset()
+    return tuple(_owned(client, rows, asked, request, replays) for client, rows in enumerate(partition.clients))
 
 
-def _owned(client: int, rows: tuple[int, ...], kind: str, request: Request, replays: bool) -> OwnedRows:
+def _owned(client: int, rows: tuple[int, ...], asked: frozenset[int], request: Request, replays: bool) -> OwnedRows:
     if client in request.gone:
         return OwnedRows(client_id=client, forget=(), retain=(), num_owned=0)
-    asked = frozenset(request.rows) if kind == "forget_and_retain" else frozenset()
     forget = tuple(row for row in rows if row in asked)
-    retain = tuple(row for row in rows if row not in request.all)
+    untouched = request.all.isdisjoint(rows)  # most are, and the partition's own tuple then serves for both
+    retain = rows if untouched else tuple(row for row in rows if row not in request.all)
     num_owned = len(retain) if replays else len(forget) + len(retain)
     return OwnedRows(client_id=client, forget=forget, retain=retain, num_owned=num_owned)
 

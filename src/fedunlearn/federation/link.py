@@ -35,7 +35,7 @@ class Expectation:
     min_clients: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Member:
     """A client that answered the roll call, and the node it is reached at in this run."""
 

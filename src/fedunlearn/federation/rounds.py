@@ -45,6 +45,7 @@ from fedunlearn.federation.server_step import Stepped, Stepper, step, weigh
 from fedunlearn.federation.site import WIRE_DTYPES, client_shapes
 from fedunlearn.federation.spool import Spool, open_spool
 from fedunlearn.federation.start import Start, load_start
+from fedunlearn.federation.wire import shallow
 from fedunlearn.files import write_json
 from fedunlearn.records.adapter import Adapter
 from fedunlearn.records.requests import ReleasedRow
@@ -199,7 +200,9 @@ def _expectation(run: TrainRun, folder: Path, start: Start) -> Expectation:
 
 
 def _write_roll_call(folder: Path, called: RollCall) -> None:
-    answers = {str(k): {**asdict(member.declared), "bytes_up": member.bytes_up} for k, member in called.members.items()}
+    answers = {
+        str(k): {**shallow(member.declared), "bytes_up": member.bytes_up} for k, member in called.members.items()
+    }
     write_json(folder / ROLL_CALL, {"members": answers, "refused": list(called.refused)})
 
 

@@ -36,7 +36,7 @@ class Partition:
         return hashlib.sha256(canonical_json([self.clients, self.rows_per_author, self.data_hash]).encode()).hexdigest()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OwnedRows:
     """One client's row numbers in `full`: those to forget and those to train on; without a request forget is empty."""
 
