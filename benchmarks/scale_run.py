@@ -1,4 +1,4 @@
-"""One run of benchmarks/scale.py, in a process of its own: rows that clients share, a run's folder without the doors, and a step that waits for its turn.
+"""One run of benchmarks/scale.py, in a process of its own: rows that clients share, a run's folder without the doors, and rounds that wait for their turn.
 
 The doors refuse a partition in which a row has two owners, and more clients than authors. Here there are ten thousand clients and twenty authors, so the
 folder that the rounds read is made by hand, of the same parts as theirs.
@@ -8,28 +8,31 @@ import json
 import random
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedunlearn.aggregation.base import ServerState
-from fedunlearn.aggregation.fedavg import FedAvg
+from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+
 from fedunlearn.config.run import TrainRun
 from fedunlearn.data.opened import open_benchmark
 from fedunlearn.data.ownership import FILE, deal, owned_rows, write_partition
 from fedunlearn.data.requests import write_request
 from fedunlearn.doors.compose import ComposedConfig, compose
 from fedunlearn.doors.prepare import load_model
-from fedunlearn.federation.launchers import launch
-from fedunlearn.federation.rounds import ROLL_CALL
+from fedunlearn.federation.client_app import make_client_app
+from fedunlearn.federation.local_grid import RUN_ID, SERVER_NODE, LocalGrid
+from fedunlearn.federation.server_app import make_server_app
 from fedunlearn.federation.start import save_start
 from fedunlearn.models.source import resolve_source
 from fedunlearn.partitions.base import Partitioner
-from fedunlearn.records.adapter import Tensors
 from fedunlearn.records.requests import Request
 from fedunlearn.reporting.peak_memory import peak_memory
 from fedunlearn.reporting.run_folder import run_path
 
+HERE = "scale_run"
+"""This module, however it was begun."""
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -53,35 +56,42 @@ class Shared(Partitioner):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class PacedFedAvg(FedAvg):
-    """FedAvg that says at each step what the round since the last one took, and waits for a line on stdin: rounds of several processes run in turn."""
-
-    def step(self, state: ServerState, mean: Tensors) -> ServerState:
-        """See ServerOptimizer.step."""
-        PACE.wait()
-        return super().step(state, mean)
-
-
 @dataclass
 class Pace:
-    """This process's clock, which stands while it waits."""
+    """This process's clocks, wall and CPU, which stand while it waits."""
 
-    since: float = 0.0
+    wall: float = 0.0
+    cpu: float = 0.0
+
+    def start(self) -> None:
+        """Sets both to zero."""
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
 
     def wait(self) -> None:
-        """Tells the seconds since the last wait."""
-        tell({"seconds": time.perf_counter() - self.since})
+        """Tells the seconds since the last wait, and waits for a line."""
+        tell({"seconds": time.perf_counter() - self.wall, "cpu": time.process_time() - self.cpu})
         sys.stdin.readline()
-        self.since = time.perf_counter()
+        self.start()
 
 
-PACE = Pace()
+class PacedGrid(LocalGrid):
+    """launcher=local's grid, but that each round's tasks wait for a line on stdin before they go out: rounds of several processes run in turn."""
+
+    def __init__(self, client_app: ClientApp, num_clients: int, pace: Pace) -> None:
+        super().__init__(client_app, num_clients)
+        self._pace = pace
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """See Grid.push_messages."""
+        pushed = list(messages)
+        if pushed[0].metadata.message_type == MessageType.TRAIN:
+            self._pace.wait()
+        return super().push_messages(pushed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """One run. pocket: folder of its data and base; saves: where the run's folder goes."""
+    """One run. population: registered clients, of which `cohort` are drawn each round. data, model: folders of a pocket; saves: where the run's folder goes."""
 
     population: int
     cohort: int
@@ -99,7 +109,6 @@ def tell(line: Mapping[str, float]) -> None:
 
 def composed(size: Size) -> ComposedConfig:
     """The pocket's fine-tuning, one epoch a round, with that many clients."""
-    here = "scale_run"
     return compose(
         CONFIGS,
         "train-lora.yaml",
@@ -110,12 +119,12 @@ def composed(size: Size) -> ComposedConfig:
             f"model.model_args.pretrained_model_name_or_path={size.model}",
             f"paths.saves_dir={size.saves}",
             f"paths.cache_dir={size.saves}/cache",
-            f"partition.scheme={{_target_: {here}.{Shared.__name__}}}",
-            f"strategy={{_target_: {here}.{PacedFedAvg.__name__}}}",
+            f"partition.scheme={{_target_: {HERE}.{Shared.__name__}}}",
             f"trainer.federated.num_clients={size.population}",
             f"trainer.federated.num_train_clients={size.cohort}",
             f"trainer.federated.num_rounds={size.rounds}",
             "trainer.args.num_train_epochs=1",
+            "trainer.args.per_device_train_batch_size=20",
             "eval.at_end=false",
         ],
     )
@@ -138,11 +147,16 @@ def make_folder(run: TrainRun) -> Path:
 
 
 def serve(size: Size) -> None:
-    """Makes the run and carries it out, telling: seconds until the roll call is on disk and until the first step, those of each later round, the process's peak."""
+    """Makes the run and carries it out, telling what lies between two waits: the roll call and all else before the first round, then each round but the last.
+
+    Then, told after one more round, the process's peak.
+    """
     config = composed(size)
     assert isinstance(config.run, TrainRun)
-    folder = make_folder(config.run)
-    began, PACE.since = time.time(), time.perf_counter()
-    launch(config.run.launcher, config.plain)
-    called = (folder / ROLL_CALL).stat().st_mtime - began
-    tell({"roll_call": called, "mib": peak_memory().resident})
+    make_folder(config.run)
+    config_json = json.dumps(config.plain, sort_keys=True)
+    pace = Pace()
+    grid = PacedGrid(make_client_app(config_json), size.population, pace)
+    pace.start()
+    make_server_app(config_json)(grid, Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {}))
+    tell({"mib": peak_memory().resident})
