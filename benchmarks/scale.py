@@ -26,7 +26,7 @@ from statistics import median
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from scale_run import Size, serve
+from scale_run import Size, make_folder, serve
 
 from fedunlearn.data.pocket.build import PocketRecipe, ensure_pocket
 from fedunlearn.data.pocket.pretrain import BaseRecipe
@@ -179,7 +179,9 @@ def measured(populations: Sequence[int], cohorts: Sequence[int], rounds: int) ->
 
         def sized(population: int, cohort: int, rounds: int) -> Size:
             saves = place / f"{population}-{cohort}"
-            return Size(population=population, cohort=cohort, rounds=rounds, saves=str(saves), **paths)
+            size = Size(population=population, cohort=cohort, rounds=rounds, saves=str(saves), **paths)
+            make_folder(size)
+            return size
 
         runs = in_turn([sized(population, COHORT, rounds) for population in populations])
         return runs, [in_turn([sized(max(cohorts), cohort, 3)])[0] for cohort in cohorts]

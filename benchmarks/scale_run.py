@@ -25,6 +25,7 @@ from fedunlearn.federation.client_app import make_client_app
 from fedunlearn.federation.local_grid import RUN_ID, SERVER_NODE, LocalGrid
 from fedunlearn.federation.server_app import make_server_app
 from fedunlearn.federation.start import save_start
+from fedunlearn.models.resident import Resident
 from fedunlearn.models.source import resolve_source
 from fedunlearn.partitions.base import Partitioner
 from fedunlearn.records.requests import Request
@@ -130,31 +131,41 @@ def composed(size: Size) -> ComposedConfig:
     )
 
 
-def make_folder(run: TrainRun) -> Path:
-    """Makes what the rounds read, and leaves the model resident."""
+def make_folder(size: Size) -> None:
+    """Makes what the rounds read."""
+    run = run_of(size)
     folder, data, request = run_path(run), open_benchmark(run), Request()
     scheme = run.partition.scheme
     assert scheme is not None
-    partition = deal(scheme, data, run.trainer.federated.num_clients)
-    made = load_model(run, resolve_source(run.model.model_args, Path(run.paths.pocket_dir)))
+    partition = deal(scheme, data, size.population)
+    made = loaded(run)
     assert made.start is not None
     folder.mkdir(parents=True)
     write_partition(folder / FILE, partition)
     write_request(folder, request)
     owned = owned_rows(run.data.rows, partition, request)
     save_start(folder, made.start, owned, lambda numbers: len(data.encode(made.chat, numbers)))
-    return folder
+
+
+def run_of(size: Size) -> TrainRun:
+    """The run's records."""
+    run = composed(size).run
+    assert isinstance(run, TrainRun)
+    return run
+
+
+def loaded(run: TrainRun) -> Resident:
+    """The process's model."""
+    return load_model(run, resolve_source(run.model.model_args, Path(run.paths.pocket_dir)))
 
 
 def serve(size: Size) -> None:
-    """Makes the run and carries it out, telling what lies between two waits: the roll call and all else before the first round, then each round but the last.
+    """Carries out a run whose folder is made, telling what lies between two waits: the roll call and all else before the first round, then each round but the last.
 
     Then, told after one more round, the process's peak.
     """
-    config = composed(size)
-    assert isinstance(config.run, TrainRun)
-    make_folder(config.run)
-    config_json = json.dumps(config.plain, sort_keys=True)
+    loaded(run_of(size))
+    config_json = json.dumps(composed(size).plain, sort_keys=True)
     pace = Pace()
     grid = PacedGrid(make_client_app(config_json), size.population, pace)
     pace.start()

@@ -35,7 +35,7 @@ from fedunlearn.federation.collect import Call, Collected, collect
 from fedunlearn.federation.conductor import Conductor
 from fedunlearn.federation.flower_strategy import WrappedStrategy
 from fedunlearn.federation.ledger import Ledger
-from fedunlearn.federation.link import Expectation, Member, RollCall, roll_call, rows_of
+from fedunlearn.federation.link import Expectation, Member, RollCall, roll_call
 from fedunlearn.federation.notes import check_unlearned, mean_losses, step_notes
 from fedunlearn.federation.parts import Depot
 from fedunlearn.federation.past import read_parent, read_past
@@ -95,7 +95,7 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, reads_reference: bool) -
     answers = timeout if run.launcher.clock == "round" else math.inf
     called = roll_call(grid, _expectation(run, folder, start), timeout, answers)
     _write_roll_call(folder, called)
-    planner = check_plans(run, rows_of(called.members))
+    planner = check_plans(run, {client: start.rows[client] for client in called.members})
     server = Server(
         grid=grid,
         run=run,

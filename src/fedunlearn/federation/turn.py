@@ -138,7 +138,7 @@ def _ask(
     updates: list[ClientUpdate] = []
     lacking: set[int] = set()
     kept: dict[int, frozenset[str]] = {}
-    for client, reply in exchange(grid, messages, turn.timeout):
+    for client, reply in exchange(grid, messages.items(), turn.timeout):
         shipment = turn.shipment(tasks[client])
         judged = _judge(turn, tasks[client], shipment, members[client], reply, spool)
         outcomes[client] = _outcome(outcomes[client], judged)
