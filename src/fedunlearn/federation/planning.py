@@ -52,9 +52,7 @@ def plan_round(run: TrainRun, rows: Mapping[int, ClientRows], number: int, left_
     return Planner(run, rows).plan(number, left_out)
 
 
-def _draw(
-    run: TrainRun, rows: Mapping[int, ClientRows], number: int, left_out: Collection[int]
-) -> tuple[int, ...]:
+def _draw(run: TrainRun, rows: Mapping[int, ClientRows], number: int, left_out: Collection[int]) -> tuple[int, ...]:
     federated, at = run.trainer.federated, run.origin_round(number)
     works = {k for k, has in rows.items() if (has.num_retain if run.replays else has.some)}
     there = [k for k in rows if k in works and k not in left_out and run.partition.joins_at(k) <= at]
