@@ -12,7 +12,7 @@ from fedunlearn.doors.deployed import run_submitted
 from fedunlearn.federation.deployed.server import carry
 from fedunlearn.federation.deployed.submission import at_server
 from fedunlearn.federation.deployed.thin_client import app
-from fedunlearn.federation.local_grid import RUN_ID, SequentialGrid, call_client, make_contexts
+from fedunlearn.federation.local_grid import RUN_ID, SequentialGrid, call_client
 
 MODEL = "pocket-base"
 POLICY = {"models": [MODEL], "max_steps": 1000, "score_forget_rows": True, "max_task_seconds": 120.0}
@@ -49,13 +49,13 @@ class ThinGrid(SequentialGrid):
         config = {"supernode-pid": supernode or os.getpid()}
         self.contexts = {
             node: Context(run_id, node, {"site": str(path), **config}, RecordDict(), {})
-            for node, path in zip(make_contexts(len(paths)), paths, strict=True)
+            for node, path in zip(self._nodes, paths, strict=True)
         }
         self.before = lambda message: None
 
     def _answer(self, message):
         self.before(message)
-        return call_client(app, self.contexts, message)
+        return call_client(app, self.contexts[message.metadata.dst_node_id], message)
 
 
 def submitted(pocket, kind, task, *overrides):

@@ -151,3 +151,11 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
         whole_folder(tmp_path / "file" / "adapter"),
     ):
         raise AssertionError("the block must not run")
+
+
+def test_json_that_cannot_be_written_leaves_the_file_as_it_was(tmp_path):
+    write_json(tmp_path / "a.json", {"b": [1]})
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(tmp_path / "a.json", {"b": [1, 2], "c": math.nan})
+    assert names(tmp_path) == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == '{\n  "b": [\n    1\n  ]\n}\n'

@@ -5,8 +5,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 
 from fedunlearn.errors import UserError
@@ -21,24 +22,29 @@ def canonical_json(value: object) -> str:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file atomically. Raises UserError where the disk is full or the place cannot be written; nothing half-written stays."""
+    _write(path, (data,))
+
+
+def _write(path: Path, pieces: Iterable[bytes]) -> None:
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(data)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
+        raise disk_fault(error, path) from error
+    finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise disk_fault(error, path) from error
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes JSON atomically, keys sorted, indented; see write_bytes."""
-    text = json.dumps(value, sort_keys=True, allow_nan=False, ensure_ascii=False, indent=2)
-    write_bytes(path, (text + "\n").encode("utf-8"))
+    """Writes JSON atomically, keys sorted, indented, piece by piece: the text of it all is never in memory. See write_bytes; raises ValueError for NaN and infinities."""
+    pieces = json.JSONEncoder(sort_keys=True, allow_nan=False, ensure_ascii=False, indent=2).iterencode(value)
+    _write(path, (piece.encode("utf-8") for piece in chain(pieces, "\n")))
 
 
 def append_line(path: Path, line: str) -> None:

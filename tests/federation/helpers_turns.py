@@ -10,9 +10,10 @@ from flwr.clientapp import ClientApp
 
 from fedunlearn.federation.block_store import BlockStore
 from fedunlearn.federation.collect import Call
-from fedunlearn.federation.link import Member
+from fedunlearn.federation.link import Member, rows_of
 from fedunlearn.federation.local_grid import LocalGrid
 from fedunlearn.federation.parts import Depot
+from fedunlearn.federation.planning import Planner
 from fedunlearn.federation.spool import open_spool
 from fedunlearn.federation.wire import (
     ADAPTER,
@@ -110,6 +111,7 @@ class Federation:
             run_id="run",
             base_fingerprint="base",
             members=self.members,
+            planner=Planner(self.run, rows_of(self.members)),
             shapes={},
             depot=self.depot,
             reads_reference=False,

@@ -13,6 +13,7 @@ from helpers_turns import A, B, Federation, good, good_reply, norm_of, start, wi
 from fedunlearn.aggregation.robust.krum import Krum, MultiKrum
 from fedunlearn.config.server import GateConfig
 from fedunlearn.errors import UserError
+from fedunlearn.federation import planning
 from fedunlearn.federation.collect import collect
 from fedunlearn.federation.link import rows_of
 from fedunlearn.federation.planning import check_plans, plan_round
@@ -376,6 +377,19 @@ def test_a_forced_owner_that_failed_twice_is_left_out_like_any_other(federation)
     assert {7} < set(counted(done))
     assert len(counted(done)) == 3
     assert made.asked.count(6) == 2
+
+
+def test_a_planner_draws_each_round_once_and_anew_without_those_who_failed_it(federation, monkeypatch):
+    made = federation(num_train_clients=3)
+    planner = check_plans(made.run, rows_of(made.members))
+    monkeypatch.setattr(planning, "select", lambda *args, **kwargs: pytest.fail("it is drawn again"))
+    plans = [planner.plan(number) for number in range(1, made.run.total_rounds + 1)]
+    monkeypatch.undo()
+    assert plans == [plan_round(made.run, rows_of(made.members), plan.round) for plan in plans]
+    failed = plans[0].tasks[0].client_id
+    anew = [task.client_id for task in planner.plan(1, {failed}).tasks]
+    assert tuple(anew) == draw(3, left_out=(failed,), round=1)
+    assert planner.plan(1) == plans[0]
 
 
 # --- plans that cannot end well

@@ -5,7 +5,7 @@ import math
 from dataclasses import asdict, replace
 
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedunlearn.errors import UserError
@@ -189,3 +189,34 @@ def test_a_node_that_does_not_answer_is_left_out_after_the_answers_deadline(monk
     called = roll_call(Silent(app, 3), EXPECTED, timeout=60, answer_timeout=0.5, content=RecordDict())
     assert list(called.members) == [0, 2]
     assert "roll call: node 3 did not answer in time" in called.refused
+
+
+def test_a_grid_that_answers_at_once_has_few_messages_waiting_and_all_are_asked(monkeypatch):
+    """600 nodes, 256 at a time: 256, 256, 88; each node's Context names it."""
+    seen, waiting = [], []
+
+    class Watched(LocalGrid):
+        def push_messages(self, messages):
+            pushed = super().push_messages(messages)
+            waiting.append(len(self._waiting))
+            return pushed
+
+    app = ClientApp()
+
+    @app.query()
+    def answer(message: Message, context: Context) -> Message:
+        seen.append((message.metadata.dst_node_id, context.node_id, context.node_config["partition-id"]))
+        return Message(RecordDict(), reply_to=message)
+
+    grid = Watched(app, 600)
+    messages = ((node, Message(RecordDict(), node, MessageType.QUERY)) for node in grid.get_node_ids())
+    replies = dict(link.exchange(grid, messages, math.inf))
+    assert waiting == [256, 256, 88]
+    assert list(replies) == list(range(2, 602))
+    assert seen == [(node, node, node - 2) for node in range(2, 602)]
+
+
+def test_those_never_sent_count_as_silent_at_the_deadline():
+    grid = LocalGrid(ClientApp(), 300)
+    messages = ((node, Message(RecordDict(), node, MessageType.QUERY)) for node in grid.get_node_ids())
+    assert dict(link.exchange(grid, messages, 0.0)) == dict.fromkeys(range(2, 302))

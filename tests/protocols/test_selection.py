@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from fedunlearn.protocols.selection import select
-from fedunlearn.seeds import seed_of
+from fedunlearn.seeds import seed_of, seeds_under
 
 CLIENTS = tuple(range(10))
 
@@ -137,3 +137,13 @@ class TestForced:
 
     def test_nobody_forced_is_the_plain_draw(self):
         assert all(draw(round=round, forced=()) == draw(round=round) for round in range(1, 20))
+
+
+def test_many_seeds_under_the_same_parts_are_those_of_each_by_itself():
+    seed = seeds_under("select", 3, 7)
+    assert [seed(client) for client in (0, 12, "x")] == [seed_of("select", 3, 7, client) for client in (0, 12, "x")]
+
+
+def test_the_draw_is_the_lowest_seeds():
+    lowest = sorted(CLIENTS, key=lambda client: seed_of("select", 5, 2, client))[:4]
+    assert draw(seed=5, round=2, count=4) == tuple(sorted(lowest))

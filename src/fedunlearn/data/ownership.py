@@ -20,7 +20,7 @@ FILE = "partition.json"
 
 
 def make_partition(config: PartitionConfig, data: Benchmark, num_clients: int) -> Partition:
-    """Deals the authors of `full`. Raises UserError for more clients than authors."""
+    """Deals the authors of `full`. Raises UserError for more clients than authors, and where a scheme deals one to two clients."""
     num_rows, size = data.num_rows, data.rows_per_author
     num_authors = num_rows // size
     if num_rows % size:
@@ -33,8 +33,16 @@ def make_partition(config: PartitionConfig, data: Benchmark, num_clients: int) -
             f"trainer.federated.num_clients={num_clients} exceeds the {num_authors} {data.unit}s of {data.path!r} (an {data.unit} is never split): "
             f"allowed are 1 to {num_authors}; lower it"
         )
-    scheme = config.scheme or ByAuthor()
-    dealt = scheme.deal(num_authors, num_clients)
+    made = deal(config.scheme or ByAuthor(), data, num_clients)
+    if fault := _shared_fault(made):
+        raise UserError(f"partition.scheme={dict(made.scheme)} {fault}")
+    return made
+
+
+def deal(scheme: Partitioner, data: Benchmark, num_clients: int) -> Partition:
+    """Gives what a scheme deals, unchecked."""
+    size = data.rows_per_author
+    dealt = scheme.deal(data.num_rows // size, num_clients)
     rows = tuple(tuple(author * size + i for author in authors for i in range(size)) for authors in dealt)
     return Partition(clients=rows, rows_per_author=size, data_hash=data.hash("full"), scheme=_record_of(scheme))
 
@@ -46,7 +54,8 @@ def _record_of(scheme: Partitioner) -> dict[str, object]:
 def find_partition(config: PartitionConfig, run: Path | None, data: Benchmark, num_clients: int) -> Partition:
     """Gives the partition of `path`, else of the run that the adapter comes from, else a new one (with a warning where an adapter came without).
 
-    Raises UserError where a file is unreadable, of other data, of another number of clients, or of another scheme than asked for.
+    Raises UserError where a file is unreadable, of other data, of another number of clients, or of another scheme than asked for, and where it
+    gives a row to two clients.
     """
     if config.path is not None:
         path = Path(config.path)
@@ -86,10 +95,12 @@ def _check(found: Partition, config: PartitionConfig, data: Benchmark, num_clien
 
 
 def _rows_fault(found: Partition, data: Benchmark) -> str:
-    """Rows that are not there, and authors that are not whole, in a partition made by hand; empty where there is no fault."""
+    """Rows that are not there or have two owners, and authors that are not whole, in a partition made by hand; empty where there is no fault."""
     num_rows, size = data.num_rows, data.rows_per_author
     if found.rows_per_author != size:
         return f"the partition says rows_per_author={found.rows_per_author}, {data.key}={data.path!r} has {size}: correct the partition"
+    if fault := _shared_fault(found):
+        return f"the partition {fault}"
     owner = {row: client for client, rows in enumerate(found.clients) for row in rows}
     outside = [row for row in owner if not 0 <= row < num_rows]
     if outside:
@@ -100,8 +111,14 @@ def _rows_fault(found: Partition, data: Benchmark) -> str:
     return ""
 
 
+def _shared_fault(partition: Partition) -> str:
+    """What a partition does where a row has two owners; empty where none has."""
+    rows = [row for owned in partition.clients for row in owned]
+    return "gives a row to two clients: every row has one owner" if len(set(rows)) != len(rows) else ""
+
+
 def read_partition(path: Path) -> Partition:
-    """Reads partition.json. Raises UserError where it is missing, damaged, gives a row twice, or was changed by hand without its hash."""
+    """Reads partition.json. Raises UserError where it is missing, damaged, or was changed by hand without its hash; who may own what is find_partition's to judge."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         partition = Partition(
@@ -118,9 +135,6 @@ def read_partition(path: Path) -> Partition:
         raise UserError(
             f"partition {str(path)!r} is no partition file ({error!r}): take that of the fine-tuning run"
         ) from error
-    rows = [row for owned in partition.clients for row in owned]
-    if len(set(rows)) != len(rows):
-        raise UserError(f"partition {str(path)!r} gives a row to two clients: every row has one owner")
     if data.get("hash") not in (None, partition.hash):
         raise UserError(
             f"partition {str(path)!r} does not match the hash in it: it was changed after it was written; take the one that was "
@@ -146,15 +160,16 @@ def owned_rows(kind: str, partition: Partition, request: Request, *, replays: bo
     Rows of earlier requests are in neither, and a client that is gone has none. num_owned counts what the client owns in this federation: in the
     oracle, and where fine-tuning is replayed, the forget rows do not exist; elsewhere they count, whatever the role.
     """
-    return tuple(_owned(client, rows, kind, request, replays) for client, rows in enumerate(partition.clients))
+    asked = frozenset(request.rows) if kind == "forget_and_retain" else frozenset()
+    return tuple(_owned(client, rows, asked, request, replays) for client, rows in enumerate(partition.clients))
 
 
-def _owned(client: int, rows: tuple[int, ...], kind: str, request: Request, replays: bool) -> OwnedRows:
+def _owned(client: int, rows: tuple[int, ...], asked: frozenset[int], request: Request, replays: bool) -> OwnedRows:
     if client in request.gone:
         return OwnedRows(client_id=client, forget=(), retain=(), num_owned=0)
-    asked = frozenset(request.rows) if kind == "forget_and_retain" else frozenset()
     forget = tuple(row for row in rows if row in asked)
-    retain = tuple(row for row in rows if row not in request.all)
+    untouched = request.all.isdisjoint(rows)  # most are, and the partition's own tuple then serves for both
+    retain = rows if untouched else tuple(row for row in rows if row not in request.all)
     num_owned = len(retain) if replays else len(forget) + len(retain)
     return OwnedRows(client_id=client, forget=forget, retain=retain, num_owned=num_owned)
 

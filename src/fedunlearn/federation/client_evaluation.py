@@ -71,7 +71,7 @@ def _ask(grid: Grid, members: Mapping[int, Member], survey: Survey) -> list[Clie
         sent[client] = content_bytes(content)
         messages[client] = Message(content, member.node_id, MessageType.EVALUATE, group_id=str(survey.number))
     found = {}
-    for client, reply in exchange(grid, messages, survey.timeout):
+    for client, reply in exchange(grid, messages.items(), survey.timeout):
         found[client] = replace(_judged(survey, members[client], reply), bytes_down=sent[client])
     return [found[client] for client in sorted(found)]
 

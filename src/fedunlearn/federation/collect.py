@@ -11,9 +11,10 @@ from flwr.serverapp import Grid
 from fedunlearn.aggregation.gate import MIN_FOR_NORMS, Verdict, judge_norms
 from fedunlearn.config.run import TrainRun
 from fedunlearn.errors import UserError
-from fedunlearn.federation.link import Member, rows_of
+from fedunlearn.federation.link import Member
 from fedunlearn.federation.parts import Depot
-from fedunlearn.federation.planning import plan_round
+from fedunlearn.federation.planning import Planner
+from fedunlearn.federation.roster import Roster
 from fedunlearn.federation.spool import Spool
 from fedunlearn.federation.turn import Holds, Turn, TurnReport, take_turn
 from fedunlearn.methods.tokens import Memory
@@ -27,7 +28,7 @@ TIMES_ASKED = 2
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Call:
-    """Whom to ask, and how. shapes: clients' own ranks, empty where all have the adapter's. reads_reference: see Turn.
+    """Whom to ask, and how. planner: over the members. shapes: clients' own ranks, empty where all have the adapter's. reads_reference: see Turn.
 
     mu: client -> proximal weight, where a Flower strategy configured the round: no others are asked then. reads_losses: see Turn.
     memories: what each client's method remembers of earlier rounds. released: see Turn. absent: clients that take no
@@ -39,6 +40,7 @@ class Call:
     run_id: str
     base_fingerprint: str
     members: Mapping[int, Member]
+    planner: Planner
     shapes: Mapping[int, ClientShape]
     depot: Depot
     reads_reference: bool
@@ -47,12 +49,12 @@ class Call:
     memories: Mapping[int, Memory] = field(default_factory=dict)
     released: tuple[ReleasedRow, ...] = ()
     absent: frozenset[int] = frozenset()
-    renew: Callable[[], Mapping[int, Member]] | None = None
+    renew: Callable[[], Roster] | None = None
 
     def plan(self, number: int, left_out: Collection[int] = ()) -> RoundPlan:
         """The round's plan, without clients that failed it for good."""
         away = self.absent.union(left_out)
-        plan = self._remembering(plan_round(self.run, rows_of(self.members), number, away))
+        plan = self._remembering(self.planner.plan(number, away))
         return plan if self.mu is None else _with_mu(plan, self.mu)
 
     def _remembering(self, plan: RoundPlan) -> RoundPlan:
@@ -106,7 +108,8 @@ def collect(call: Call, number: int, holds: Holds, spool: Spool) -> Collected:
             "round %d, attempt %d: %d usable updates, %d wanted", plan.round, attempt, len(report.updates), wanted
         )
         if call.renew is not None:
-            call = replace(call, members=call.renew())
+            roster = call.renew()
+            call = replace(call, members=roster.members, planner=roster.planner)
         gone = {client for client, times in asked.items() if times >= TIMES_ASKED} - _counted(report)
         plan = call.plan(number, left_out=gone)
     raise UserError(_what_is_missing(plan.round, report, wanted, retries))

@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -14,7 +15,7 @@ from fedunlearn.records.rounds import ClientRows
 from fedunlearn.records.shape import ClientShape
 
 log = logging.getLogger(__name__)
-SECONDS_BETWEEN_LOOKS = 0.02
+SECONDS_BETWEEN_LOOKS, SENT_AT_ONCE = 0.02, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class Expectation:
     min_clients: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Member:
     """A client that answered the roll call, and the node it is reached at in this run."""
 
@@ -58,18 +59,30 @@ class RollCall:
     asked: frozenset[int] = frozenset()
 
 
-def exchange(grid: Grid, messages: Mapping[int, Message], timeout: float) -> Iterator[tuple[int, Message | None]]:
-    """Sends all messages and yields (key, reply) as replies arrive; (key, None) at the end for those that did not within `timeout` seconds."""
-    grid.push_messages(messages.values())
-    waiting = {message.metadata.message_id: key for key, message in messages.items()}
-    end = time.monotonic() + timeout
-    while waiting and time.monotonic() < end:
-        replies = list(grid.pull_messages(list(waiting)))
+def exchange(
+    grid: Grid, messages: Iterable[tuple[int, Message]], timeout: float
+) -> Iterator[tuple[int, Message | None]]:
+    """Sends all messages and yields (key, reply) as replies arrive; (key, None) at the end for those that did not within `timeout` seconds.
+
+    They are taken and sent some at a time, more whenever nothing comes back: nobody who is silent holds others up, and on a grid that
+    answers at once few are ever in memory.
+    """
+    left, end = iter(messages), time.monotonic() + timeout
+    waiting: dict[str, int] = {}
+    while time.monotonic() < end:
+        replies = list(grid.pull_messages(waiting.keys())) if waiting else []
         for reply in replies:
             yield waiting.pop(reply.metadata.reply_to_message_id), reply
-        if not replies:
+        if replies:
+            continue
+        if more := list(islice(left, SENT_AT_ONCE)):
+            grid.push_messages([message for _, message in more])
+            waiting |= {message.metadata.message_id: key for key, message in more}
+        elif waiting:
             time.sleep(SECONDS_BETWEEN_LOOKS)
-    for key in waiting.values():
+        else:
+            return
+    for key in (*waiting.values(), *(key for key, _ in left)):
         yield key, None
 
 
@@ -105,7 +118,7 @@ def call_nodes(
     grid: Grid, nodes: Sequence[int], expected: Expectation, timeout: float, content: RecordDict
 ) -> tuple[dict[int, list[Member]], list[str]]:
     """Asks some nodes who they are; gives who can take part, by the client id that they say, and a sentence for each node that cannot."""
-    messages = {node: Message(content, node, MessageType.QUERY, group_id="roll-call") for node in nodes}
+    messages = ((node, Message(content, node, MessageType.QUERY, group_id="roll-call")) for node in nodes)
     found: dict[int, list[Member]] = {}
     refused: list[str] = []
     for node, reply in exchange(grid, messages, timeout):

@@ -4,7 +4,7 @@ import logging
 import time
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -68,7 +68,7 @@ class SequentialGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Works on the first waiting message of those named and gives its reply; an empty list when none waits."""
-        wanted = set(message_ids)
+        wanted = message_ids if isinstance(message_ids, Set) else set(message_ids)
         chosen = next((key for key in self._waiting if key in wanted), None)
         return [] if chosen is None else [self._answer(self._waiting.pop(chosen))]
 
@@ -88,24 +88,16 @@ class LocalGrid(SequentialGrid):
     def __init__(self, client_app: ClientApp, num_clients: int) -> None:
         super().__init__(num_clients)
         self._app = client_app
-        self._contexts = make_contexts(num_clients)
 
     def _answer(self, message: Message) -> Message:
-        return call_client(self._app, self._contexts, message)
+        context = context_of(message.metadata.dst_node_id, len(self._nodes))
+        return call_client(self._app, context, message)
 
 
-def make_contexts(num_clients: int) -> dict[int, Context]:
-    """Gives every node's Context, by node id."""
-    return {
-        node: Context(RUN_ID, node, {"partition-id": client, "num-partitions": num_clients}, RecordDict(), {})
-        for client, node in enumerate(_nodes(num_clients))
-    }
-
-
-def call_client(app: ClientApp, contexts: dict[int, Context], message: Message) -> Message:
-    """Gives the reply of the node that the message is for, or an error reply where it raised or gave no reply to this message."""
+def call_client(app: ClientApp, context: Context, message: Message) -> Message:
+    """Gives a node's reply to a message, or an error reply where it raised or gave no reply to this message."""
     try:
-        reply: object = app(message, contexts[message.metadata.dst_node_id])
+        reply: object = app(message, context)
     except UserError as error:
         return Message(Error(CLIENT_RAISED, str(error)), reply_to=message)
     except Exception as error:
@@ -116,6 +108,12 @@ def call_client(app: ClientApp, contexts: dict[int, Context], message: Message) 
     return Message(
         Error(REPLY_UNREADABLE, f"a {type(reply).__name__} that does not answer the message"), reply_to=message
     )
+
+
+def context_of(node: int, num_clients: int) -> Context:
+    """Gives a node's Context, made for one message and let go of with its reply: over the wire it may be a new process each time."""
+    client = _nodes(num_clients).index(node)
+    return Context(RUN_ID, node, {"partition-id": client, "num-partitions": num_clients}, RecordDict(), {})
 
 
 def _nodes(num_clients: int) -> range:

@@ -1,6 +1,7 @@
 """The plan of a round: cohort, roles, seeds and learning rates, all functions of the config, of who owns how many rows, and of the round."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from fedunlearn.aggregation.choices import trained_in
 from fedunlearn.config.run import TrainRun
@@ -19,19 +20,49 @@ GONE = (
 )
 
 
+@dataclass(frozen=True, eq=False)
+class Planner:
+    """Plans of a run. rows: of every client that takes part, by id.
+
+    A draw goes over all of them, so each round's is made once and kept; only who fails a round has it drawn anew.
+    """
+
+    run: TrainRun
+    rows: Mapping[int, ClientRows]
+    _drawn: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def plan(self, number: int, left_out: Collection[int] = ()) -> RoundPlan:
+        """As plan_round."""
+        return _planned(self.run, number, [self.rows[client] for client in self._cohort(number, left_out)])
+
+    def _cohort(self, number: int, left_out: Collection[int]) -> tuple[int, ...]:
+        if left_out:
+            return _draw(self.run, self.rows, number, left_out)
+        if number not in self._drawn:
+            self._drawn[number] = _draw(self.run, self.rows, number, ())
+        return self._drawn[number]
+
+
 def plan_round(run: TrainRun, rows: Mapping[int, ClientRows], number: int, left_out: Collection[int] = ()) -> RoundPlan:
     """Draws the cohort, asks the protocol for roles, and gives every client its seed and learning rate.
 
     rows: of every client that takes part, by id. left_out: clients that failed this round for good; others are drawn in their place. Clients that
     join later are not there yet, and one without a row to work on never is: where fine-tuning is replayed, without a retain row, as in the oracle.
     """
-    args, federated = run.trainer.args, run.trainer.federated
-    at = run.origin_round(number)
+    return Planner(run, rows).plan(number, left_out)
+
+
+def _draw(run: TrainRun, rows: Mapping[int, ClientRows], number: int, left_out: Collection[int]) -> tuple[int, ...]:
+    federated, at = run.trainer.federated, run.origin_round(number)
     works = {k for k, has in rows.items() if (has.num_retain if run.replays else has.some)}
     there = [k for k in rows if k in works and k not in left_out and run.partition.joins_at(k) <= at]
     owners = [client for client in there if federated.force_owners and rows[client].num_forget]
     forced = there if run.draws_all(number) else owners
-    cohort = select(there, seed=args.seed, round=at, count=federated.cohort_size, forced=forced)
+    return select(there, seed=run.trainer.args.seed, round=at, count=federated.cohort_size, forced=forced)
+
+
+def _planned(run: TrainRun, number: int, cohort: Sequence[ClientRows]) -> RoundPlan:
+    args, federated, at = run.trainer.args, run.trainer.federated, run.origin_round(number)
     progress = (at - 1) / max(federated.num_rounds - 1, 1)
     scale = 1.0 + (federated.final_lr_ratio - 1.0) * progress
     return RoundPlan(
@@ -48,17 +79,18 @@ def plan_round(run: TrainRun, rows: Mapping[int, ClientRows], number: int, left_
                 trained=trained_in(run.aggregation.mask, at),
                 radius=run.radius(number) if part.role is Role.UNLEARN else 0.0,
             )
-            for part in run.assign(number, [rows[client] for client in cohort])
+            for part in run.assign(number, cohort)
         ),
     )
 
 
-def check_plans(run: TrainRun, rows: Mapping[int, ClientRows]) -> None:
-    """Raises UserError, before any training, for what no round of the whole plan can give: plans are functions of the seed.
+def check_plans(run: TrainRun, rows: Mapping[int, ClientRows]) -> Planner:
+    """Gives the planner of a run. Raises UserError, before any training, for what no round of the whole plan can give: plans are functions of the seed.
 
     Asked before the run's folder is made, by who owns what, and again once it is known who takes part. No owner of forget rows is ever drawn; or a round has fewer working clients than the robust weights need.
     """
-    plans = [plan_round(run, rows, number) for number in range(1, run.total_rounds + 1)]
+    planner = Planner(run, rows)
+    plans = [planner.plan(number) for number in range(1, run.total_rounds + 1)]
     if (
         run.mode == "unlearn"
         and run.server_method is None
@@ -74,6 +106,7 @@ def check_plans(run: TrainRun, rows: Mapping[int, ClientRows]) -> None:
                 f"robust {type(run.robust).__name__} needs {run.robust.min_updates} updates, but round {plan.round} has {working} working clients "
                 f"(protocol {type(run.protocol).__name__}): draw more, choose another protocol, or robust=off, and start anew (overwrite=true where the run's folder exists)"
             )
+    return planner
 
 
 def _check_owner_rounds(run: TrainRun, plans: Sequence[RoundPlan]) -> None:

@@ -7,18 +7,20 @@ from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from fedunlearn.federation.link import Expectation, Member, RollCall, call_nodes
+from fedunlearn.federation.planning import Planner
 
 log = logging.getLogger(__name__)
 
 
 class Roster:
-    """The members of a run. nodes_change: whether nodes may come and go while it lasts; content, timeout: of a newcomer's roll call."""
+    """The members of a run, and plans over them. nodes_change: whether nodes may come and go while it lasts; content, timeout: of a newcomer's roll call."""
 
     def __init__(
         self,
         grid: Grid,
         expected: Expectation,
         called: RollCall,
+        planner: Planner,
         *,
         nodes_change: bool,
         content: RecordDict,
@@ -27,6 +29,8 @@ class Roster:
         self._grid = grid
         self._expected = expected
         self._members = dict(called.members)
+        self._planner = planner
+        self._nodes: dict[int, int] | None = None
         self._known = set(called.asked)
         self._nodes_change = nodes_change
         self._content = content
@@ -37,14 +41,26 @@ class Roster:
         """By client id, in order."""
         return self._members
 
-    def renew(self) -> Mapping[int, Member]:
-        """Calls nodes that are new and gives the members as they are then.
+    @property
+    def planner(self) -> Planner:
+        """Plans over these members."""
+        return self._planner
+
+    @property
+    def nodes(self) -> Mapping[int, int]:
+        """Client id -> the node it is reached at."""
+        if self._nodes is None:
+            self._nodes = {client: member.node_id for client, member in self._members.items()}
+        return self._nodes
+
+    def renew(self) -> "Roster":
+        """Calls nodes that are new; gives itself, with the members as they are then.
 
         A client whose former node is gone is reached at its new one; a node that says the id of a client that is still there is refused by name. A
         node is asked once.
         """
         if not self._nodes_change:
-            return self._members
+            return self
         there = set(self._grid.get_node_ids())
         new = sorted(there - self._known)
         if new:
@@ -54,8 +70,10 @@ class Roster:
                 refused += self._take(client, said, there)
             for fault in refused:
                 log.warning("%s: the run goes on without", fault)
-            self._members = dict(sorted(self._members.items()))
-        return self._members
+            self._members, self._nodes = dict(sorted(self._members.items())), None
+            if self._members.keys() != self._planner.rows.keys():
+                self._planner = Planner(self._planner.run, {k: self._expected.rows[k] for k in self._members})
+        return self
 
     def _take(self, client: int, said: list[Member], there: set[int]) -> list[str]:
         former = self._members.get(client)

@@ -35,17 +35,18 @@ from fedunlearn.federation.collect import Call, Collected, collect
 from fedunlearn.federation.conductor import Conductor
 from fedunlearn.federation.flower_strategy import WrappedStrategy
 from fedunlearn.federation.ledger import Ledger
-from fedunlearn.federation.link import Expectation, Member, RollCall, roll_call, rows_of
+from fedunlearn.federation.link import Expectation, Member, RollCall, roll_call
 from fedunlearn.federation.notes import check_unlearned, mean_losses, step_notes
 from fedunlearn.federation.parts import Depot
 from fedunlearn.federation.past import read_parent, read_past
-from fedunlearn.federation.planning import check_plans, plan_round
+from fedunlearn.federation.planning import Planner, check_plans
 from fedunlearn.federation.roster import Roster
 from fedunlearn.federation.round_evaluation import RoundEvaluation
 from fedunlearn.federation.server_step import Stepped, Stepper, step, weigh
 from fedunlearn.federation.site import WIRE_DTYPES, client_shapes
 from fedunlearn.federation.spool import Spool, open_spool
 from fedunlearn.federation.start import Start, load_start
+from fedunlearn.federation.wire import shallow
 from fedunlearn.files import write_json
 from fedunlearn.records.adapter import Adapter
 from fedunlearn.records.requests import ReleasedRow
@@ -79,9 +80,9 @@ class Server:
         return self.roster.members
 
     @property
-    def nodes(self) -> dict[int, int]:
-        """Client id -> the node it is reached at."""
-        return {client: member.node_id for client, member in self.members.items()}
+    def planner(self) -> Planner:
+        """Plans over the members."""
+        return self.roster.planner
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -111,13 +112,15 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, reads_reference: bool, n
     expected, content = _expectation(run, folder, start), nodes.content
     called = roll_call(grid, expected, timeout, answers, content)
     _write_roll_call(folder, called)
-    check_plans(run, rows_of(called.members))
+    planner = check_plans(run, {client: start.rows[client] for client in called.members})
     server = Server(
         grid=grid,
         run=run,
         folder=folder,
         start=start,
-        roster=Roster(grid, expected, called, nodes_change=run.launcher.nodes_change, content=content, timeout=answers),
+        roster=Roster(
+            grid, expected, called, planner, nodes_change=run.launcher.nodes_change, content=content, timeout=answers
+        ),
         stepper=stepper,
         reads_reference=reads_reference,
         released=read_released(folder) if run.protocol.releases else (),
@@ -216,7 +219,9 @@ def _expectation(run: TrainRun, folder: Path, start: Start) -> Expectation:
 
 
 def _write_roll_call(folder: Path, called: RollCall) -> None:
-    answers = {str(k): {**asdict(member.declared), "bytes_up": member.bytes_up} for k, member in called.members.items()}
+    answers = {
+        str(k): {**shallow(member.declared), "bytes_up": member.bytes_up} for k, member in called.members.items()
+    }
     write_json(folder / ROLL_CALL, {"members": answers, "refused": list(called.refused)})
 
 
@@ -298,6 +303,7 @@ def _call(server: Server, before: Checkpoint, number: int) -> Call:
         run_id=server.start.run_id,
         base_fingerprint=str(server.start.adapter.base_fingerprint),
         members=server.members,
+        planner=server.planner,
         shapes=stepper.shapes,
         depot=_depot(server, before),
         reads_reference=server.reads_reference,
@@ -330,13 +336,11 @@ def _configured(server: Server, before: Checkpoint, number: int) -> Mapping[int,
     foreign = server.stepper.foreign
     if foreign is None:
         return None
-    tasks = [
-        task for task in plan_round(server.run, rows_of(server.members), number).tasks if task.role is not Role.IDLE
-    ]
+    tasks = [task for task in server.planner.plan(number).tasks if task.role is not Role.IDLE]
     if not tasks:
         return {}
     active = {name: t for name, t in before.state.adapter.items() if tasks[0].trained.covers(name)}
-    return foreign.configure(number, active, {task.client_id: server.nodes[task.client_id] for task in tasks})
+    return foreign.configure(number, active, {task.client_id: server.members[task.client_id].node_id for task in tasks})
 
 
 def _step(server: Server, before: Checkpoint, collected: Collected, spool: Spool) -> Stepped:
@@ -350,7 +354,7 @@ def _step(server: Server, before: Checkpoint, collected: Collected, spool: Spool
         log.warning("round %d: no client of the cohort had anything to do; the global adapter stays as it is", number)
         return Stepped(after=replace(before, state=replace(before.state, round=number)))
     with spool.reader([update.client_id for update in updates]) as read:
-        return step(server.stepper, before, collected.report, server.nodes, read)
+        return step(server.stepper, before, collected.report, server.roster.nodes, read)
 
 
 def _result(server: Server, after: Checkpoint, collected: Collected, stepped: Stepped, seconds: float) -> RoundResult:

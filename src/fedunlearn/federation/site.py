@@ -257,7 +257,9 @@ def client_shapes(run: TrainRun, adapter_config: Mapping[str, object]) -> tuple[
     rank, alpha = int(str(adapter_config["r"])), float(str(adapter_config["lora_alpha"]))
     ranks, alphas = run.partition.ranks or (rank,) * count, run.partition.lora_alphas or (alpha,) * count
     rslora = bool(adapter_config.get("use_rslora"))
-    return tuple(ClientShape(rank=r, lora_alpha=a, use_rslora=rslora) for r, a in zip(ranks, alphas, strict=True))
+    pairs = tuple(zip(ranks, alphas, strict=True))
+    made = {pair: ClientShape(rank=pair[0], lora_alpha=pair[1], use_rslora=rslora) for pair in set(pairs)}
+    return tuple(made[pair] for pair in pairs)
 
 
 def needs_of(run: TrainRun) -> frozenset[Need]:

@@ -138,13 +138,14 @@ def _ask(
     updates: list[ClientUpdate] = []
     lacking: set[int] = set()
     kept: dict[int, frozenset[str]] = {}
-    for client, reply in exchange(grid, messages, turn.timeout):
+    for client, reply in exchange(grid, messages.items(), turn.timeout):
         shipment = turn.shipment(tasks[client])
         judged = _judge(turn, tasks[client], shipment, members[client], reply, spool)
         outcomes[client] = _outcome(outcomes[client], judged)
         if judged.update is not None:
             updates.append(judged.update)
-            kept[client] = shipment.keep
+            if shipment.keep or client in holds:
+                kept[client] = shipment.keep
         if judged.verdict.reason == "missing_part":
             lacking.add(client)
     return TurnReport(updates=tuple(updates), outcomes=tuple(outcomes.values()), holds=kept), lacking

@@ -2,8 +2,9 @@
 
 import json
 import math
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import TypeVar
 
 import safetensors.torch
@@ -138,7 +139,7 @@ class EvaluateReply:
     missing: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RollCallReply:
     """Client to server, once a run: who it is and whether it can take part. rank, lora_alpha: of the factors it trains and sends.
 
@@ -186,7 +187,12 @@ def blob_of(record: ArrayRecord) -> bytes:
 
 def pack_scalars(record: object) -> ConfigRecord:
     """Gives a flat record of ours as one JSON string in a ConfigRecord: None, int64 and empty strings survive as they are."""
-    return ConfigRecord({"json": json.dumps(asdict(record), sort_keys=True)})  # type: ignore[call-overload]
+    return ConfigRecord({"json": json.dumps(shallow(record), sort_keys=True)})
+
+
+def shallow(record: object) -> dict[str, object]:
+    """Gives a flat record's fields by name, nothing copied."""
+    return {field.name: getattr(record, field.name) for field in fields(record)}  # type: ignore[arg-type]
 
 
 def pack_released(rows: Sequence[ReleasedRow]) -> ConfigRecord:
@@ -244,8 +250,10 @@ def _typed(name: str, value: object, wanted: object) -> object:
         if len(value) > LONGEST_MEMORY:
             raise WireError("wire_size", f"{name} has {len(value)} entries, at most {LONGEST_MEMORY} are read")
         return {str(_typed(name, key, str)): _typed(f"{name}.{key}", item, float) for key, item in value.items()}
-    if isinstance(value, str) and (len(value) > LONGEST_TEXT or not value.isprintable()):
-        raise WireError("unreadable", f"{name} is no plain text of at most {LONGEST_TEXT} characters")
+    if isinstance(value, str):
+        if len(value) > LONGEST_TEXT or not value.isprintable():
+            raise WireError("unreadable", f"{name} is no plain text of at most {LONGEST_TEXT} characters")
+        value = sys.intern(value)  # what all clients say alike is kept once
     if wanted is float and type(value) is int and abs(value) < MOST:
         return float(value)
     if not isinstance(wanted, type) or type(value) is not wanted or (type(value) is int and value not in INT64):

@@ -14,13 +14,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
-from flwr.app import Context, Error, Message
+from flwr.app import Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from fedunlearn.federation.faults import REPLY_UNREADABLE
-from fedunlearn.federation.local_grid import call_client, make_contexts
+from fedunlearn.federation.local_grid import call_client, context_of
 from fedunlearn.reporting.console import set_logging
 
 READY = b"ready"
@@ -43,11 +43,11 @@ def serve(fd: int) -> None:
     charge = Charge(**json.loads(pipe.recv_bytes()))
     set_logging()
     logging.getLogger().setLevel(charge.log_level)
-    app, contexts = _make_app(charge), make_contexts(charge.num_clients)
+    app = _make_app(charge)
     with suppress(EOFError, ConnectionError):
         pipe.send_bytes(READY)
         while True:
-            pipe.send_bytes(_answer(app, contexts, pipe.recv_bytes()))
+            pipe.send_bytes(_answer(app, charge.num_clients, pipe.recv_bytes()))
 
 
 def _end_with_parent(fd: int) -> None:
@@ -66,9 +66,9 @@ def _make_app(charge: Charge) -> ClientApp:
     return app
 
 
-def _answer(app: ClientApp, contexts: dict[int, Context], frame: bytes) -> bytes:
+def _answer(app: ClientApp, num_clients: int, frame: bytes) -> bytes:
     message = message_from_proto(ProtoMessage.FromString(frame))
-    reply = call_client(app, contexts, message)
+    reply = call_client(app, context_of(message.metadata.dst_node_id, num_clients), message)
     try:
         return _to_bytes(reply)
     except Exception as error:  # whatever a client has put into its reply

@@ -1,8 +1,9 @@
 """The seeded draw of a round's cohort."""
 
 from collections.abc import Collection
+from heapq import nsmallest
 
-from fedunlearn.seeds import seed_of
+from fedunlearn.seeds import seeds_under
 
 
 def select(
@@ -14,5 +15,7 @@ def select(
     other's draw: whoever comes next takes its place. Forced clients take places of those drawn before any is added.
     """
     owners = sorted(set(forced) & set(client_ids))
-    others = sorted(set(client_ids) - set(owners), key=lambda client: (seed_of("select", seed, round, client), client))
-    return tuple(sorted([*owners, *others[: max(count - len(owners), 0)]]))
+    number = seeds_under("select", seed, round)
+    others = set(client_ids).difference(owners)
+    drawn = nsmallest(max(count - len(owners), 0), others, key=lambda client: (number(client), client))
+    return tuple(sorted([*owners, *drawn]))

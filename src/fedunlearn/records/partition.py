@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from fedunlearn.files import canonical_json
 
@@ -29,13 +30,13 @@ class Partition:
         wanted = frozenset(rows)
         return frozenset(client for client, owned in enumerate(self.clients) if not wanted.isdisjoint(owned))
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """sha256 of who owns what in which data; the scheme's name does not matter."""
         return hashlib.sha256(canonical_json([self.clients, self.rows_per_author, self.data_hash]).encode()).hexdigest()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OwnedRows:
     """One client's row numbers in `full`: those to forget and those to train on; without a request forget is empty."""
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 from fedunlearn.files import canonical_json
 
@@ -26,12 +27,12 @@ class Request:
     before: tuple[int, ...] = ()
     gone: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def all(self) -> frozenset[int]:
         """Rows that must not be trained on."""
         return frozenset((*self.rows, *self.before))
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """sha256 of it."""
         return hashlib.sha256(canonical_json([self.rows, self.before, self.gone]).encode()).hexdigest()

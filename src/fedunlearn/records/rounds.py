@@ -33,7 +33,7 @@ class Trained(StrEnum):
         return self is Trained.BOTH or f".lora_{self.value.upper()}." in name
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ClientRows:
     """What a client declares at the roll call: rows it owns, and how many of them are to be forgotten or kept.
 

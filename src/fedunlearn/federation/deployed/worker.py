@@ -123,7 +123,7 @@ class Worker:
         context = Context(1, NODE, {"partition-id": self.site.client_id, "num-partitions": 1}, RecordDict(), {})
         message = Message(content, NODE, kind)
         message.metadata.__dict__["_message_id"] = "asked"
-        return call_client(app, {NODE: context}, message)
+        return call_client(app, context, message)
 
     def _enrolment(self, head: Mapping[str, Any]) -> Enrolment:
         name = str(head.get("folder"))
