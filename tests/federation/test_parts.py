@@ -236,9 +236,9 @@ class TestPartStore:
     @pytest.mark.parametrize(
         ("blob", "said"),
         [
-            (b"", "came damaged"),
-            (b"nothing of the kind", "came damaged"),
-            (save(PART)[:-1], "came damaged"),
+            (b"", "that came is damaged"),
+            (b"nothing of the kind", "that came is damaged"),
+            (save(PART)[:-1], "that came is damaged"),
             (save({"a": torch.tensor([1.0, 2.5])}), "is not what it is named by"),
             (save({"c": torch.tensor([1.0, 2.0])}), "is not what it is named by"),
             (save({"a": torch.tensor([1.0, 2.0]).double()}), "is not what it is named by"),

@@ -141,8 +141,10 @@ def _verdict(survey: Survey, member: Member, reply: EvaluateReply) -> Verdict:
         loss, prob = getattr(reply, f"{kind}_loss"), getattr(reply, f"{kind}_prob")
         if not (math.isfinite(loss) and math.isfinite(prob)):
             return Verdict("nan", f"{kind}: loss {loss}, probability {prob}")
-        if not (0 <= loss <= LARGEST and 0 <= prob <= 1):
-            return Verdict("loss", f"{kind}: loss {loss:.3g}, probability {prob:.3g}")
+        if not (0 <= loss <= LARGEST and 0 <= prob <= 1) or ((loss or prob) and not getattr(reply, f"num_{kind}")):
+            return Verdict(
+                "loss", f"{kind}: loss {loss:.3g}, probability {prob:.3g} over {getattr(reply, f'num_{kind}')} rows"
+            )
     return Verdict("", "")
 
 

@@ -65,7 +65,11 @@ def exchange(grid: Grid, messages: Mapping[int, Message], timeout: float) -> Ite
     while waiting and time.monotonic() < end:
         replies = list(grid.pull_messages(list(waiting)))
         for reply in replies:
-            yield waiting.pop(reply.metadata.reply_to_message_id), reply
+            key = waiting.pop(reply.metadata.reply_to_message_id, None)
+            if key is None:
+                log.warning("a reply that answers nothing, or what was answered already, is left unread")
+            else:
+                yield key, reply
         if not replies:
             time.sleep(SECONDS_BETWEEN_LOOKS)
     for key in waiting.values():
