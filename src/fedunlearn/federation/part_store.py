@@ -35,7 +35,8 @@ class PartStore:
         """
         found: dict[str, Tensors] = {}
         for name in sorted(set(wanted)):
-            part = self._received(name, received[name], name in keep) if name in received else self._load(name)
+            sent = self._received(name, received[name], name in keep) if name in received else None
+            part = self._load(name) if sent is None else sent
             if part is not None:
                 found[name] = part
         for old in self.folder.glob("part-*.safetensors"):
