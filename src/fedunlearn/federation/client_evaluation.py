@@ -18,6 +18,7 @@ from fedunlearn.federation.wire import (
     EvaluateReply,
     EvaluateRequest,
     WireError,
+    check_records,
     content_bytes,
     one_line,
     pack_scalars,
@@ -104,9 +105,9 @@ def _judged(survey: Survey, member: Member, message: Message | None) -> ClientSc
     size = 0
     try:
         size = content_bytes(message.content)
+        check_records(message.content, REPLY)
         reply = unpack_scalars(EvaluateReply, typed_record(ConfigRecord, message.content.get(REPLY)))
-        extra = sorted(set(message.content) - {REPLY})
-        verdict = Verdict("extra_metric", extra[0][:120]) if extra else _verdict(survey, member, reply)
+        verdict = _verdict(survey, member, reply)
     except WireError as fault:
         verdict = Verdict(fault.reason, str(fault))
     except Exception as error:  # whatever a client can send costs it its own score, never the run

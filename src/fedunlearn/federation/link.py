@@ -9,7 +9,15 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedunlearn.errors import UserError
-from fedunlearn.federation.wire import REPLY, RollCallReply, content_bytes, one_line, typed_record, unpack_scalars
+from fedunlearn.federation.wire import (
+    REPLY,
+    RollCallReply,
+    check_records,
+    content_bytes,
+    one_line,
+    typed_record,
+    unpack_scalars,
+)
 from fedunlearn.records.rounds import ClientRows
 from fedunlearn.records.shape import ClientShape
 
@@ -130,6 +138,7 @@ def _read_member(node: int, reply: Message | None) -> "Member | str":
     if reply.has_error():
         return f"roll call: node {node} failed: {one_line(reply.error.reason or '')}"
     try:
+        check_records(reply.content, REPLY)
         declared = unpack_scalars(RollCallReply, typed_record(ConfigRecord, reply.content.get(REPLY)))
         return Member(node_id=node, declared=declared, bytes_up=content_bytes(reply.content))
     except Exception as error:  # whatever a node can send costs it its own place, never the run

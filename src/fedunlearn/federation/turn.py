@@ -16,7 +16,6 @@ from fedunlearn.federation.parts import Depot, Shipment
 from fedunlearn.federation.spool import Spool
 from fedunlearn.federation.wire import (
     ADAPTER,
-    LONGEST_TEXT,
     MOST,
     PART,
     RELEASED,
@@ -26,6 +25,7 @@ from fedunlearn.federation.wire import (
     TrainRequest,
     WireError,
     blob_of,
+    check_records,
     content_bytes,
     one_line,
     pack_released,
@@ -258,9 +258,7 @@ def _expected(turn: Turn, task: ClientTask, shipment: Shipment, member: Member) 
 
 
 def _read_reply(content: RecordDict) -> TrainReply:
-    extra = sorted(set(content) - {ADAPTER, REPLY})
-    if extra:
-        raise WireError("extra_metric", f"a record {extra[0][:LONGEST_TEXT]!r} beside the reply")
+    check_records(content, ADAPTER, REPLY)
     reply = unpack_scalars(TrainReply, typed_record(ConfigRecord, content.get(REPLY)))
     reply.check_account()
     return reply

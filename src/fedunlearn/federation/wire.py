@@ -298,6 +298,13 @@ def typed_record(kind: type[R], record: object) -> R:
     return record
 
 
+def check_records(content: RecordDict, *awaited: str) -> None:
+    """Raises WireError where a message has another record beside those awaited."""
+    extra = sorted(set(content) - set(awaited))
+    if extra:
+        raise WireError("extra_metric", f"a record {extra[0][:LONGEST_TEXT]!r} beside the reply")
+
+
 def content_bytes(content: RecordDict) -> int:
     """Gives the size of a message's content as protobuf would send it, without serialising the tensors a second time."""
     arrays = 0

@@ -1,47 +1,17 @@
-"""The recorded runs, how many examples there are, and how much memory one may take."""
+"""The recorded runs, made once."""
 
 import gc
 import logging
-import os
-import resource
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import recorded
-from recorded import Recorded
-
-LONG = os.environ.get("FUZZ_EXAMPLES")
-PAGE, ROOM = os.sysconf("SC_PAGE_SIZE"), 96 * 2**20
-"""Bytes that a message may cost beside its size: numpy's and torch's own pools, and a record of a million characters as JSON."""
-
-
-def examples(share: float = 1.0) -> settings:
-    """A few hundred examples that are the same in every run, or FUZZ_EXAMPLES that are new in each."""
-    return settings(
-        max_examples=int(int(LONG or 120) * share),
-        derandomize=LONG is None,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-
-
-@contextmanager
-def room_for(size: int):
-    """Inside the block the process may map no more than a small multiple of a message of `size` bytes beside what it has."""
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * PAGE
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + ROOM + 16 * size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+import helpers_recorded as recorded
+from helpers_clients import Client
+from helpers_recorded import Recorded
 
 
 def pytest_collection_modifyitems(items):
@@ -70,3 +40,10 @@ def _quiet():
     yield
     gc.unfreeze()
     logging.disable(logging.NOTSET)
+
+
+@pytest.fixture(scope="module", params=["tuned", "unlearned", "remembered"])
+def client(recorded_runs, request):
+    """The ClientApp of each recorded run."""
+    with Client(recorded_runs[request.param]).seen_working() as client:
+        yield client

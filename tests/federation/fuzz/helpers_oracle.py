@@ -14,7 +14,7 @@ REPLY_KEYS = {
     *("loss_trace", "memory", "stopped", "missing"),
 }
 CODES = frozenset(
-    ("stale_round base_mismatch num_examples missing_key extra_key shape dtype nan memory norm loss wire_size unreadable extra_metric missing_part crashed timeout").split()
+    ["stale_round", "base_mismatch", "num_examples", "missing_key", "extra_key", "shape", "dtype", "nan", "memory", "norm", "loss", "wire_size", "unreadable", "extra_metric", "missing_part", "crashed", "timeout"]
 )  # fmt: skip
 """Every reason that the history may hold for a refused reply (docs of the gate)."""
 SOUND_DTYPE, LARGEST_ENTRY = "F32", 1e15
@@ -44,8 +44,9 @@ def tensors_in(blob: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | N
         (size,) = struct.unpack("<Q", blob[:8])
         header = json.loads(blob[8 : 8 + size].decode())
         data = blob[8 + size :]
-        header.pop("__metadata__", None)
-        found = {name: (one["dtype"], tuple(one["shape"]), *one["data_offsets"]) for name, one in header.items()}
+        if not all(isinstance(text, str) for text in (header.pop("__metadata__", None) or {}).values()):
+            return None
+        found = {name: _entry(one["dtype"], one["shape"], *one["data_offsets"]) for name, one in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
         return None
     at = 0
@@ -56,6 +57,11 @@ def tensors_in(blob: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | N
     if at != len(data) or size > len(blob) - 8:
         return None
     return {name: (dtype, shape, data[start:end]) for name, (dtype, shape, start, end) in found.items()}
+
+
+def _entry(dtype: str, shape: list, start: int, end: int) -> tuple:
+    """One tensor of a header; TypeError where there are not two offsets."""
+    return dtype, tuple(shape), start, end
 
 
 def is_count(value: object) -> bool:
