@@ -2,8 +2,10 @@
 
 import gc
 import logging
+import os
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -22,9 +24,17 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def recorded_runs(pocket, tmp_path_factory) -> dict[str, Recorded]:
+def place():
+    """A folder in memory where there is one: thousands of files are flushed."""
+    memory = Path("/dev/shm")
+    with TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def recorded_runs(pocket, place) -> dict[str, Recorded]:
     """Three real runs: `tuned` (side-car), `unlearned` from it (reference, released rows), `remembered` (memory, ranks of clients' own)."""
-    saves = tmp_path_factory.mktemp("fuzz") / "saves"
+    saves = place / "saves"
     tuned = recorded.record(pocket, saves, "finetune", "tuned", *recorded.TUNED)
     origin = f"model.model_args.pretrained_model_name_or_path={saves}/finetune/tuned"
     unlearned = recorded.record(pocket, saves, "unlearn", "unlearned", origin, *recorded.UNLEARNED)

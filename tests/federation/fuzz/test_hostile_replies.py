@@ -84,15 +84,15 @@ def _check_spooled(recorded, client, content, spool: Spool):
 
 
 @pytest.mark.parametrize("name", ["tuned", "unlearned", "remembered"])
-def test_what_a_client_really_said_counts(recorded_runs, tmp_path, name):
+def test_what_a_client_really_said_counts(recorded_runs, place, name):
     for client in range(CLIENTS):
         recorded = recorded_runs[name]
         assert is_sound(recorded, client, recorded.said["train", client])
-        assert check(recorded, client, recorded.said["train", client], tmp_path) == ""
+        assert check(recorded, client, recorded.said["train", client], place) == ""
 
 
 @pytest.mark.parametrize(("name", "share"), [("tuned", 0.2), ("unlearned", 0.4), ("remembered", 0.4)])
-def test_a_hostile_reply_costs_its_client_its_own_update(recorded_runs, tmp_path, name, share):
+def test_a_hostile_reply_costs_its_client_its_own_update(recorded_runs, place, name, share):
     recorded = recorded_runs[name]
     others = [*recorded.said.values(), *recorded.asked.values(), *recorded_runs["tuned"].said.values()]
     found = {}
@@ -102,7 +102,7 @@ def test_a_hostile_reply_costs_its_client_its_own_update(recorded_runs, tmp_path
     def holds(data):
         client = data.draw(st.integers(0, CLIENTS - 1))
         content = data.draw(mutated(recorded.said["train", client], others))
-        reason = check(recorded, client, content, tmp_path)
+        reason = check(recorded, client, content, place)
         found[reason] = found.get(reason, 0) + 1
 
     holds()

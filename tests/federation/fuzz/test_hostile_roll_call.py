@@ -24,9 +24,9 @@ LARGEST_LOSS = 1e6
 
 
 def hostile(recorded_runs, name, kind, share, check):
-    """Draws mutations of one client's reply and checks each."""
+    """Draws mutations of one client's reply, checks each, and gives how many there were."""
     recorded = recorded_runs[name]
-    others = [*recorded.said.values(), *recorded.asked.values()]
+    others, seen = [*recorded.said.values(), *recorded.asked.values()], []
 
     @examples(share)
     @given(st.data())
@@ -34,8 +34,10 @@ def hostile(recorded_runs, name, kind, share, check):
         client = data.draw(st.integers(0, CLIENTS - 1))
         content = data.draw(mutated(recorded.said[kind, client], others))
         check(recorded, client, content)
+        seen.append(client)
 
     holds()
+    return len(seen)
 
 
 # --- the roll call
@@ -91,7 +93,7 @@ def _borrowed(content) -> set:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_hostile_reply_at_the_roll_call_costs_its_node_its_place(recorded_runs, name):
-    hostile(recorded_runs, name, MessageType.QUERY, 0.15, check_called)
+    assert hostile(recorded_runs, name, MessageType.QUERY, 0.15, check_called) >= 10
 
 
 # --- clients' own scores
@@ -157,7 +159,7 @@ def test_what_clients_really_scored_counts(recorded_runs, name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_hostile_score_costs_its_client_its_score(recorded_runs, name):
-    hostile(recorded_runs, name, MessageType.EVALUATE, 0.15, check_scored)
+    assert hostile(recorded_runs, name, MessageType.EVALUATE, 0.15, check_scored) >= 10
 
 
 def test_no_reply_at_all_is_told(recorded_runs):
