@@ -62,6 +62,8 @@ LIES = {
     "more than 1": ({"retain_prob": 1.5}, "loss"),
     "below 0": ({"retain_loss": -1.0}, "loss"),
     "other rows": ({"num_retain": 1000}, "num_examples"),
+    "a loss of no rows": ({"forget_loss": 1.0}, "loss"),
+    "a probability of no rows": ({"forget_prob": 0.5}, "loss"),
 }
 
 

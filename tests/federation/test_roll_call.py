@@ -93,6 +93,7 @@ UNFIT = [
     ("[" * 10**6, "the reply of node 3 cannot be read: RollCallReply is no JSON (RecursionError)"),
     ('{"client_id": ' + "9" * 5000 + "}", "the reply of node 3 cannot be read"),
     (RecordDict(), "the reply of node 3 cannot be read: NoneType where ConfigRecord is wanted"),
+    (RecordDict({REPLY: pack_scalars(SECOND), "x": ConfigRecord()}), "the reply of node 3 cannot be read: a record 'x' beside the reply"),
     (RecordDict({REPLY: ArrayRecord()}), "the reply of node 3 cannot be read: ArrayRecord where ConfigRecord is wanted"),
     (RuntimeError("no disk\x1b[2J\nsecond line"), r"node 3 failed: RuntimeError: no disk\x1b[2J"),
     (UserError("row 7 does not fit"), "node 3 failed: row 7 does not fit"),
@@ -220,3 +221,25 @@ def test_those_never_sent_count_as_silent_at_the_deadline():
     grid = LocalGrid(ClientApp(), 300)
     messages = ((node, Message(RecordDict(), node, MessageType.QUERY)) for node in grid.get_node_ids())
     assert dict(link.exchange(grid, messages, 0.0)) == dict.fromkeys(range(2, 302))
+
+
+def test_a_reply_that_comes_twice_or_answers_nothing_is_left_unread(caplog):
+    class Stammering(LocalGrid):
+        """Says everything twice, and something that nobody asked for before it."""
+
+        def pull_messages(self, message_ids):
+            replies = list(super().pull_messages(message_ids))
+            stray = [Message(RecordDict(), reply_to=reply) for reply in replies]  # an answer to an answer
+            return [*stray, *replies, *replies]
+
+    app = ClientApp()
+
+    @app.query()
+    def answer(message: Message, context: Context) -> Message:
+        said = (GOOD, SECOND, THIRD)[int(context.node_config["partition-id"])]
+        return Message(RecordDict({REPLY: pack_scalars(said)}), reply_to=message)
+
+    called = roll_call(Stammering(app, 3), EXPECTED, timeout=5, answer_timeout=math.inf, content=RecordDict())
+    assert list(called.members) == [0, 1, 2]
+    assert called.refused == ()
+    assert caplog.text.count("is left unread") == 6

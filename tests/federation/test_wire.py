@@ -332,6 +332,22 @@ def test_a_blob_is_read_up_to_the_limit_that_the_gate_sets(run, tmp_path):
     assert f"{limit + 1} bytes of adapter, at most {limit} are read (56 awaited)" in above.detail
 
 
+def test_what_is_spooled_is_laid_out_as_we_write_it_whatever_the_sender_s_header(run, tmp_path):
+    """A header of 8 k + 1 bytes is sound, and with the file mapped puts every float32 between two places of memory."""
+    sent = {A: start()[A], B: start()[B] + 0.1}
+    blob = safetensors.torch.save(sent, {"of": "the sender"})
+    size = int.from_bytes(blob[:8], "little")
+    odd = (size + 1).to_bytes(8, "little") + blob[8 : 8 + size] + b" " + blob[8 + size :]
+    federation = Federation(run, tmp_path, 3, {1: with_blob(odd)})
+    with federation.spool() as spool:
+        collected = collect(federation.call, 1, {}, spool)
+        assert 1 in {update.client_id for update in collected.report.updates}
+        assert (tmp_path / "rounds/.spool/1.safetensors").read_bytes() == safetensors.torch.save(sent)
+        with spool.reader([1]) as read:
+            assert all(torch.equal(read(1, name), tensor) for name, tensor in sent.items())
+            assert all(read(1, name).data_ptr() % 4 == 0 for name in sent)
+
+
 # --- bfloat16 on the wire
 
 

@@ -57,7 +57,7 @@ class TestPadded:
         small = factors_like(read_tensors(model), (3,))
         assert same(cut(padded(model, small), 3), small)
 
-    @pytest.mark.parametrize("change", ["lacks", "extra", "larger rank", "narrow", "short", "flat"])
+    @pytest.mark.parametrize("change", ["lacks", "extra", "larger rank", "narrow", "short", "flat", "no row, and long"])
     def test_what_does_not_fit_is_left_for_write_tensors_to_refuse(self, model, change):
         """Nothing is filled in from the model, which may hold another client's values, and only the rank is padded."""
         small = factors_like(read_tensors(model), (2,))
@@ -69,6 +69,7 @@ class TestPadded:
             "narrow": {**small, a: small[a][:, 1:]},
             "short": {**small, b: small[b][1:]},
             "flat": {**small, b: small[b].flatten()},
+            "no row, and long": {**small, a: torch.zeros(0, 10**13)},  # no bytes; with four rows 160 TB
         }[change]
         before = read_tensors(model)
         with pytest.raises(UserError, match="does not fit"):

@@ -5,7 +5,9 @@ from collections import Counter
 import pytest
 from helpers_training import train_args
 
-from fedunlearn.training.steps import Supply, count_steps, plan_steps, warmup_of
+from fedunlearn.errors import UserError
+from fedunlearn.records.rounds import Share
+from fedunlearn.training.steps import MOST_STEPS, Supply, count_steps, plan_steps, warmup_of
 
 
 def plan(num_rows=10, num_retain=30, per_row=1, num_steps=6, seed=0, **args):
@@ -143,3 +145,16 @@ def test_micro_batches_of_any_size_hold_the_same_rows_in_the_same_order():
         parts = plan(num_rows=16, num_steps=2, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size)
         assert flat_rows(parts) == flat_rows(whole)
         assert flat_retain(parts) == flat_retain(whole)
+
+
+def test_a_round_of_more_steps_than_a_plan_can_hold_is_refused():
+    """8 rows in batches of 4 are two steps an epoch; the plan of a trillion would take the memory of the machine before the first step."""
+    args = train_args(per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    assert count_steps(8, MOST_STEPS / 2, args) == MOST_STEPS
+    with pytest.raises(
+        UserError, match="500001 epochs over 8 rows are 1000002 steps in one round, at most 1000000 are"
+    ):
+        count_steps(8, MOST_STEPS / 2 + 1, args)
+    with pytest.raises(UserError, match="steps in one round"):
+        count_steps(8, 1.0, args, Share(rounds=2**62, part=1, parts=1))
+    assert count_steps(8, 1e300, train_args(max_steps=3)) == 3

@@ -3,6 +3,8 @@
 import json
 import logging
 import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from fedunlearn.federation.wire import (
     RollCallReply,
     TrainReply,
     TrainRequest,
+    WireError,
     blob_of,
     pack_adapter,
     pack_scalars,
@@ -33,6 +36,7 @@ from fedunlearn.federation.wire import (
     unpack_scalars,
 )
 from fedunlearn.records.adapter import Tensors, Weights
+from fedunlearn.records.requests import ReleasedRow
 from fedunlearn.training.charges import charges_of
 from fedunlearn.training.local import LocalResult
 
@@ -102,6 +106,7 @@ def _roll_call(site: Site, client: int) -> RollCallReply:
 
 def _train(site: Site, client: int, content: RecordDict) -> RecordDict:
     request = unpack_scalars(TrainRequest, typed_record(ConfigRecord, content.get(REQUEST)))
+    request.check()
     if request.client_id != client:
         raise ValueError(f"client {client} got the task of client {request.client_id}")
     loading = _load(site)
@@ -110,10 +115,10 @@ def _train(site: Site, client: int, content: RecordDict) -> RecordDict:
     if missing:
         log.info("client %d lacks %d parts of its task and asks for them", client, len(missing))
         return RecordDict({REPLY: pack_scalars(_reply(site, request, None, missing))})
-    start = Weights(joined(request.adapter, parts), side_by_side([parts[name] for name in request.sidecar]))
-    beside = side_by_side([parts[name] for name in request.reference_sidecar])
+    start = Weights(joined(request.adapter, parts), _beside(site, request.sidecar, parts))
+    beside = _beside(site, request.reference_sidecar, parts)
     reference = Weights(joined(request.reference, parts), beside) if request.reference else None
-    released = unpack_released(typed_record(ConfigRecord, content[RELEASED])) if RELEASED in content else ()
+    released = _released(site, content)
     charges = charges_of(Path(site.run.paths.cache_dir), request.run_id, client, request.round)
     result = site.work(request.task, site.owned[client], start, reference, charges, released)
     return RecordDict(
@@ -132,12 +137,13 @@ def _load(site: Site) -> float:
 
 def _evaluate(site: Site, client: int, content: RecordDict) -> RecordDict:
     request = unpack_scalars(EvaluateRequest, typed_record(ConfigRecord, content.get(REQUEST)))
+    request.check()
     if request.client_id != client:
         raise ValueError(f"client {client} got the evaluation of client {request.client_id}")
     parts, missing = _obtained(site, client, content, (*request.adapter, *request.sidecar), request.keep)
     said = OwnScores()
     if not missing:
-        adapter = Weights(joined(request.adapter, parts), side_by_side([parts[name] for name in request.sidecar]))
+        adapter = Weights(joined(request.adapter, parts), _beside(site, request.sidecar, parts))
         said = site.scores(client, adapter, request.rows or None, request.seed)
     reply = EvaluateReply(
         run_id=request.run_id,
@@ -157,6 +163,23 @@ def _obtained(
     store = PartStore(Path(site.run.paths.cache_dir) / "clients" / str(client))
     received = {key.removeprefix(PART): _blob(content, key) for key in content if key.startswith(PART)}
     return store.obtain(wanted, received, keep)
+
+
+def _beside(site: Site, names: Sequence[str], parts: Mapping[str, Tensors]) -> Tensors:
+    """Gives the side-car of these blocks. Raises WireError where one stands there more often than rounds can have made it: names are short, and blocks long."""
+    most = max(Counter(names).values(), default=0)
+    if most > site.run.total_rounds + 1:
+        raise WireError("unreadable", f"a side-car block {most} times, in a run of {site.run.total_rounds} rounds")
+    return side_by_side([parts[name] for name in names])
+
+
+def _released(site: Site, content: RecordDict) -> tuple[ReleasedRow, ...]:
+    """Gives the rows of others that came with a task. Raises WireError where the run's protocol sends none."""
+    if RELEASED not in content:
+        return ()
+    if not site.run.protocol.releases:
+        raise WireError("unreadable", "released rows, in a run whose protocol releases none")
+    return unpack_released(typed_record(ConfigRecord, content[RELEASED]))
 
 
 def _blob(content: RecordDict, key: str) -> bytes:

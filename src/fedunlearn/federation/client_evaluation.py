@@ -18,6 +18,7 @@ from fedunlearn.federation.wire import (
     EvaluateReply,
     EvaluateRequest,
     WireError,
+    check_records,
     content_bytes,
     one_line,
     pack_scalars,
@@ -104,9 +105,9 @@ def _judged(survey: Survey, member: Member, message: Message | None) -> ClientSc
     size = 0
     try:
         size = content_bytes(message.content)
+        check_records(message.content, REPLY)
         reply = unpack_scalars(EvaluateReply, typed_record(ConfigRecord, message.content.get(REPLY)))
-        extra = sorted(set(message.content) - {REPLY})
-        verdict = Verdict("extra_metric", extra[0][:120]) if extra else _verdict(survey, member, reply)
+        verdict = _verdict(survey, member, reply)
     except WireError as fault:
         verdict = Verdict(fault.reason, str(fault))
     except Exception as error:  # whatever a client can send costs it its own score, never the run
@@ -141,8 +142,10 @@ def _verdict(survey: Survey, member: Member, reply: EvaluateReply) -> Verdict:
         loss, prob = getattr(reply, f"{kind}_loss"), getattr(reply, f"{kind}_prob")
         if not (math.isfinite(loss) and math.isfinite(prob)):
             return Verdict("nan", f"{kind}: loss {loss}, probability {prob}")
-        if not (0 <= loss <= LARGEST and 0 <= prob <= 1):
-            return Verdict("loss", f"{kind}: loss {loss:.3g}, probability {prob:.3g}")
+        if not (0 <= loss <= LARGEST and 0 <= prob <= 1) or ((loss or prob) and not getattr(reply, f"num_{kind}")):
+            return Verdict(
+                "loss", f"{kind}: loss {loss:.3g}, probability {prob:.3g} over {getattr(reply, f'num_{kind}')} rows"
+            )
     return Verdict("", "")
 
 

@@ -10,7 +10,15 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedunlearn.errors import UserError
-from fedunlearn.federation.wire import REPLY, RollCallReply, content_bytes, one_line, typed_record, unpack_scalars
+from fedunlearn.federation.wire import (
+    REPLY,
+    RollCallReply,
+    check_records,
+    content_bytes,
+    one_line,
+    typed_record,
+    unpack_scalars,
+)
 from fedunlearn.records.rounds import ClientRows
 from fedunlearn.records.shape import ClientShape
 
@@ -72,7 +80,11 @@ def exchange(
     while time.monotonic() < end:
         replies = list(grid.pull_messages(waiting.keys())) if waiting else []
         for reply in replies:
-            yield waiting.pop(reply.metadata.reply_to_message_id), reply
+            key = waiting.pop(reply.metadata.reply_to_message_id, None)
+            if key is None:
+                log.warning("a reply that answers nothing, or what was answered already, is left unread")
+            else:
+                yield key, reply
         if replies:
             continue
         if more := list(islice(left, SENT_AT_ONCE)):
@@ -150,6 +162,7 @@ def _read_member(node: int, reply: Message | None) -> "Member | str":
     if reply.has_error():
         return f"roll call: node {node} failed: {one_line(reply.error.reason or '')}"
     try:
+        check_records(reply.content, REPLY)
         declared = unpack_scalars(RollCallReply, typed_record(ConfigRecord, reply.content.get(REPLY)))
         return Member(node_id=node, declared=declared, bytes_up=content_bytes(reply.content))
     except Exception as error:  # whatever a node can send costs it its own place, never the run

@@ -1,17 +1,20 @@
 """Where a client keeps parts of its tasks: on its own disk, under the hashes the server names them by."""
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 from safetensors import SafetensorError
 
+from fedunlearn.federation.wire import one_line
 from fedunlearn.files import write_bytes
 from fedunlearn.records.adapter import Tensors, hash_tensors
 
 log = logging.getLogger(__name__)
+UNREADABLE = (OSError, KeyError, TypeError, ValueError, RuntimeError)
+"""What safetensors and torch raise beside SafetensorError, for dtypes and shapes that only one of the two knows."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class PartStore:
         """
         found: dict[str, Tensors] = {}
         for name in sorted(set(wanted)):
-            part = self._received(name, received[name], name in keep) if name in received else self._load(name)
+            sent = self._received(name, received[name], name in keep) if name in received else None
+            part = self._load(name) if sent is None else sent
             if part is not None:
                 found[name] = part
         for old in self.folder.glob("part-*.safetensors"):
@@ -41,15 +45,8 @@ class PartStore:
         return found, tuple(sorted(set(wanted) - set(found)))
 
     def _received(self, name: str, blob: bytes, keep: bool) -> Tensors | None:
-        try:
-            tensors: Tensors = safetensors.torch.load(blob)
-        except SafetensorError as error:
-            log.warning("part %s came damaged (%s): it is asked for anew", name[:12], error)
-            return None
-        if hash_tensors(tensors) != name:
-            log.warning("part %s is not what it is named by: it is asked for anew", name[:12])
-            return None
-        if keep and not self._path(name).is_file():
+        tensors = _named(name, f"part {name[:12]} that came", lambda: safetensors.torch.load(blob))
+        if tensors is not None and keep and not self._path(name).is_file():
             write_bytes(self._path(name), blob)
         return tensors
 
@@ -57,17 +54,23 @@ class PartStore:
         path = self._path(name)
         if not path.is_file():
             return None
-        try:
-            tensors: Tensors = safetensors.torch.load_file(path)
-        except (SafetensorError, OSError) as error:
-            log.warning("%s is damaged (%s): it is asked for anew", path, error)
+        tensors = _named(name, str(path), lambda: safetensors.torch.load_file(path))
+        if tensors is None:
             path.unlink(missing_ok=True)
-            return None
-        if hash_tensors(tensors) != name:
-            log.warning("%s is not what it is named by: it is asked for anew", path)
-            path.unlink(missing_ok=True)
-            return None
         return tensors
+
+
+def _named(name: str, shown: str, read: Callable[[], Tensors]) -> Tensors | None:
+    """Gives the tensors where they have the hash they are named by."""
+    try:
+        tensors = read()
+        if hash_tensors(tensors) == name:
+            return tensors
+    except (SafetensorError, *UNREADABLE) as error:
+        log.warning("%s is damaged (%s): it is asked for anew", shown, one_line(str(error)))
+        return None
+    log.warning("%s is not what it is named by: it is asked for anew", shown)
+    return None
 
 
 def joined(names: Sequence[str], parts: Mapping[str, Tensors]) -> Tensors:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -11,6 +12,7 @@ import safetensors.torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_to_proto
 
+from fedunlearn.limits import LARGEST
 from fedunlearn.records.adapter import Tensors
 from fedunlearn.records.requests import ReleasedRow
 from fedunlearn.records.rounds import ClientRows, ClientTask, Role, Share, Trained
@@ -20,6 +22,7 @@ PART = "part-"
 R = TypeVar("R")
 LONGEST_TEXT, LONGEST_RECORD, LONGEST_LIST, MOST = 256, 1_000_000, 100_000, 1e15
 LONGEST_LINE, LONGEST_MEMORY, INT64 = 300, 100, range(-(2**63), 2**63)
+HASH = re.compile("[0-9a-f]{64}")
 
 
 class WireError(ValueError):
@@ -57,6 +60,22 @@ class TrainRequest:
     reference: tuple[str, ...]
     reference_sidecar: tuple[str, ...]
     keep: tuple[str, ...]
+
+    def check(self) -> None:
+        """Raises WireError where a number is none that a task has, or a part is not named by a hash."""
+        _check_names(*self.adapter, *self.sidecar, *self.reference, *self.reference_sidecar, *self.keep)
+        odd = [
+            f"{name}={value}"
+            for name, value in (("lr_scale", self.lr_scale), ("mu", self.mu), ("radius", self.radius))
+            if not 0 <= value < MOST
+        ]
+        odd += [f"memory.{name}={value}" for name, value in self.memory.items() if not abs(value) < MOST]
+        if not 0 < self.epochs <= LARGEST:
+            odd.append(f"epochs={self.epochs}")
+        if not 1 <= self.part <= self.parts or self.rounds < 1:
+            odd.append(f"part {self.part} of {self.parts} of {self.rounds} rounds")
+        if odd:
+            raise WireError("unreadable", f"no task has {odd[0]}")
 
     @property
     def task(self) -> ClientTask:
@@ -120,6 +139,12 @@ class EvaluateRequest:
     adapter: tuple[str, ...]
     sidecar: tuple[str, ...]
     keep: tuple[str, ...]
+
+    def check(self) -> None:
+        """Raises WireError for a negative number of rows, or a part that is not named by a hash."""
+        _check_names(*self.adapter, *self.sidecar, *self.keep)
+        if self.rows < 0:
+            raise WireError("unreadable", f"no evaluation has rows={self.rows}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,12 +228,12 @@ def pack_released(rows: Sequence[ReleasedRow]) -> ConfigRecord:
 def unpack_released(record: ConfigRecord) -> tuple[ReleasedRow, ...]:
     """Reads them again. Raises WireError for anything else."""
     try:
-        return tuple(
-            ReleasedRow(int(row), str(question), str(answer))
-            for row, question, answer in json.loads(str(record["json"]))
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise WireError("unreadable", f"no released rows ({error!r})") from error
+        rows = [(row, question, answer) for row, question, answer in json.loads(str(record["json"]))]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise WireError("unreadable", f"no released rows ({type(error).__name__})") from error
+    if not all(type(row) is int and isinstance(q, str) and isinstance(a, str) for row, q, a in rows):
+        raise WireError("unreadable", "released rows are a number, a question and an answer each")
+    return tuple(ReleasedRow(*row) for row in rows)
 
 
 def unpack_scalars(kind: type[R], record: ConfigRecord) -> R:
@@ -225,6 +250,13 @@ def unpack_scalars(kind: type[R], record: ConfigRecord) -> R:
     if absent:
         raise WireError("unreadable", f"{kind.__name__} lacks {absent[0]!r}")
     return kind(**{name: _typed(f"{kind.__name__}.{name}", value, known[name]) for name, value in data.items()})
+
+
+def _check_names(*names: str) -> None:
+    """A part's name becomes a file's name: nothing but a hash is one."""
+    odd = next((name for name in names if not HASH.fullmatch(name)), None)
+    if odd is not None:
+        raise WireError("unreadable", f"a part is named {odd!r}, which is no sha256")
 
 
 def _json_object(kind: str, text: object) -> dict[str, object]:
@@ -273,6 +305,13 @@ def typed_record(kind: type[R], record: object) -> R:
     if not isinstance(record, kind):
         raise WireError("unreadable", f"{type(record).__name__} where {kind.__name__} is wanted")
     return record
+
+
+def check_records(content: RecordDict, *awaited: str) -> None:
+    """Raises WireError where a message has another record beside those awaited."""
+    extra = sorted(set(content) - set(awaited))
+    if extra:
+        raise WireError("extra_metric", f"a record {extra[0][:LONGEST_TEXT]!r} beside the reply")
 
 
 def content_bytes(content: RecordDict) -> int:

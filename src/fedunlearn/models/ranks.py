@@ -28,7 +28,9 @@ def padded(model: PeftModel, tensors: Tensors) -> Tensors:
 
 def _padded(name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     along = 0 if ".lora_A." in name else 1
-    missing = shape[along] - tensor.shape[along] if tensor.dim() == len(shape) else 0
+    if tensor.dim() != len(shape) or tensor.shape[1 - along] != shape[1 - along]:
+        return tensor  # whoever writes it says so; padded, no rows of a great length would become some
+    missing = shape[along] - tensor.shape[along]
     if missing <= 0:
         return tensor
     return F.pad(tensor, (0, 0, 0, missing) if along == 0 else (0, missing))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fedunlearn.config.trainer import TrainArgs
+from fedunlearn.errors import UserError
 from fedunlearn.records.rounds import WHOLE, Share
 from fedunlearn.seeds import seed_of
 
@@ -24,13 +25,23 @@ class MicroBatch:
 
 
 Step = tuple[MicroBatch, ...]
+MOST_STEPS = 1_000_000
 
 
 def count_steps(num_rows: int, epochs: float, args: TrainArgs, share: Share = WHOLE) -> int:
-    """Optimiser steps of one client in one round: max_steps where it is set, else the share of epochs over `num_rows` rows, rounded up."""
+    """Optimiser steps of one client in one round: max_steps where it is set, else the share of epochs over `num_rows` rows, rounded up.
+
+    Raises UserError for more than MOST_STEPS of them: their plan is made before the first.
+    """
     if args.max_steps > 0:
         return args.max_steps
-    return share.of(math.ceil(epochs * _steps_per_epoch(num_rows, args) - 1e-9))
+    steps = share.of(math.ceil(epochs * _steps_per_epoch(num_rows, args) - 1e-9))
+    if steps > MOST_STEPS:
+        raise UserError(
+            f"trainer.args.num_train_epochs (or the protocol's epochs): {epochs:g} epochs over {num_rows} rows are {steps} steps in one round, "
+            f"at most {MOST_STEPS} are made: lower them, or raise the batch size"
+        )
+    return steps
 
 
 def warmup_of(num_rows: int, num_steps: int, args: TrainArgs) -> int:
