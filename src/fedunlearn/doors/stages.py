@@ -9,6 +9,7 @@ from fedunlearn.doors.compose import ComposedConfig
 from fedunlearn.doors.finish import finish
 from fedunlearn.doors.prepare import CENTRAL, prepare
 from fedunlearn.errors import UserError
+from fedunlearn.evals.files import FILES_OF, read_log
 from fedunlearn.federation.block_store import FOLDER, BlockStore
 from fedunlearn.federation.checkpoint import append_history, latest_checkpoint
 from fedunlearn.federation.launchers import launch
@@ -22,7 +23,8 @@ from fedunlearn.records.partition import OwnedRows
 from fedunlearn.records.rounds import ClientOutcome, ClientRows, ClientTask, Role, RoundResult
 from fedunlearn.reporting.curves import open_curves
 from fedunlearn.reporting.peak_memory import reset_peak
-from fedunlearn.reporting.run_folder import config_hash
+from fedunlearn.reporting.run_folder import config_hash, is_done, judge_folder, run_path
+from fedunlearn.reporting.run_lock import run_lock
 from fedunlearn.seeds import seed_of
 from fedunlearn.training.charges import Charges
 from fedunlearn.training.local import LocalResult
@@ -31,7 +33,25 @@ log = logging.getLogger(__name__)
 
 
 def run_federated(composed: ComposedConfig) -> EvalLog | None:
-    """Fine-tunes or unlearns in the federation, saves adapter and account, evaluates; gives the evaluation where there is one."""
+    """Fine-tunes or unlearns in the federation, saves adapter and account, evaluates; gives the evaluation where there is one.
+
+    From the first look at the run's folder to its last file the folder is this process's alone. A finished run that is resumed stays as it is.
+    """
+    with run_lock(run_path(composed.run)):
+        if composed.run.resume and is_done(run_path(composed.run)):
+            return _finished(composed)
+        return _federated(composed)
+
+
+def _finished(composed: ComposedConfig) -> EvalLog | None:
+    """Gives what the run in the folder ended with. Raises UserError where it was another."""
+    run, folder = composed.run, run_path(composed.run)
+    judge_folder(run, composed.plain)
+    log.info("%s holds a finished run of this config: there is nothing to go on with", folder)
+    return read_log(folder, FILES_OF[run.eval.name]) if run.eval.at_end else None
+
+
+def _federated(composed: ComposedConfig) -> EvalLog | None:
     reset_peak()  # before the model is loaded: it is the run's too
     set_threads(composed.run)
     prepared = prepare(composed)
@@ -47,10 +67,15 @@ def run_federated(composed: ComposedConfig) -> EvalLog | None:
 
 def run_central(composed: ComposedConfig) -> EvalLog | None:
     """The central baseline: the same loop over all clients' rows at once, in one round, without a federation."""
-    reset_peak()
     composed = replace(composed, plain={**composed.plain, "door": CENTRAL})
-    set_threads(composed.run)
     _check_central(composed.run)
+    with run_lock(run_path(composed.run)):
+        return _central(composed)
+
+
+def _central(composed: ComposedConfig) -> EvalLog | None:
+    reset_peak()
+    set_threads(composed.run)
     prepared = prepare(composed)
     run = prepared.run
     log.info("central: one round of trainer.args over all rows; trainer.federated, protocol and the server do not act")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -18,6 +19,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.federation.client_app import make_client_app
 from fedunlearn.federation.launchers.ray import FAILURE
 from fedunlearn.federation.server_app import make_server_app
+from fedunlearn.federation.worker import end_with_parent
 from fedunlearn.files import write_json
 from fedunlearn.reporting.run_folder import run_path
 
@@ -66,4 +68,7 @@ def _telling(inner: ServerApp, folder: Path) -> ServerApp:
 
 
 if __name__ == "__main__":
+    for file in map(int, sys.argv[2:]):
+        os.set_inheritable(file, False)  # this process's alone: Ray's daemons may outlive it
+    end_with_parent(int(sys.argv[2]))
     main(sys.argv[1])

@@ -66,7 +66,7 @@ def check_folders(runs: Iterable[tuple[TrainRun | EvalRun, Mapping[str, object]]
 
 def _check_folder(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> None:
     folder = run_path(run)
-    if _is_there(folder) and not run.overwrite:
+    if folder_exists(folder) and not run.overwrite:
         _judge(folder, plain, run.resume)
     elif run.resume:
         raise UserError(
@@ -97,7 +97,7 @@ def make_folder(
     return folder
 
 
-def _is_there(folder: Path) -> bool:
+def folder_exists(folder: Path) -> bool:
     """Whether the folder exists. Raises UserError where it never can: a file in its place, a name too long, no right to write."""
     try:
         if folder.is_dir():
