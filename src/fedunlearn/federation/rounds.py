@@ -162,6 +162,7 @@ def _one_round(server: Server, before: Checkpoint, number: int, curves: Curves) 
         collected = collect(_call(server, before, number), number, before.holds, spool)
         laps.end("collecting")
         stepped = _step(server, before, collected, spool)
+        result = _result(server, collected, stepped)
         laps.end("averaging")
         if server.run.ledger.enabled:
             _keep(server, before, collected, stepped, spool)
@@ -169,7 +170,7 @@ def _one_round(server: Server, before: Checkpoint, number: int, curves: Curves) 
     learnt = {update.client_id: update.memory for update in collected.report.updates if update.memory}
     memories = {**before.memories, **learnt}
     after = replace(stepped.after, holds=collected.report.holds, memories=memories, standing=_standing(server))
-    result = _evaluated(server, after, _result(server, after, collected, stepped))
+    result = _evaluated(server, after, result)
     laps.end("evaluating")
     _write(server, after, result, laps, curves)
     return after
@@ -312,8 +313,9 @@ def _step(server: Server, before: Checkpoint, collected: Collected, spool: Spool
         return step(server.stepper, before, collected.report, server.nodes, read)
 
 
-def _result(server: Server, after: Checkpoint, collected: Collected, stepped: Stepped) -> RoundResult:
+def _result(server: Server, collected: Collected, stepped: Stepped) -> RoundResult:
     """The round's line, but for its seconds."""
+    after = stepped.after
     clients = tuple(
         replace(o, weight=stepped.weights.get(o.client_id, 0.0), capped=o.client_id in stepped.capped)
         for o in collected.report.outcomes
