@@ -22,10 +22,12 @@ from fedunlearn.reporting.run_lock import lock_path
 from killing.launchers import LAUNCHERS, Victim, When
 from killing.stage import NUM_ROUNDS, Stage, Undisturbed, folder_of
 
-DRAWS, RESUMES, FREE_WITHIN = 5, 3, 30.0
-"""Moments that are tried until one comes before the end; commands until the run is done; seconds until a killed run's folder is free."""
+DRAWS, SPAN, FREE_WITHIN = 5, 0.95, 30.0
+"""Moments that are tried until one comes before the end; the share of the undisturbed run they are drawn from; seconds until a killed run's folder is free."""
 COUNTED_TWICE = ("attempt", "bytes_down", "bytes_down_reference", "bytes_up")
 """What a client that is asked again is entitled to, where the run goes on by itself."""
+SECONDS_TEXT = 20
+"""Bytes by which two equal replies may differ: each says how many seconds it took, in figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,17 +83,15 @@ def _kill(
     """Kills the victim at its moment, and waits for the command where that is not to survive. Gives the moment, None where it came too late."""
     began, share = time.monotonic(), draw.random()
     if when == "start":
-        time.sleep(share * than.first)
+        time.sleep(share * than.made)
     elif when == "checkpoint":
         number = draw.randint(1, NUM_ROUNDS)
         _await(command, lambda: _half_written(folder, number))
         time.sleep(share * _writing(than, number))
     else:
-        marker = (
-            folder / ROLL_CALL if victim.survived else folder
-        )  # whom the roll call does not reach is left out for good
-        _await(command, marker.exists)
-        time.sleep(share * (than.seconds - than.first))
+        marker, passed = (folder / ROLL_CALL, than.called) if victim.survived else (folder, than.made)
+        _await(command, marker.exists)  # whom the roll call does not reach is left out for good
+        time.sleep(share * SPAN * (than.seconds - passed))
     found = victim.find(command)
     if found is None or command.poll() is not None:
         command.wait()
@@ -165,15 +165,11 @@ def _freed(saves: Path) -> list[str]:
 
 
 def _done(stage: Stage, saves: Path, command: "subprocess.Popen[bytes]", *overrides: str) -> list[str]:
-    """Gives the command again, with resume=true where there is a folder, until it ends well."""
+    """Gives the command again, with resume=true where there is a folder; it must end well."""
     code = command.returncode
-    for _ in range(RESUMES):
-        if code == 0:
-            return []
+    if code != 0:
         more = ("resume=true",) if folder_of(saves).is_dir() else ()
         code = stage.attacked(saves, *overrides, *more).wait()
-        if code != 0:
-            break
     return [] if code == 0 else [f"going on ended with code {code}: {stage.said(saves)[-300:]!r}"]
 
 
@@ -227,13 +223,18 @@ def _unlike(lines: list[dict[str, Any]], others: list[dict[str, Any]], left_out:
         return [f"the history has {len(lines)} lines in place of {len(others)}"]
     found = []
     for line, other in zip(lines, others, strict=True):
-        mine, its = _timeless(line, left_out), _timeless(other, left_out)
-        keys = sorted(key for key in mine.keys() | its.keys() if mine.get(key) != its.get(key))
+        keys = _differ(line, other, left_out)
+        if len(line["clients"]) == len(other["clients"]):
+            pairs = zip(line["clients"], other["clients"], strict=True)
+            keys += [f"{key} of client {one['client_id']}" for one, its in pairs for key in _differ(one, its, left_out)]
+        else:
+            keys.append("clients")
         found += [f"round {line['round']} differs in {', '.join(keys)}"] if keys else []
     return found
 
 
-def _timeless(line: dict[str, Any], left_out: tuple[str, ...]) -> dict[str, Any]:
-    gone = {"seconds", "parts", *left_out}
-    clients = [{key: value for key, value in client.items() if key not in gone} for client in line["clients"]]
-    return {**{key: value for key, value in line.items() if key not in gone}, "clients": clients}
+def _differ(one: dict[str, Any], other: dict[str, Any], left_out: tuple[str, ...]) -> list[str]:
+    """Keys whose values differ, but for seconds and what hangs on them."""
+    gone = {"seconds", "parts", "clients", *left_out}
+    keys = sorted(key for key in one.keys() | other.keys() if key not in gone and one.get(key) != other.get(key))
+    return [key for key in keys if key != "bytes_up" or abs(one[key] - other[key]) > SECONDS_TEXT]

@@ -9,6 +9,7 @@ from pathlib import Path
 from faults.recording import RECIPE
 
 from fedunlearn.data.pocket.build import PocketPaths, ensure_pocket
+from fedunlearn.federation.rounds import ROLL_CALL
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_ROUNDS = 4
@@ -22,6 +23,7 @@ COMMON = (
 )
 ATTACKED = (
     f"trainer.federated.num_rounds={NUM_ROUNDS}",
+    "trainer.federated.min_clients=4",  # a client that is lost is asked again
     "trainer.federated.keep_rounds=all",
     "method=npo",
     "strategy=fedadam",
@@ -84,22 +86,24 @@ def folder_of(saves: Path) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Undisturbed:
-    """The run that nobody kills. seconds: the whole command; first: until its folder is there."""
+    """The run that nobody kills. seconds: the whole command; made: until its folder is there; called: until the roll call is done."""
 
     saves: Path
     seconds: float
-    first: float
+    made: float
+    called: float
 
 
 def undisturbed(stage: Stage, saves: Path, *overrides: str) -> Undisturbed:
     """Runs it to its end. Raises RuntimeError where it fails by itself."""
-    began, first = time.monotonic(), None
+    began, folder = time.monotonic(), folder_of(saves)
     running = stage.attacked(saves, *overrides)
-    while running.poll() is None:
-        if first is None and folder_of(saves).is_dir():
-            first = time.monotonic() - began
-        time.sleep(0.01)
-    seconds = time.monotonic() - began
-    if running.returncode != 0 or first is None:
+    passed = {}
+    for place in (folder, folder / ROLL_CALL):
+        while running.poll() is None and not place.exists():
+            time.sleep(0.005)
+        passed[place] = time.monotonic() - began
+    if running.wait() != 0:
         raise RuntimeError(f"the undisturbed run failed:\n{stage.said(saves)}")
-    return Undisturbed(saves=saves, seconds=seconds, first=first)
+    seconds = time.monotonic() - began
+    return Undisturbed(saves=saves, seconds=seconds, made=passed[folder], called=passed[folder / ROLL_CALL])
