@@ -321,8 +321,11 @@ def _partition(run: TrainRun, folder: Path, inputs: Inputs) -> Partition:
     num_clients = run.trainer.federated.num_clients
     if not run.resume:
         return find_partition(run.partition, inputs.source.run, inputs.data, num_clients)
-    if not (folder / START).is_dir():
-        raise UserError(f"resume=true, but {str(folder)!r} lacks {START}/: overwrite=true starts anew in its place")
+    missing = [name for name in (f"{START}/", FILE) if not (folder / name).exists()]
+    if missing:
+        raise UserError(
+            f"resume=true, but {str(folder)!r} lacks {', '.join(missing)}: put it back, or overwrite=true starts anew in its place"
+        )
     return find_partition(replace(run.partition, path=str(folder)), None, inputs.data, num_clients)
 
 

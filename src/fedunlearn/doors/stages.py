@@ -20,7 +20,7 @@ from fedunlearn.protocols.in_round import InRound
 from fedunlearn.records.adapter import Adapter, Tensors
 from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.records.partition import OwnedRows
-from fedunlearn.records.rounds import ClientOutcome, ClientRows, ClientTask, Role, RoundResult
+from fedunlearn.records.rounds import ClientOutcome, ClientRows, ClientTask, Role, RoundResult, RoundSeconds
 from fedunlearn.reporting.curves import open_curves
 from fedunlearn.reporting.peak_memory import reset_peak
 from fedunlearn.reporting.run_folder import config_hash, is_done, judge_folder, run_path
@@ -175,4 +175,11 @@ def _central_line(result: Adapter, task: ClientTask, rows: ClientRows, done: Loc
         loss=done.loss,
         loss_trace=done.loss_trace,
     )
-    return RoundResult(round=1, attempt=1, adapter_hash=result.tensor_hash, seconds=done.seconds, clients=(outcome,))
+    return RoundResult(
+        round=1,
+        attempt=1,
+        adapter_hash=result.tensor_hash,
+        seconds=done.seconds,
+        parts=RoundSeconds(collecting=done.seconds),
+        clients=(outcome,),
+    )

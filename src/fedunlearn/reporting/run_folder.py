@@ -68,6 +68,10 @@ def _check_folder(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> None:
     folder = run_path(run)
     if folder_exists(folder) and not run.overwrite:
         _judge(folder, plain, run.resume)
+        if run.resume and not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(
+                f"resume=true, but {str(folder)!r} may not be written: mend the rights there, or choose another task_name"
+            )
     elif run.resume:
         raise UserError(
             f"resume=true, but {str(folder)!r} does not exist: leave resume out, or correct task_name or paths.saves_dir"
