@@ -1,6 +1,6 @@
 """Runs that are killed at random moments and gone on with, against the run that nobody kills: is more lost than the round under way?
 
-    python benchmarks/chaos.py [--json] [--runs 20] [--seed 0] [--processes 2]
+    python benchmarks/chaos.py [--json] [--runs 20] [--seed 0] [--processes 2] [--launchers local isolate ray]
 
 SIGKILL to the command, to launcher.isolate=true's worker, to Ray's engine and to a client's actor: before the run's folder is there, at any moment after, and while a
 round's checkpoint is half-written. Then the same command with resume=true until it is done. The adapter's bytes, the ledger and every line of history.jsonl but
@@ -27,10 +27,10 @@ from rich.table import Table
 OF = 20
 
 
-def all_attacks(place: Path, runs: int, seed: int, processes: int) -> Iterator[Attacked]:
+def all_attacks(place: Path, names: list[str], runs: int, seed: int, processes: int) -> Iterator[Attacked]:
     """Builds the stage, runs each launcher undisturbed, then attacks; results come in order."""
     stage = Stage.build(place)
-    numbers = {name: -(-one.share * runs // OF) for name, one in LAUNCHERS.items()}
+    numbers = {name: -(-LAUNCHERS[name].share * runs // OF) for name in names}
     with ThreadPoolExecutor(processes) as pool:
         than = dict(
             zip(
@@ -63,10 +63,11 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2, help="runs at a time")
+    parser.add_argument("--launchers", nargs="+", choices=list(LAUNCHERS), default=list(LAUNCHERS))
     args = parser.parse_args()
     began, done = time.monotonic(), list[Attacked]()
     with tempfile.TemporaryDirectory(prefix="chaos-") as place:
-        for one in all_attacks(Path(place), args.runs, args.seed, args.processes):
+        for one in all_attacks(Path(place), args.launchers, args.runs, args.seed, args.processes):
             done.append(one)
             print(
                 f"{time.monotonic() - began:6.1f} s  {one.launcher} {one.run}: {'; '.join(one.faults) or 'ok'}",

@@ -89,9 +89,10 @@ def _kill(
         _await(command, lambda: _half_written(folder, number))
         time.sleep(share * _writing(than, number))
     else:
-        marker, passed = (folder / ROLL_CALL, than.called) if victim.survived else (folder, than.made)
-        _await(command, marker.exists)  # whom the roll call does not reach is left out for good
-        time.sleep(share * SPAN * (than.seconds - passed))
+        marker, first = (folder / ROLL_CALL, than.called) if victim.called else (folder, than.made)
+        last = than.trained if victim.mark else than.seconds  # what the rounds are made with ends with them
+        _await(command, marker.exists)
+        time.sleep(share * SPAN * (last - first))
     found = victim.find(command)
     if found is None or command.poll() is not None:
         command.wait()

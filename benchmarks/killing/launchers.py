@@ -13,9 +13,12 @@ When = Literal["start", "round", "checkpoint"]
 
 @dataclass(frozen=True)
 class Victim:
-    """A process of a run. mark: a word of its command line; empty: the command itself. survived: whether the command goes on without it, and to the same end."""
+    """A process of a run. mark: a word of its command line; empty: the command itself. called: whether it is killed after the roll call only: before it is not there,
+    or left out for good. survived: whether the command goes on without it, and to the same end.
+    """
 
     mark: str = ""
+    called: bool = False
     survived: bool = False
 
     def find(self, command: "subprocess.Popen[bytes]") -> psutil.Process | None:
@@ -54,7 +57,7 @@ LAUNCHERS: Mapping[str, LauncherUnderAttack] = {
     ),
     "isolate": LauncherUnderAttack(
         overrides=("launcher=local", "launcher.isolate=true"),
-        victims={"command": Victim(), "worker": Victim("fedunlearn.federation.worker", survived=True)},
+        victims={"command": Victim(), "worker": Victim("fedunlearn.federation.worker", called=True, survived=True)},
         attacks=(("worker", "round"), ("command", "round"), ("worker", "round"), ("command", "checkpoint")),
         share=8,
     ),
@@ -63,7 +66,7 @@ LAUNCHERS: Mapping[str, LauncherUnderAttack] = {
         victims={
             "command": Victim(),
             "engine": Victim("fedunlearn.federation.ray_child"),
-            "client": Victim("ray::ClientAppActor"),
+            "client": Victim("ray::ClientAppActor", called=True),
         },
         attacks=(("command", "round"), ("engine", "checkpoint"), ("client", "round"), ("engine", "round")),
         share=8,

@@ -9,6 +9,7 @@ from pathlib import Path
 from faults.recording import RECIPE
 
 from fedunlearn.data.pocket.build import PocketPaths, ensure_pocket
+from fedunlearn.federation.checkpoint import round_folder
 from fedunlearn.federation.rounds import ROLL_CALL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,24 +87,27 @@ def folder_of(saves: Path) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Undisturbed:
-    """The run that nobody kills. seconds: the whole command; made: until its folder is there; called: until the roll call is done."""
+    """The run that nobody kills. seconds: the whole command; made: until its folder is there; called: until the roll call is done; trained:
+    until the last round is on disk.
+    """
 
     saves: Path
     seconds: float
     made: float
     called: float
+    trained: float
 
 
 def undisturbed(stage: Stage, saves: Path, *overrides: str) -> Undisturbed:
     """Runs it to its end. Raises RuntimeError where it fails by itself."""
     began, folder = time.monotonic(), folder_of(saves)
     running = stage.attacked(saves, *overrides)
-    passed = {}
-    for place in (folder, folder / ROLL_CALL):
+    passed = []
+    for place in (folder, folder / ROLL_CALL, round_folder(folder, NUM_ROUNDS)):
         while running.poll() is None and not place.exists():
             time.sleep(0.005)
-        passed[place] = time.monotonic() - began
+        passed.append(time.monotonic() - began)
     if running.wait() != 0:
         raise RuntimeError(f"the undisturbed run failed:\n{stage.said(saves)}")
     seconds = time.monotonic() - began
-    return Undisturbed(saves=saves, seconds=seconds, made=passed[folder], called=passed[folder / ROLL_CALL])
+    return Undisturbed(saves=saves, seconds=seconds, made=passed[0], called=passed[1], trained=passed[2])
