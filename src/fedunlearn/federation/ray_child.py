@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,22 @@ def _telling(inner: ServerApp, folder: Path) -> ServerApp:
         try:
             inner(grid, context)
         except UserError as error:
-            write_json(folder / FAILURE, {"faults": list(error.faults)})
+            _tell(folder, error.faults)
             raise
         except Exception as error:
-            write_json(
-                folder / FAILURE, {"faults": [f"launcher=ray: the server failed: {type(error).__name__}: {error}"]}
-            )
+            _tell(folder, [f"launcher=ray: the server failed: {type(error).__name__}: {error}"])
             raise
 
     return app
+
+
+def _tell(folder: Path, faults: Sequence[str]) -> None:
+    """Hands faults to the parent; where the disk is so full that not even these fit, they are said on stderr."""
+    try:
+        write_json(folder / FAILURE, {"faults": list(faults)})
+    except UserError:
+        sys.stderr.write("".join(f"error: {fault}\n" for fault in faults))
+        sys.stderr.flush()
 
 
 if __name__ == "__main__":
