@@ -1,4 +1,7 @@
-"""Files that are either whole or not there: written under a temporary name, then renamed."""
+"""Files that are either whole or not there: written under a temporary name, flushed to the disk, then renamed.
+
+The name is flushed too (the folder it stands in): after a power loss it is the old file or the whole new one, never an empty one.
+"""
 
 import errno
 import json
@@ -13,6 +16,7 @@ from pathlib import Path
 from fedunlearn.errors import UserError
 
 _TEMPORARY = re.compile(r"^\.(.+)\.tmp\d+$")
+_ASIDE = re.compile(r"^\.(.+)\.old\d+$")
 
 
 def canonical_json(value: object) -> str:
@@ -34,6 +38,7 @@ def _write(path: Path, pieces: Iterable[bytes]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _flush(path.parent)
     except OSError as error:
         raise disk_fault(error, path) from error
     finally:
@@ -49,15 +54,17 @@ def write_json(path: Path, value: object) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Appends one line and flushes it to the disk. Raises UserError where the disk is full; the file then is as it was."""
-    before = path.stat().st_size if path.is_file() else 0
+    before = path.stat().st_size if path.is_file() else None
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
+        if before is None:
+            _flush(path.parent)
     except OSError as error:
         with suppress(OSError):  # half a line would stop resume from reading the file
-            os.truncate(path, before)
+            os.truncate(path, before or 0)
         raise disk_fault(error, path) from error
 
 
@@ -73,7 +80,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
+        flush_tree(temporary)
         _take_place(temporary, path)
+        _flush(path.parent)
     except OSError as error:
         raise disk_fault(error, path) from error
     finally:
@@ -81,6 +90,55 @@ def whole_folder(path: Path) -> Iterator[Path]:
         for parent in missing:  # from the inside out; those that hold something stay
             with suppress(OSError):
                 parent.rmdir()
+
+
+def flush_tree(folder: Path) -> None:
+    """Flushes every file and folder below to the disk. Raises OSError where it is full: some file systems say so only now."""
+    for place, _, files in os.walk(folder):
+        for name in files:
+            _flush(Path(place, name))
+        _flush(Path(place))
+
+
+def _flush(path: Path) -> None:
+    place = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(place)
+    finally:
+        os.close(place)
+
+
+def settle(path: Path) -> None:
+    """Mends what a writer of `path` left that was killed: what it had put aside comes back where nothing has taken its place, temporaries go.
+
+    Only for whoever has `path` to itself: a temporary of a writer that lives would go too. Raises UserError where that cannot be done.
+    """
+    try:
+        beside = list(path.parent.iterdir()) if path.parent.is_dir() else []
+        for left in (place for place in beside if _names(_ASIDE, place) == path.name):
+            _drop(left) if os.path.lexists(path) else left.rename(path)
+        for left in (place for place in beside if _names(_TEMPORARY, place) == path.name):
+            _drop(left)
+    except OSError as error:
+        raise disk_fault(error, path) from error
+
+
+def settle_below(folder: Path) -> None:
+    """Does the same for everything in a folder, at any depth; see settle."""
+    for place, folders, files in os.walk(folder):
+        left = [name for name in (*folders, *files) if _TEMPORARY.match(name) or _ASIDE.match(name)]
+        folders[:] = [name for name in folders if name not in left]
+        for name in {found[1] for one in left if (found := _TEMPORARY.match(one) or _ASIDE.match(one))}:
+            settle(Path(place, name))
+
+
+def _names(pattern: re.Pattern[str], place: Path) -> str | None:
+    found = pattern.match(place.name)
+    return found[1] if found else None
+
+
+def _drop(place: Path) -> None:
+    shutil.rmtree(place) if place.is_dir() and not place.is_symlink() else place.unlink()
 
 
 def _take_place(temporary: Path, path: Path) -> None:
@@ -94,10 +152,7 @@ def _take_place(temporary: Path, path: Path) -> None:
     except OSError:
         old.rename(path)
         raise
-    if old.is_symlink():
-        old.unlink()
-    else:
-        shutil.rmtree(old)
+    _drop(old)
 
 
 def disk_fault(error: OSError, path: Path) -> UserError:

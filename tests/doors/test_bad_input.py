@@ -272,6 +272,7 @@ def test_a_checkpoint_of_another_strategy_is_not_gone_on_with(door, pocket, save
     run_federated(compose(CONFIGS, "train-lora.yaml", words(pocket, saves, "x", ONE)))
     (path,) = (saves / "finetune" / "x" / "rounds").glob("*1/checkpoint.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "strategy": "mine.Other"}))
+    (saves / "finetune" / "x" / "done.json").unlink()  # a finished run is left as it is
     line = door("resume=true")
     assert (
         "round 1 on disk holds the state of strategy mine.Other, this run has fedunlearn.aggregation.fedavg.FedAvg"

@@ -19,6 +19,7 @@ from fedunlearn.models.adapter_files import load_adapter, saved_hash
 from fedunlearn.models.source import adapter_folder
 from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.reporting.run_folder import DONE, check_folders, config_hash, make_folder, provenance, run_path
+from fedunlearn.reporting.run_lock import run_lock
 
 log = logging.getLogger(__name__)
 
@@ -74,9 +75,14 @@ def run_evaluation(composed: ComposedConfig) -> EvalLog:
     run = composed.run
     if not isinstance(run, EvalRun):
         raise UserError(f"mode={run.mode!r} is no evaluation: give --config-name=eval.yaml, or use src/fed_train.py")
-    set_threads(run)
     if run.resume:
         raise UserError("resume=true: an evaluation is one piece; leave it out, or use overwrite=true")
+    with run_lock(run_path(run)):
+        return _evaluation(composed, run)
+
+
+def _evaluation(composed: ComposedConfig, run: EvalRun) -> EvalLog:
+    set_threads(run)
     inputs = find_inputs(run, composed.plain)
     request = evaluated_request(run, inputs.source.run, inputs.data)
     check_evaluation(run, inputs.data, request, inputs.retain_log)

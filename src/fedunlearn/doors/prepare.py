@@ -32,7 +32,7 @@ from fedunlearn.federation.launchers import check_launcher
 from fedunlearn.federation.past import write_past
 from fedunlearn.federation.planning import check_plans
 from fedunlearn.federation.start import START, counted, load_start, save_start
-from fedunlearn.files import write_json
+from fedunlearn.files import settle_below, write_json
 from fedunlearn.methods.base import Method
 from fedunlearn.methods.tokens import Need
 from fedunlearn.models.adapter_files import saved_hash
@@ -77,7 +77,8 @@ class Inputs:
 def prepare(composed: ComposedConfig) -> Prepared:
     """Checks everything that can be known without a model, then loads it, then makes the run's folder.
 
-    Raises UserError with nothing written. With resume=true the folder's own start adapter and partition are taken.
+    Raises UserError with nothing written. With resume=true the folder's own start adapter and partition are taken, and what a killed process left
+    half-written is removed. Whoever calls it holds the folder's lock (reporting.run_lock) until the run has ended.
     """
     run = composed.run
     if not isinstance(run, TrainRun):
@@ -119,6 +120,8 @@ def prepare(composed: ComposedConfig) -> Prepared:
         save_start(place, start, owned, lambda numbers: len(data.encode(made.chat, numbers)))
 
     make_folder(run, composed.plain, composed.text, fill)
+    if run.resume:
+        settle_below(folder)
     if run.resume and load_start(folder).adapter != start:
         raise UserError(
             f"{str(folder / START)!r} is not the adapter that the model now names: the run it came from was made anew; overwrite=true starts anew"
@@ -318,8 +321,11 @@ def _partition(run: TrainRun, folder: Path, inputs: Inputs) -> Partition:
     num_clients = run.trainer.federated.num_clients
     if not run.resume:
         return find_partition(run.partition, inputs.source.run, inputs.data, num_clients)
-    if not (folder / START).is_dir():
-        raise UserError(f"resume=true, but {str(folder)!r} lacks {START}/: overwrite=true starts anew in its place")
+    missing = [name for name in (f"{START}/", FILE) if not (folder / name).exists()]
+    if missing:
+        raise UserError(
+            f"resume=true, but {str(folder)!r} lacks {', '.join(missing)}: put it back, or overwrite=true starts anew in its place"
+        )
     return find_partition(replace(run.partition, path=str(folder)), None, inputs.data, num_clients)
 
 

@@ -41,6 +41,7 @@ from fedunlearn.records.probe import Figures, Leak, Probed, Subject
 from fedunlearn.records.rounds import ClientTask, Role
 from fedunlearn.reporting.probes import probe_json, show_probe, write_tables
 from fedunlearn.reporting.run_folder import DONE, config_hash, judge_folder, make_folder, provenance, run_path
+from fedunlearn.reporting.run_lock import run_lock
 from fedunlearn.seeds import seed_of
 from fedunlearn.training.client_update import client_update
 from fedunlearn.training.local import LocalData, LocalSettings
@@ -58,6 +59,11 @@ def run_probe(composed: ComposedConfig) -> Probed:
     run = composed.run
     if not isinstance(run, ProbeRun):
         raise UserError(f"mode={run.mode!r} is no probe: give --config-name=probe.yaml")
+    with run_lock(run_path(run)):
+        return _probe(composed, run)
+
+
+def _probe(composed: ComposedConfig, run: ProbeRun) -> Probed:
     set_threads(run)
     prober = Prober(composed, run)
     prober.check()

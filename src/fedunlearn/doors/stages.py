@@ -11,6 +11,7 @@ from fedunlearn.doors.compose import ComposedConfig
 from fedunlearn.doors.finish import finish
 from fedunlearn.doors.prepare import CENTRAL, prepare
 from fedunlearn.errors import UserError
+from fedunlearn.evals.files import FILES_OF, read_log
 from fedunlearn.federation.block_store import FOLDER, BlockStore
 from fedunlearn.federation.checkpoint import append_history, latest_checkpoint
 from fedunlearn.federation.launchers import launch
@@ -21,10 +22,11 @@ from fedunlearn.protocols.in_round import InRound
 from fedunlearn.records.adapter import Adapter, Tensors
 from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.records.partition import OwnedRows
-from fedunlearn.records.rounds import ClientOutcome, ClientRows, ClientTask, Role, RoundResult
+from fedunlearn.records.rounds import ClientOutcome, ClientRows, ClientTask, Role, RoundResult, RoundSeconds
 from fedunlearn.reporting.curves import open_curves
 from fedunlearn.reporting.peak_memory import reset_peak
-from fedunlearn.reporting.run_folder import config_hash
+from fedunlearn.reporting.run_folder import config_hash, is_done, judge_folder, run_path
+from fedunlearn.reporting.run_lock import run_lock
 from fedunlearn.seeds import seed_of
 from fedunlearn.training.charges import Charges
 from fedunlearn.training.local import LocalResult
@@ -38,8 +40,24 @@ Carry = Callable[[Mapping[str, Any]], None]
 def run_federated(composed: ComposedConfig, carry: Carry | None = None) -> EvalLog | None:
     """Fine-tunes or unlearns in the federation, saves adapter and account, evaluates; gives the evaluation where there is one.
 
+    From the first look at the run's folder to its last file the folder is this process's alone. A finished run that is resumed stays as it is.
     carry: takes the prepared run to its last round, given its plain config; None: its launcher does.
     """
+    with run_lock(run_path(composed.run)):
+        if composed.run.resume and is_done(run_path(composed.run)):
+            return _finished(composed)
+        return _federated(composed, carry)
+
+
+def _finished(composed: ComposedConfig) -> EvalLog | None:
+    """Gives what the run in the folder ended with. Raises UserError where it was another."""
+    run, folder = composed.run, run_path(composed.run)
+    judge_folder(run, composed.plain)
+    log.info("%s holds a finished run of this config: there is nothing to go on with", folder)
+    return read_log(folder, FILES_OF[run.eval.name]) if run.eval.at_end else None
+
+
+def _federated(composed: ComposedConfig, carry: Carry | None) -> EvalLog | None:
     reset_peak()  # before the model is loaded: it is the run's too
     set_threads(composed.run)
     prepared = prepare(composed)
@@ -58,10 +76,15 @@ def run_federated(composed: ComposedConfig, carry: Carry | None = None) -> EvalL
 
 def run_central(composed: ComposedConfig) -> EvalLog | None:
     """The central baseline: the same loop over all clients' rows at once, in one round, without a federation."""
-    reset_peak()
     composed = replace(composed, plain={**composed.plain, "door": CENTRAL})
-    set_threads(composed.run)
     _check_central(composed.run)
+    with run_lock(run_path(composed.run)):
+        return _central(composed)
+
+
+def _central(composed: ComposedConfig) -> EvalLog | None:
+    reset_peak()
+    set_threads(composed.run)
     prepared = prepare(composed)
     run = prepared.run
     log.info("central: one round of trainer.args over all rows; trainer.federated, protocol and the server do not act")
@@ -161,4 +184,11 @@ def _central_line(result: Adapter, task: ClientTask, rows: ClientRows, done: Loc
         loss=done.loss,
         loss_trace=done.loss_trace,
     )
-    return RoundResult(round=1, attempt=1, adapter_hash=result.tensor_hash, seconds=done.seconds, clients=(outcome,))
+    return RoundResult(
+        round=1,
+        attempt=1,
+        adapter_hash=result.tensor_hash,
+        seconds=done.seconds,
+        parts=RoundSeconds(collecting=done.seconds),
+        clients=(outcome,),
+    )

@@ -4,26 +4,29 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
 import torch
 
+import fedunlearn
 from fedunlearn.aggregation.base import ServerState
 from fedunlearn.errors import UserError
 from fedunlearn.federation.block_store import FOLDER, BlockStore
 from fedunlearn.federation.flower_strategy import StrategyState
 from fedunlearn.federation.start import began_with
-from fedunlearn.files import append_line, canonical_json, whole_folder, write_bytes, write_json
+from fedunlearn.files import append_line, canonical_json, flush_tree, whole_folder, write_bytes, write_json
 from fedunlearn.methods.tokens import Memory
 from fedunlearn.models.adapter_files import load_adapter, save_adapter
 from fedunlearn.records.adapter import Adapter, Tensors, hash_tensors
 
 log = logging.getLogger(__name__)
 HISTORY = "history.jsonl"
+FORMAT = 1
+"""What a checkpoint.json of this version is written in; a later one is not read."""
 ADAPTER, FACTORS = "adapter", "factors"
 _DAMAGES = (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError)
 MOMENTS, CARRIED, FOREIGN, HELD = (
@@ -34,13 +37,26 @@ MOMENTS, CARRIED, FOREIGN, HELD = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """Whose round it was, and where the files stood that grow from round to round. request: the request's hash.
+
+    history: bytes of history.jsonl in front of the round's own line. ledger: hash of the ledger's last line; empty where none is kept.
+    """
+
+    run_id: str
+    request: str
+    history: int
+    ledger: str = ""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
     """What resume needs. Random numbers need nothing: every draw is a function of (seed, round, client).
 
     strategy: the class that made the state. blocks: hashes of the side-car in <run>/sidecar/. carried: error feedback. holds: client ->
     parts it keeps. memories: client -> what its method remembers. held: updates that a
-    server-side method keeps for the next round. foreign: the state of a Flower strategy.
+    server-side method keeps for the next round. foreign: the state of a Flower strategy. standing: None before a run's first round.
     """
 
     state: ServerState
@@ -51,6 +67,7 @@ class Checkpoint:
     memories: Mapping[int, Memory] = field(default_factory=dict)
     held: Mapping[int, Tensors] = field(default_factory=dict)
     foreign: StrategyState | None = None
+    standing: Standing | None = None
 
     @property
     def adapter_hash(self) -> str:
@@ -64,11 +81,18 @@ def round_folder(run_folder: Path, round: int) -> Path:
     return run_folder / "rounds" / f"{round:04d}"
 
 
-def save_checkpoint(run_folder: Path, checkpoint: Checkpoint, start: Adapter, keep: int | Literal["all"]) -> None:
+def save_checkpoint(
+    run_folder: Path,
+    checkpoint: Checkpoint,
+    start: Adapter,
+    keep: int | Literal["all"],
+    written: Callable[[], None] | None = None,
+) -> None:
     """Writes rounds/<n>/ in one rename, then deletes all but the newest `keep`, and side-car blocks that none of them names.
 
     The adapter lies in adapter/; beside a side-car its factors alone are no result, and lie in factors/. start: gives the PEFT config and
-    base. Raises UserError where the disk is full; earlier rounds stay.
+    base. written: called when all of it is on the disk, before the rename makes the round a whole one. Raises UserError where the disk is full;
+    earlier rounds stay.
     """
     state = checkpoint.state
     with whole_folder(round_folder(run_folder, state.round)) as folder:
@@ -83,6 +107,9 @@ def save_checkpoint(run_folder: Path, checkpoint: Checkpoint, start: Adapter, ke
                 write_bytes(folder / file, blob)
                 files[file] = hashlib.sha256(blob).hexdigest()
         write_json(folder / "checkpoint.json", {**_described(checkpoint), "files": files})
+        if written is not None:
+            flush_tree(folder)
+            written()
     for old in [] if keep == "all" else _rounds(run_folder)[:-keep]:
         shutil.rmtree(old)
     if checkpoint.blocks:
@@ -91,8 +118,11 @@ def save_checkpoint(run_folder: Path, checkpoint: Checkpoint, start: Adapter, ke
 
 
 def _described(checkpoint: Checkpoint) -> dict[str, object]:
-    foreign = checkpoint.foreign
+    foreign, standing = checkpoint.foreign, checkpoint.standing
     return {
+        "format": FORMAT,
+        "version": fedunlearn.__version__,
+        "standing": None if standing is None else asdict(standing),
         "round": checkpoint.state.round,
         "adapter_hash": checkpoint.adapter_hash,
         "strategy": checkpoint.strategy,
@@ -116,11 +146,18 @@ def latest_checkpoint(run_folder: Path) -> Checkpoint | None:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Reads one round's folder. Raises UserError where it is damaged."""
+    """Reads one round's folder. Raises UserError where it is damaged, or of a format that this version does not know."""
     try:
-        return _read(folder)
+        saved = _object(folder)
+        number, version = saved["format"], saved["version"]
+        if type(number) is not int or number <= FORMAT:
+            return _read(folder, saved)
     except _DAMAGES as error:
         raise damaged(folder, error) from error
+    raise UserError(
+        f"checkpoint {str(folder)!r} has format {number}, written by fedunlearn {version}; this is fedunlearn {fedunlearn.__version__}, which reads "
+        f"formats up to {FORMAT}: go on with that version, or start anew with overwrite=true"
+    )
 
 
 def damaged(folder: Path, why: object) -> UserError:
@@ -130,8 +167,7 @@ def damaged(folder: Path, why: object) -> UserError:
     )
 
 
-def _read(folder: Path) -> Checkpoint:
-    saved = _object(folder)
+def _read(folder: Path, saved: Mapping[str, Any]) -> Checkpoint:
     _check_values(saved, int(folder.name))
     adapter, _ = load_adapter(folder / (FACTORS if saved["blocks"] else ADAPTER))
     tensors = {file: _tensors(folder, saved["files"], file) for file in (MOMENTS, CARRIED, FOREIGN, HELD)}
@@ -152,6 +188,7 @@ def _read(folder: Path) -> Checkpoint:
         foreign=None
         if foreign is None
         else StrategyState(arrays=tensors[FOREIGN], kinds=foreign["kinds"], unsaved=tuple(foreign["unsaved"])),
+        standing=None if saved["standing"] is None else Standing(**saved["standing"]),
     )
     if found.adapter_hash != saved["adapter_hash"] or bool(found.carried) != saved["carried"]:
         raise ValueError("adapter_hash and carried in checkpoint.json are not what lies beside it")
@@ -162,6 +199,8 @@ def _check_values(saved: Mapping[str, Any], number: int) -> None:
     """Raises KeyError for a key that is missing, ValueError for a value that no round writes."""
     foreign = saved["foreign"]
     holds = {
+        "format": saved["format"] == FORMAT and type(saved["format"]) is int,
+        "standing": saved["standing"] is None or _is_standing(saved["standing"]),
         "round": saved["round"] == number and type(saved["round"]) is int and number > 0,
         "strategy": isinstance(saved["strategy"], str),
         "moments": _are_texts(saved["moments"]),
@@ -177,6 +216,11 @@ def _check_values(saved: Mapping[str, Any], number: int) -> None:
     wrong = [key for key, fits in holds.items() if not fits]
     if wrong:
         raise ValueError(f"checkpoint.json holds {wrong[0]}={str(saved[wrong[0]])[:80]}, which no round writes")
+
+
+def _is_standing(saved: Mapping[str, Any]) -> bool:
+    texts = (saved["run_id"], saved["request"], saved["ledger"])
+    return type(saved["history"]) is int and saved["history"] >= 0 and all(isinstance(text, str) for text in texts)
 
 
 def _are_texts(value: object) -> bool:
@@ -225,6 +269,12 @@ def _object(folder: Path) -> dict[str, Any]:
     if not isinstance(saved, dict):
         raise ValueError("checkpoint.json is no JSON object")
     return saved
+
+
+def history_size(run_folder: Path) -> int:
+    """Gives the bytes of history.jsonl, 0 where there is none."""
+    path = run_folder / HISTORY
+    return path.stat().st_size if path.is_file() else 0
 
 
 def append_history(run_folder: Path, line: object) -> None:

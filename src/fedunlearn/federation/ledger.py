@@ -85,6 +85,19 @@ class Ledger:
         lines = self._lines_path.read_text(encoding="utf-8").splitlines() if self.exists else []
         return self._checked(lines[-1], len(lines), None).hash if lines else FIRST
 
+    def head_of(self, last_round: int) -> str:
+        """Gives the hash of the last line up to a round. Raises UserError where a line is not what was written; a last one that was cut off is left out."""
+        head = FIRST
+        for entry in self._whole():
+            head = entry.hash if entry.round <= last_round else head
+        return head
+
+    def _whole(self) -> Iterator[LedgerEntry]:
+        """Gives the lines that a kill did not cut off, each checked by itself."""
+        text = self._lines_path.read_text(encoding="utf-8") if self.exists else ""
+        for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+            yield self._checked(line, number, None)
+
     def read(self, entry: LedgerEntry) -> Tensors:
         """Gives an entry's tensors. Raises UserError where they were purged, are damaged, or others."""
         with self._reading(entry) as path:
@@ -156,10 +169,11 @@ class Ledger:
         return sealed.hash
 
     def cut(self, last_round: int) -> None:
-        """Drops lines of rounds after `last_round`: a stop may fall between a round's ledger and its checkpoint. Their tensors are written over."""
-        text = self._lines_path.read_text(encoding="utf-8") if self.exists else ""
-        whole = text[: text.rfind("\n") + 1].splitlines()
-        kept = [line for line in whole if int(json.loads(line)["round"]) <= last_round]
+        """Drops lines of rounds after `last_round`: a stop may fall between a round's ledger and its checkpoint. Their tensors are written over.
+
+        Raises UserError where a line is not what was written.
+        """
+        kept = [canonical_json(asdict(entry)) for entry in self._whole() if entry.round <= last_round]
         write_bytes(self._lines_path, "".join(f"{line}\n" for line in kept).encode("utf-8"))
 
     def purge(self, clients: Collection[int]) -> int:

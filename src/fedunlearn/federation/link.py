@@ -99,7 +99,7 @@ def exchange(
 
 
 def roll_call(
-    grid: Grid, expected: Expectation, timeout: float, answer_timeout: float, content: RecordDict
+    grid: Grid, expected: Expectation, timeout: float, answer_timeout: float, content: RecordDict | None = None
 ) -> RollCall:
     """Asks every node who it is: once a run. Nodes that are not there yet are waited for until `timeout` seconds have passed.
 
@@ -110,7 +110,7 @@ def roll_call(
     expected.min_clients are left, or in unlearning one that owns forget rows is not among them: the request could not be served.
     """
     nodes = _wait_for_nodes(grid, len(expected.rows), timeout)
-    found, refused = call_nodes(grid, nodes, expected, answer_timeout, content)
+    found, refused = call_nodes(grid, nodes, expected, answer_timeout, content or RecordDict())
     refused += [
         f"roll call: {len(said)} nodes say that they are client {client}"
         for client, said in sorted(found.items())

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.federation.client_app import make_client_app
 from fedunlearn.federation.launchers.ray import FAILURE
 from fedunlearn.federation.server_app import make_server_app
+from fedunlearn.federation.worker import end_with_parent
 from fedunlearn.files import write_json
 from fedunlearn.reporting.run_folder import run_path
 
@@ -54,16 +57,26 @@ def _telling(inner: ServerApp, folder: Path) -> ServerApp:
         try:
             inner(grid, context)
         except UserError as error:
-            write_json(folder / FAILURE, {"faults": list(error.faults)})
+            _tell(folder, error.faults)
             raise
         except Exception as error:
-            write_json(
-                folder / FAILURE, {"faults": [f"launcher=ray: the server failed: {type(error).__name__}: {error}"]}
-            )
+            _tell(folder, [f"launcher=ray: the server failed: {type(error).__name__}: {error}"])
             raise
 
     return app
 
 
+def _tell(folder: Path, faults: Sequence[str]) -> None:
+    """Hands faults to the parent; where the disk is so full that not even these fit, they are said on stderr."""
+    try:
+        write_json(folder / FAILURE, {"faults": list(faults)})
+    except UserError:
+        sys.stderr.write("".join(f"error: {fault}\n" for fault in faults))
+        sys.stderr.flush()
+
+
 if __name__ == "__main__":
+    for file in map(int, sys.argv[2:]):
+        os.set_inheritable(file, False)  # this process's alone: Ray's daemons may outlive it
+    end_with_parent(int(sys.argv[2]))
     main(sys.argv[1])

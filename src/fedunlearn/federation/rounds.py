@@ -2,7 +2,6 @@
 
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,35 +10,33 @@ from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 import fedunlearn
-from fedunlearn.aggregation.base import ServerState
 from fedunlearn.aggregation.choices import trained_in
 from fedunlearn.aggregation.factors import scales_of
 from fedunlearn.aggregation.flower import FlowerStrategy
 from fedunlearn.config.run import TrainRun
 from fedunlearn.data.ownership import FILE, read_partition
 from fedunlearn.data.requests import own_request, read_released
-from fedunlearn.errors import UserError
 from fedunlearn.federation.block_store import FOLDER, BlockStore
 from fedunlearn.federation.checkpoint import (
     Checkpoint,
+    Standing,
     append_history,
-    cut_history,
-    damaged,
-    latest_checkpoint,
+    history_size,
     read_history,
-    round_folder,
     save_checkpoint,
 )
 from fedunlearn.federation.client_evaluation import Survey, take_survey
 from fedunlearn.federation.collect import Call, Collected, collect
 from fedunlearn.federation.conductor import Conductor
 from fedunlearn.federation.flower_strategy import WrappedStrategy
+from fedunlearn.federation.laps import Laps
 from fedunlearn.federation.ledger import Ledger
 from fedunlearn.federation.link import Expectation, Member, RollCall, roll_call
 from fedunlearn.federation.notes import check_unlearned, mean_losses, step_notes
 from fedunlearn.federation.parts import Depot
-from fedunlearn.federation.past import read_parent, read_past
+from fedunlearn.federation.past import read_past
 from fedunlearn.federation.planning import Planner, check_plans
+from fedunlearn.federation.resume import first_checkpoint
 from fedunlearn.federation.roster import Roster
 from fedunlearn.federation.round_evaluation import RoundEvaluation
 from fedunlearn.federation.server_step import Stepped, Stepper, step, weigh
@@ -73,6 +70,7 @@ class Server:
     conductor: Conductor | None
     evaluation: RoundEvaluation
     tell: Callable[[RoundResult], None]
+    request_hash: str
 
     @property
     def members(self) -> Mapping[int, Member]:
@@ -103,9 +101,7 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, reads_reference: bool, n
     start = load_start(folder)
     stepper = _stepper(run, folder, start)
     conductor = _conductor(run, folder, start, stepper)
-    checkpoint = _first_checkpoint(run, folder, start, stepper, conductor)
-    cut_history(folder, checkpoint.state.round)
-    _open_ledger(run, folder, checkpoint.state.round)
+    checkpoint = first_checkpoint(run, folder, start, stepper, conductor)
     timeout = run.trainer.federated.roll_call_timeout
     answers = timeout if run.launcher.clock == "round" else math.inf
     nodes = nodes or Nodes()
@@ -127,6 +123,7 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, reads_reference: bool, n
         conductor=conductor,
         evaluation=RoundEvaluation(run, folder),
         tell=nodes.tell,
+        request_hash=own_request(folder).hash,
     )
     rounds = range(checkpoint.state.round + 1, run.total_rounds + 1)
     with open_curves(folder, run.trainer.args.report_to) as curves:
@@ -164,47 +161,6 @@ def _conductor(run: TrainRun, folder: Path, start: Start, stepper: Stepper) -> C
     )
 
 
-def _open_ledger(run: TrainRun, folder: Path, round: int) -> None:
-    if run.ledger.enabled:
-        ledger = Ledger(folder)
-        if round and ledger.exists:
-            ledger.cut(round)
-        else:
-            past = read_parent(folder)
-            ledger.begin(None if past is None else Ledger(past))
-
-
-def _first_checkpoint(
-    run: TrainRun, folder: Path, start: Start, stepper: Stepper, conductor: Conductor | None
-) -> Checkpoint:
-    """The newest on disk where the run is resumed, else the start. Raises UserError for a state that is another strategy's."""
-    found = latest_checkpoint(folder) if run.resume else None
-    if found is None:
-        state = ServerState(adapter=start.adapter.tensors)
-        present = Checkpoint(state=state, strategy=stepper.strategy_name, blocks=start.blocks)
-        return present if conductor is None else conductor.begin(present)
-    if found.strategy != stepper.strategy_name:
-        raise UserError(
-            f"round {found.state.round} on disk holds the state of strategy {found.strategy}, this run has {stepper.strategy_name}: "
-            "go on with the strategy it was begun with, or start anew with overwrite=true"
-        )
-    _check_moments(run, folder, found)
-    if stepper.foreign is not None and found.foreign is not None:
-        stepper.foreign.restore(found.foreign)
-    return found
-
-
-def _check_moments(run: TrainRun, folder: Path, found: Checkpoint) -> None:
-    """Raises UserError where the strategy keeps moments, has stepped, and the checkpoint holds others or none."""
-    wanted = [] if isinstance(run.strategy, FlowerStrategy) else sorted(run.strategy.moment_names)
-    done = [line for line in read_history(folder) if int(str(line["round"])) <= found.state.round]
-    stepped = any(client["weight"] != 0 for line in done for client in line["clients"])  # type: ignore[attr-defined]
-    if sorted(found.state.moments) != (wanted if stepped else []):
-        held = sorted(found.state.moments)
-        why = f"it holds the moments {held}, {type(run.strategy).__name__} keeps {wanted}"
-        raise damaged(round_folder(folder, found.state.round), why)
-
-
 def _expectation(run: TrainRun, folder: Path, start: Start) -> Expectation:
     return Expectation(
         rows=start.rows,
@@ -226,26 +182,55 @@ def _write_roll_call(folder: Path, called: RollCall) -> None:
 
 
 def _one_round(server: Server, before: Checkpoint, number: int, curves: Curves) -> Checkpoint:
-    began = time.monotonic()
+    laps = Laps()
     server.roster.renew()
     with open_spool(server.folder) as spool:
         collected = collect(_call(server, before, number), number, before.holds, spool)
+        laps.end("collecting")
         stepped = _step(server, before, collected, spool)
+        result = _result(server, collected, stepped)
+        laps.end("averaging")
         if server.run.ledger.enabled:
             _keep(server, before, collected, stepped, spool)
+            laps.end("writing")
     learnt = {update.client_id: update.memory for update in collected.report.updates if update.memory}
-    after = replace(stepped.after, holds=collected.report.holds, memories={**before.memories, **learnt})
-    result = _result(server, after, collected, stepped, time.monotonic() - began)
+    memories = {**before.memories, **learnt}
+    after = replace(stepped.after, holds=collected.report.holds, memories=memories, standing=_standing(server))
+    result = _evaluated(server, after, result)
+    laps.end("evaluating")
+    _write(server, after, result, laps, curves)
+    return after
+
+
+def _standing(server: Server) -> Standing:
+    ledger = Ledger(server.folder).head if server.run.ledger.enabled else ""
+    history = history_size(server.folder)
+    return Standing(run_id=server.start.run_id, request=server.request_hash, history=history, ledger=ledger)
+
+
+def _evaluated(server: Server, after: Checkpoint, result: RoundResult) -> RoundResult:
+    """Adds the evaluations that are due."""
+    number, every = result.round, server.run.eval.clients_every_n_rounds
     if server.evaluation.due(number):
         result = replace(result, evaluation=server.evaluation.figures(_global(server, after)))
-    every = server.run.eval.clients_every_n_rounds
     if every is not None and number % every == 0:
         result = replace(result, by_clients=take_survey(server.grid, _there(server, number), _survey(server, after)))
-    append_history(server.folder, asdict(result))  # before the checkpoint: resume drops lines that have none
-    save_checkpoint(server.folder, after, server.start.adapter, server.run.trainer.federated.keep_rounds)
-    curves.add(result)
-    server.tell(result)
-    return after
+    return result
+
+
+def _write(server: Server, after: Checkpoint, result: RoundResult, laps: Laps, curves: Curves) -> None:
+    """Checkpoint, history line and curves. The line comes when the checkpoint's files are on the disk, and before the rename: resume drops a line without one."""
+    line = result
+
+    def keep() -> None:
+        nonlocal line
+        laps.end("writing")
+        line = replace(result, seconds=laps.total, parts=laps.seconds)
+        append_history(server.folder, asdict(line))
+
+    save_checkpoint(server.folder, after, server.start.adapter, server.run.trainer.federated.keep_rounds, keep)
+    curves.add(line)
+    server.tell(line)
 
 
 def _there(server: Server, number: int) -> dict[int, Member]:
@@ -357,7 +342,9 @@ def _step(server: Server, before: Checkpoint, collected: Collected, spool: Spool
         return step(server.stepper, before, collected.report, server.roster.nodes, read)
 
 
-def _result(server: Server, after: Checkpoint, collected: Collected, stepped: Stepped, seconds: float) -> RoundResult:
+def _result(server: Server, collected: Collected, stepped: Stepped) -> RoundResult:
+    """The round's line, but for its seconds."""
+    after = stepped.after
     clients = tuple(
         replace(o, weight=stepped.weights.get(o.client_id, 0.0), capped=o.client_id in stepped.capped)
         for o in collected.report.outcomes
@@ -369,7 +356,7 @@ def _result(server: Server, after: Checkpoint, collected: Collected, stepped: St
         round=after.state.round,
         attempt=collected.attempts,
         adapter_hash=after.adapter_hash,
-        seconds=seconds,
+        seconds=0.0,
         clients=clients,
         metrics=metrics,
         averaged=_averaged(server, after.state.round) if stepped.weights else "",

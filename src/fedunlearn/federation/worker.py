@@ -38,7 +38,7 @@ class Charge:
 
 def serve(fd: int) -> None:
     """Reads a Charge from the socket `fd` and answers messages until it closes, which also ends whatever work is under way."""
-    threading.Thread(target=_end_with_parent, args=(fd,), daemon=True).start()
+    end_with_parent(fd)
     pipe = Connection(fd)
     charge = Charge(**json.loads(pipe.recv_bytes()))
     set_logging()
@@ -50,7 +50,12 @@ def serve(fd: int) -> None:
             pipe.send_bytes(_answer(app, charge.num_clients, pipe.recv_bytes()))
 
 
-def _end_with_parent(fd: int) -> None:
+def end_with_parent(fd: int) -> None:
+    """Ends this process's group when the other end of the pipe or socket `fd` is closed, as it is when the parent dies, however it does."""
+    threading.Thread(target=_watch, args=(fd,), daemon=True).start()
+
+
+def _watch(fd: int) -> None:
     """A client that trains, or hangs, does not read the pipe: this thread sees that the other end is gone."""
     poll = select.poll()
     poll.register(fd, 0)  # POLLHUP is told unasked

@@ -185,8 +185,20 @@ class ClientEvaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoundSeconds:
+    """Wall clock of a round's parts. collecting: tasks out, replies in and judged; averaging: the server's step; evaluating: of the global adapter,
+    by server and clients; writing: ledger and checkpoint, up to this line.
+    """
+
+    collecting: float = 0.0
+    averaging: float = 0.0
+    evaluating: float = 0.0
+    writing: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundResult:
-    """One line of history.jsonl. attempt counts from 1; adapter_hash names the global adapter after the round.
+    """One line of history.jsonl. attempt counts from 1; adapter_hash names the global adapter after the round; seconds: the sum of its parts.
 
     averaged: what made the mean (a reducer of ours, or a Flower strategy, which works per factor). aggregation_error: ||exact product -
     what is sent|| / ||exact product||, before the server optimiser's step; None where nothing was averaged, or it is no number. notes: what the gate did not
@@ -198,6 +210,7 @@ class RoundResult:
     attempt: int
     adapter_hash: str
     seconds: float
+    parts: RoundSeconds = RoundSeconds()
     clients: tuple[ClientOutcome, ...]
     metrics: Mapping[str, float] = field(default_factory=dict)
     averaged: str = ""

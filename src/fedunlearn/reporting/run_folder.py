@@ -66,8 +66,12 @@ def check_folders(runs: Iterable[tuple[TrainRun | EvalRun, Mapping[str, object]]
 
 def _check_folder(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> None:
     folder = run_path(run)
-    if _is_there(folder) and not run.overwrite:
+    if folder_exists(folder) and not run.overwrite:
         _judge(folder, plain, run.resume)
+        if run.resume and not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(
+                f"resume=true, but {str(folder)!r} may not be written: mend the rights there, or choose another task_name"
+            )
     elif run.resume:
         raise UserError(
             f"resume=true, but {str(folder)!r} does not exist: leave resume out, or correct task_name or paths.saves_dir"
@@ -97,7 +101,7 @@ def make_folder(
     return folder
 
 
-def _is_there(folder: Path) -> bool:
+def folder_exists(folder: Path) -> bool:
     """Whether the folder exists. Raises UserError where it never can: a file in its place, a name too long, no right to write."""
     try:
         if folder.is_dir():

@@ -1,7 +1,8 @@
 """launcher=ray: Flower's simulation engine on Ray, in a child process group under a deadline.
 
 A hung client makes the engine never return, and a dead actor lets later rounds fail in silence with exit code 0: so it runs in
-a session of its own, the parent keeps the time, and any client that is lost ends the run with an error.
+a session of its own, the parent keeps the time, and any client that is lost ends the run with an error. The child ends with its parent, however
+that dies, and holds the lock of the run's folder for as long as it lives.
 """
 
 import importlib.util
@@ -25,6 +26,7 @@ from fedunlearn.federation.launchers.base import launch
 from fedunlearn.models.base import choose_device
 from fedunlearn.models.resident import release
 from fedunlearn.reporting.run_folder import run_path
+from fedunlearn.reporting.run_lock import held_locks
 
 log = logging.getLogger(__name__)
 CHILD = "fedunlearn.federation.ray_child"
@@ -51,16 +53,27 @@ def launch_ray(launcher: RayLauncher, plain: Mapping[str, object]) -> None:
     release()  # the actors hold a base each; this process needs none until they are done
     folder = run_path(run)
     (folder / FAILURE).unlink(missing_ok=True)
-    child = subprocess.Popen(
-        [sys.executable, "-m", CHILD, json.dumps(plain)],
+    alive, mine = os.pipe()  # nothing is written: that it closes is what the child sees
+    try:
+        child = _start(plain, (alive, *held_locks()))
+        try:
+            _wait(child, folder, time.monotonic() + deadline_of(run, launcher))
+        finally:
+            _end_group(child)
+    finally:
+        os.close(mine)
+        os.close(alive)
+
+
+def _start(plain: Mapping[str, object], files: tuple[int, ...]) -> "subprocess.Popen[bytes]":
+    """Starts the child with some open files: the pipe whose end it dies with, and the locks it holds."""
+    return subprocess.Popen(
+        [sys.executable, "-m", CHILD, json.dumps(plain), *map(str, files)],
         start_new_session=True,
         env={**os.environ, **QUIET},
         stdin=subprocess.DEVNULL,
+        pass_fds=files,
     )
-    try:
-        _wait(child, folder, time.monotonic() + deadline_of(run, launcher))
-    finally:
-        _end_group(child)
 
 
 def deadline_of(run: TrainRun, launcher: RayLauncher) -> float:

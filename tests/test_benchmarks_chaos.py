@@ -1,0 +1,97 @@
+"""The benchmark that kills runs: what it calls a fault, and one run of each launcher for real."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from killing import attack
+from killing.launchers import LAUNCHERS
+from killing.stage import NUM_ROUNDS, Undisturbed, folder_of
+
+ROOT = Path(__file__).parent.parent
+CLIENT = {"client_id": 0, "weight": 1.0, "seconds": 0.5, "bytes_up": 1000}
+
+
+def a_run(saves, rounds=NUM_ROUNDS, weights=b"adapter", **changed):
+    """A finished run's folder, as far as it is compared."""
+    folder = folder_of(saves)
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(weights)
+    lines = [
+        {"round": n, "seconds": 1.0, "parts": {}, "clients": [{**CLIENT, **changed}]} for n in range(1, rounds + 1)
+    ]
+    (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for number in range(1, rounds + 1):
+        (folder / "rounds" / f"{number:04d}").mkdir(parents=True)
+    return folder
+
+
+def judged(tmp_path, seen=None, name="local", victim="command"):
+    than = Undisturbed(saves=tmp_path / "whole", seconds=1.0, made=0.1, called=0.2, trained=0.8)
+    seen = seen or attack._Seen.of(folder_of(tmp_path / "killed"))
+    return attack._judged(name, 0, victim, "round", 0.5, seen, [], tmp_path / "killed", than)
+
+
+@pytest.fixture
+def whole(tmp_path):
+    a_run(tmp_path / "whole")
+    return tmp_path
+
+
+def test_a_run_that_ended_as_if_nobody_had_killed_it_holds(whole):
+    a_run(whole / "killed", seconds=7.0, bytes_up=1002)
+    found = judged(whole, attack._Seen({}, 0, True))
+    assert (found.faults, found.repeated, found.lost, found.differing, found.in_write) == ((), 1, 0, 0, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"weights": b"adaptes"}, "1 bytes of the adapter differ"),
+        ({"weights": b"adapter more"}, "5 bytes of the adapter differ"),
+        ({"weight": 0.5}, "round 1 differs in weight of client 0"),
+        ({"bytes_up": 2000}, "round 4 differs in bytes_up of client 0"),
+        ({"rounds": 3}, "the history has 3 lines in place of 4"),
+    ],
+)
+def test_what_differs_is_a_fault(whole, changes, said):
+    a_run(whole / "killed", **changes)
+    assert said in judged(whole).faults
+
+
+def test_a_whole_round_that_was_run_again_is_a_fault(whole):
+    a_run(whole / "killed")
+    found = judged(whole, attack._Seen({1: 1, 2: 1}, 2, False))
+    assert (found.lost, found.faults) == (2, ("2 whole rounds were run again",))
+
+
+def test_what_stays_behind_is_a_fault(whole):
+    folder = a_run(whole / "killed")
+    (folder / "rounds" / ".0002.tmp77").mkdir()
+    assert judged(whole).faults == ("left behind: ['.0002.tmp77']",)
+
+
+def test_a_client_that_is_asked_again_may_weigh_more_on_the_wire(whole):
+    a_run(whole / "killed", bytes_up=2000)
+    assert judged(whole, name="isolate", victim="worker").faults == ()
+
+
+def test_every_attack_names_a_victim_of_its_launcher():
+    for one in LAUNCHERS.values():
+        assert {victim for victim, _ in one.attacks} == set(one.victims)
+
+
+@pytest.mark.slow
+def test_it_runs_and_its_exit_code_says_whether_all_hold():
+    command = [sys.executable, "benchmarks/chaos.py", "--json", "--runs", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.stdout, done.stderr
+    told = json.loads(done.stdout)
+    assert {run["launcher"] for run in told["runs"]} == set(LAUNCHERS)
+    assert [run["faults"] for run in told["runs"] if run["faults"]] == []
+    assert (done.returncode, told["failed"]) == (0, 0)
