@@ -92,13 +92,16 @@ class EvalConfig:
     def _check_read(self) -> None:
         """Raises UserError for what is set and nobody reads."""
         readings = readings_of(self.metrics)
-        if self.holdout_split is not None and not any(one.dataset == "holdout" for one in readings):
+        reads_holdout = self.name == "muse" or any(
+            one.dataset == "holdout" for one in readings
+        )  # muse_path refuses the key itself
+        if self.holdout_split is not None and not reads_holdout:
             raise UserError(
                 f"eval.holdout_split={self.holdout_split!r}, but no metric reads the holdout: leave it null, or choose eval=tofu_attacks"
             )
         if self.gradnorm_of != "model" and not any(one.part is Part.GRADNORM for one in readings):
             raise UserError(
-                f"eval.gradnorm_of={self.gradnorm_of}, but no metric takes gradients: leave it at model, or choose eval=tofu_attacks"
+                f"eval.gradnorm_of={self.gradnorm_of}, but no metric takes gradients: leave it at model, or add mia_gradnorm (eval=tofu_attacks has it)"
             )
 
     def _check_reference(self) -> None:
