@@ -64,9 +64,9 @@ def enrol(site: ClientSite, run_id: int, brief: Brief) -> Enrolment:
         *_target_faults(site, brief.config),
     ]
     faults += [
-        f"the server's config names the file {'.'.join(keys)}={_at(brief.config, keys)!r}, which only it has: leave it null"
+        f"the server's config names the file {'.'.join(keys)}={value_at(brief.config, keys)!r}, which only it has: leave it null"
         for keys in FILES_OF_ONE_MACHINE
-        if _at(brief.config, keys) not in (None, "builtin")
+        if value_at(brief.config, keys) not in (None, "builtin")
     ]
     if faults:
         raise UserError(*faults)
@@ -109,7 +109,7 @@ def localised(site: ClientSite, config: Mapping[str, Any], folder: Path) -> dict
 
 
 def _model_faults(site: ClientSite, config: Mapping[str, Any]) -> Iterator[str]:
-    named = _at(config, ("model", "model_args", "pretrained_model_name_or_path"))
+    named = value_at(config, ("model", "model_args", "pretrained_model_name_or_path"))
     allowed = list(site.policy.models)
     if config.get("mode") not in KINDS:
         yield f"the server asks for mode={config.get('mode')!r}; a node trains and unlearns"
@@ -145,7 +145,8 @@ def _targets(value: object) -> Iterator[str]:
             yield from _targets(inner)
 
 
-def _at(config: Mapping[str, Any], keys: tuple[str, ...]) -> object:
+def value_at(config: Mapping[str, Any], keys: tuple[str, ...]) -> object:
+    """The value of a key, block by block; None where there is none."""
     value: object = config
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None

@@ -1,7 +1,8 @@
 """A submitted config on the server's machine: its own places in it for the run, and the brief that clients get of it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,6 +13,7 @@ from fedunlearn.data.ownership import FILE as PARTITION
 from fedunlearn.data.requests import FILE as REQUEST
 from fedunlearn.errors import UserError
 from fedunlearn.federation.deployed.brief import Brief
+from fedunlearn.federation.deployed.enrolment import FILES_OF_ONE_MACHINE, value_at
 from fedunlearn.federation.start import load_start
 from fedunlearn.models.source import resolve_source
 
@@ -24,57 +26,71 @@ def at_server(site: ServerSite, plain: Mapping[str, Any]) -> dict[str, Any]:
 
     A path in it may name runs under paths.saves_dir only, which are looked for under saves_root. Raises UserError, all faults at once, for any other.
     """
-    faults: list[str] = []
-    if "/" in str(plain["task_name"]) or str(plain["task_name"]).startswith("."):
-        faults.append(f"task_name={plain['task_name']!r} is a path: give a name")
-    model, saves = plain["model"], str(plain["paths"]["saves_dir"])
-    args = {**model["model_args"]}
+    places = _Places(site, str(plain["paths"]["saves_dir"]), [])
+    args = {**plain["model"]["model_args"]}
     named = str(args[MODEL])
-    args[MODEL] = site.models.get(named) or _run(site, saves, "model.model_args." + MODEL, named, faults)
-    if args["lora_model_path"] is not None:
-        args["lora_model_path"] = _run(site, saves, "model.model_args.lora_model_path", args["lora_model_path"], faults)
-    if site.device is not None:
-        args["device"] = site.device
-    partition, logs = dict(plain["partition"]), plain["retain_logs_path"]
-    if partition["path"] is not None:
-        partition["path"] = _run(site, saves, "partition.path", partition["path"], faults)
-    if logs is not None:
-        logs = _run(site, saves, "retain_logs_path", logs, faults)
-    wanted = "muse_path" if plain["muse_path"] is not None else "tofu_path"
-    if getattr(site.data, wanted) is None:
-        faults.append(f"{wanted}={plain[wanted]!r}: the server's site YAML names no data.{wanted}")
-    if faults:
-        raise UserError(*faults)
-    return {
+    args[MODEL] = site.models.get(named) or places.run(f"model.model_args.{MODEL}", named)
+    args["lora_model_path"] = places.run_or_none("model.model_args.lora_model_path", args["lora_model_path"])
+    args["device"] = site.device or args["device"]
+    found = {
         **plain,
         "tofu_path": site.data.tofu_path,
         "muse_path": site.data.muse_path,
-        "retain_logs_path": logs,
-        "model": {**model, "model_args": args},
-        "partition": partition,
+        "retain_logs_path": places.run_or_none("retain_logs_path", plain["retain_logs_path"]),
+        "model": {**plain["model"], "model_args": args},
+        "partition": _with_run(places, plain, "partition", "path"),
+        "eval": _with_run(places, plain, "eval", "reference_model_path"),
         "paths": {
             "saves_dir": site.saves_root,
             "pocket_dir": str(Path(site.work_dir) / "pocket"),
             "cache_dir": str(Path(site.work_dir) / "cache"),
         },
     }
+    faults = [*places.faults, *_own_faults(site, plain)]
+    if faults:
+        raise UserError(*faults)
+    return found
 
 
-def _run(site: ServerSite, saves: str, key: str, named: str, faults: list[str]) -> str:
-    """The place under saves_root of what a path names under the submitter's saves_dir."""
-    path = PurePosixPath(named)
-    if path.is_relative_to(saves) and ".." not in path.parts:
-        found = Path(site.saves_root) / path.relative_to(saves)
-        if found.exists():
-            return str(found)
-        faults.append(f"{key}={named!r}: the server has no such run under its saves_root")
-    else:
-        known = ", ".join(site.models)
-        faults.append(
-            f"{key}={named!r} names nothing on the server: give a run of its own as {saves}/finetune/NAME or {saves}/unlearn/NAME"
-            + (f", or a model's id, one of {known}" if key.endswith(MODEL) else "")
-        )
-    return named
+def _own_faults(site: ServerSite, plain: Mapping[str, Any]) -> Iterator[str]:
+    wanted = "muse_path" if plain["muse_path"] is not None else "tofu_path"
+    if getattr(site.data, wanted) is None:
+        yield f"{wanted}={plain[wanted]!r}: the server's site YAML names no data.{wanted}"
+    for keys in FILES_OF_ONE_MACHINE:
+        if value_at(plain, keys) not in (None, "builtin"):
+            yield f"{'.'.join(keys)}={value_at(plain, keys)!r} is a file of one machine, which nodes have not: leave it null"
+
+
+def _with_run(places: "_Places", plain: Mapping[str, Any], block: str, key: str) -> dict[str, Any]:
+    return {**plain[block], key: places.run_or_none(f"{block}.{key}", plain[block][key])}
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where runs lie. saves: the submitter's saves_dir; faults: grows with every path that names none."""
+
+    site: ServerSite
+    saves: str
+    faults: list[str]
+
+    def run_or_none(self, key: str, named: str | None) -> str | None:
+        """As `run`; None stays."""
+        return None if named is None else self.run(key, named)
+
+    def run(self, key: str, named: str) -> str:
+        """The place under saves_root of what a path names under the submitter's saves_dir."""
+        path = PurePosixPath(named)
+        if path.is_relative_to(self.saves) and ".." not in path.parts:
+            found = Path(self.site.saves_root) / path.relative_to(self.saves)
+            if found.exists():
+                return str(found)
+            self.faults.append(f"{key}={named!r}: the server has no such run under its saves_root")
+        else:
+            ids = f", or a model's id, one of {', '.join(self.site.models)}" if key.endswith(MODEL) else ""
+            self.faults.append(
+                f"{key}={named!r} names nothing on the server: give a run of its own as {self.saves}/finetune/NAME or {self.saves}/unlearn/NAME{ids}"
+            )
+        return named
 
 
 def brief_of(site: ServerSite, run: TrainRun, plain: Mapping[str, Any], folder: Path) -> Brief:

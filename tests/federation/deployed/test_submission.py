@@ -1,0 +1,65 @@
+"""A submitted config on the server's machine: names become the server's own places, and nothing else is taken for one."""
+
+from pathlib import Path
+
+import pytest
+from helpers_deployed import MODEL, submitted, write_sites
+
+from fedunlearn.config.sites import ServerSite, read_site
+from fedunlearn.errors import UserError
+from fedunlearn.federation.deployed.submission import at_server
+
+
+@pytest.fixture
+def server(tmp_path, pocket):
+    write_sites(tmp_path, pocket)
+    (tmp_path / "served" / "finetune" / "ft").mkdir(parents=True)
+    (tmp_path / "served" / "finetune" / "oracle").mkdir()
+    (tmp_path / "served" / "finetune" / "oracle" / "TOFU_EVAL.json").write_text("{}")
+    return read_site(tmp_path / "server.yaml", ServerSite)
+
+
+def test_an_id_is_the_servers_folder_of_it(server, pocket):
+    plain = at_server(server, submitted(pocket, "finetune", "x"))
+    assert plain["model"]["model_args"]["pretrained_model_name_or_path"] == str(pocket.model)
+    assert (plain["tofu_path"], plain["muse_path"]) == (str(pocket.data), None)
+    assert plain["paths"]["saves_dir"] == server.saves_root
+    assert Path(plain["paths"]["cache_dir"]).is_relative_to(server.work_dir)
+
+
+def test_runs_are_looked_for_under_saves_root(server, pocket):
+    named = (
+        "model.model_args.pretrained_model_name_or_path=saves/finetune/ft", "partition.path=saves/finetune/ft",
+        "retain_logs_path=saves/finetune/oracle/TOFU_EVAL.json",
+    )  # fmt: skip
+    plain, root = at_server(server, submitted(pocket, "unlearn", "x", *named)), Path(server.saves_root) / "finetune"
+    assert plain["model"]["model_args"]["pretrained_model_name_or_path"] == str(root / "ft")
+    assert plain["partition"]["path"] == str(root / "ft")
+    assert plain["retain_logs_path"] == str(root / "oracle" / "TOFU_EVAL.json")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.model_args.pretrained_model_name_or_path=/etc", f"'/etc' names nothing on the server: give a run of its own as saves/finetune/NAME or saves/unlearn/NAME, or a model's id, one of {MODEL}"),
+        ("model.model_args.pretrained_model_name_or_path=saves/../../etc", "'saves/../../etc' names nothing on the server"),
+        ("model.model_args.pretrained_model_name_or_path=saves/finetune/gone", "'saves/finetune/gone': the server has no such run under its saves_root"),
+        ("partition.path=/etc/passwd", "partition.path='/etc/passwd' names nothing on the server"),
+        ("retain_logs_path=/etc/passwd", "retain_logs_path='/etc/passwd' names nothing on the server"),
+        ("model.model_args.lora_model_path=/tmp", "lora_model_path='/tmp' names nothing on the server"),
+        ("model.tokenizer_args.pretrained_model_name_or_path=/tmp", "is a file of one machine, which nodes have not: leave it null"),
+    ],
+)  # fmt: skip
+def test_any_other_path_is_refused_by_name(server, pocket, override, said):
+    with pytest.raises(UserError) as caught:
+        at_server(server, submitted(pocket, "finetune", "x", override))
+    assert said in "\n".join(caught.value.faults)
+
+
+def test_all_faults_are_told_at_once(server, pocket):
+    overrides = ("partition.path=/a", "retain_logs_path=/b", "tofu_path=null", "muse_path=muse")
+    plain = {**submitted(pocket, "finetune", "x", *overrides[:2]), "tofu_path": None, "muse_path": "muse"}
+    with pytest.raises(UserError) as caught:
+        at_server(server, plain)
+    assert len(caught.value.faults) == 3
+    assert "muse_path='muse': the server's site YAML names no data.muse_path" in caught.value.faults
