@@ -89,10 +89,12 @@ class Tofu:
 
     def encode(self, chat: ChatFormat, numbers: Sequence[int]) -> tuple[EncodedRow, ...]:
         """Gives rows of `full` as examples, one each, in order. Raises UserError naming the first row that does not fit."""
-        full = self.rows("full")
-        return tuple(
-            chat.encode(full[number].question, full[number].answer, f"full row {number}") for number in numbers
-        )
+        rows = ((number, self.row(number)) for number in numbers)
+        return tuple(chat.encode(row.question, row.answer, f"full row {number}") for number, row in rows)
+
+    def row(self, number: int) -> QaRow:
+        """One row of `full`."""
+        return self.rows("full")[number]
 
     def _keep(self, kept: dict[str, tuple[T, ...]], split: str, make: Callable[[RawRow, str], T]) -> tuple[T, ...]:
         if split not in kept:

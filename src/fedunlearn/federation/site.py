@@ -223,8 +223,8 @@ class Site:
         wanted = "none" if run.local_method is None else run.local_method.alternates
         if wanted == "none":
             return None, 0
-        full = as_tofu(self.data).rows("full")
-        rows = {number: full[number] for number in owned.forget} or lent
+        tofu = as_tofu(self.data)
+        rows = {number: tofu.row(number) for number in owned.forget} or lent
         numbers, tokens = tuple(rows), 0
         if not isinstance(wanted, Sampled):
             texts = given_alternates(run.data, numbers)

@@ -9,6 +9,7 @@ import pytest
 from helpers_deployed import ThinGrid, client_site, run_deployed, submitted, write_sites
 from helpers_runs import adapter_bytes, finetune, history, unlearn
 
+from fedunlearn.doors.own_rows import split_off
 from fedunlearn.errors import UserError
 
 
@@ -168,3 +169,19 @@ def test_a_site_that_claims_anothers_id_is_refused_by_name(nodes, pocket):
     run = run_deployed(folder, submitted(pocket, "finetune", "ft"), ThinGrid(paths))
     assert "2 nodes say that they are client 1" in (run / "roll_call.json").read_text()
     assert client_site(paths[3]).client_id == 1
+
+
+def test_nodes_that_hold_their_own_rows_alone_give_the_same_bytes(nodes, pocket, saves):
+    folder, paths = nodes
+    ours = finetune(pocket, saves, "ft", "launcher.threads=1")
+    for client, path in enumerate(paths):
+        split_off(str(pocket.data), ours, client, folder / f"rows{client}")
+        path.write_text(path.read_text().replace(str(pocket.data), str(folder / f"rows{client}")))
+    theirs = run_deployed(folder, submitted(pocket, "finetune", "ft"), ThinGrid(paths))
+    assert adapter_bytes(theirs) == adapter_bytes(ours)
+    ours = unlearn(pocket, saves, ours, "un", "launcher.threads=1", "method=npo")
+    plain = submitted(
+        pocket, "unlearn", "un", "model.model_args.pretrained_model_name_or_path=saves/finetune/ft", "method=npo"
+    )
+    theirs = run_deployed(folder, plain, ThinGrid(paths, run_id=2))
+    assert adapter_bytes(theirs) == adapter_bytes(ours)
