@@ -90,6 +90,10 @@ class PathsConfig:
     cache_dir: str = "saves/cache"
 
 
+FOLDER_OF_MODE = {"train": "finetune", "unlearn": "unlearn", "eval": "eval", "probe": "probe"}
+"""Where under saves_dir the runs of a mode lie, each in a folder of its task_name."""
+
+
 def task_name_rule(name: str) -> tuple[bool, str]:
     """Whether a name can be a run's folder, and the fault where it cannot."""
     plain = (

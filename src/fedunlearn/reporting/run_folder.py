@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
+from fedunlearn.config.data import FOLDER_OF_MODE
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.errors import UserError
 from fedunlearn.files import canonical_json, disk_fault, whole_folder, write_bytes, write_json
 
 log = logging.getLogger(__name__)
-KINDS = {"train": "finetune", "unlearn": "unlearn", "eval": "eval", "probe": "probe"}
 PACKAGES = (
     "fedunlearn",
     "torch",
@@ -37,7 +37,7 @@ CONTROLS = ("resume", "overwrite", "launcher", "paths")
 
 def run_path(run: TrainRun | EvalRun) -> Path:
     """saves/<finetune|unlearn|eval>/<task_name>."""
-    return Path(run.paths.saves_dir) / KINDS[run.mode] / run.task_name
+    return Path(run.paths.saves_dir) / FOLDER_OF_MODE[run.mode] / run.task_name
 
 
 def judge_folder(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> None:

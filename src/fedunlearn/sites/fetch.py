@@ -9,11 +9,11 @@ from pathlib import Path
 
 import yaml
 
+from fedunlearn.config.data import FOLDER_OF_MODE
 from fedunlearn.errors import UserError, did_you_mean
 from fedunlearn.files import whole_folder
 from fedunlearn.sites.running import tell
 
-_KINDS = ("finetune", "unlearn", "eval", "probe")
 _WANTED = "*.json *.jsonl *.yaml adapter"
 """What is copied; rounds, ledger and side-car stay where resume needs them."""
 
@@ -51,7 +51,7 @@ def _saves_root(site: str, ssh: str | None) -> str:
 def _runs(root: str, ssh: str | None) -> list[str]:
     """kind/name of every run."""
     listed = _output(f"cd -- {shlex.quote(root)} && ls -d -- */*/ 2>/dev/null || true", ssh, f"{root} cannot be read")
-    return [line.rstrip("/") for line in listed.splitlines() if line.split("/")[0] in _KINDS]
+    return [line.rstrip("/") for line in listed.splitlines() if line.split("/")[0] in FOLDER_OF_MODE.values()]
 
 
 def _one_run(task: str, runs: Sequence[str], root: str) -> str:

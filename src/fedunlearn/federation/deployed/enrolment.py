@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import fedunlearn
+from fedunlearn.config.data import FOLDER_OF_MODE
 from fedunlearn.config.sites import ClientSite
 from fedunlearn.errors import UserError
 from fedunlearn.federation.deployed.brief import Brief
 from fedunlearn.files import canonical_json, whole_folder, write_bytes, write_json
 
 CONFIG, PARTITION, REQUEST, RUN = "config.json", "partition.json", "request.json", "run"
-KINDS = {"train": "finetune", "unlearn": "unlearn"}
+MODES = ("train", "unlearn")
 OURS = ("fedunlearn.", "flwr.serverapp.strategy.")
 HERE = {"_target_": "fedunlearn.config.launcher.LocalLauncher"}
 FILES_OF_ONE_MACHINE = (
@@ -72,7 +73,7 @@ def enrol(site: ClientSite, run_id: int, brief: Brief) -> Enrolment:
         raise UserError(*faults)
     enrolment = enrolment_of(site, run_id)
     plain = localised(site, brief.config, enrolment.folder)
-    inside = Path("saves") / KINDS[plain["mode"]] / RUN
+    inside = Path("saves") / FOLDER_OF_MODE[plain["mode"]] / RUN
     with whole_folder(enrolment.folder) as folder:
         write_json(folder / CONFIG, plain)
         write_bytes(folder / inside / PARTITION, brief.partition.encode())
@@ -111,7 +112,7 @@ def localised(site: ClientSite, config: Mapping[str, Any], folder: Path) -> dict
 def _model_faults(site: ClientSite, config: Mapping[str, Any]) -> Iterator[str]:
     named = value_at(config, ("model", "model_args", "pretrained_model_name_or_path"))
     allowed = list(site.policy.models)
-    if config.get("mode") not in KINDS:
+    if config.get("mode") not in MODES:
         yield f"the server asks for mode={config.get('mode')!r}; a node trains and unlearns"
     if named not in allowed:
         yield f"this node's policy does not allow model {named!r}; it allows {allowed} (policy: models)"
