@@ -177,7 +177,7 @@ with socket.socket() as probe:
     print(probe.connect_ex((host, 8000)) != 0)
 for path in ("/v1/control/list-runs", "/v1/runtime/pull-task-input", "/v1/fleet/activate-node"):
     there = http.client.HTTPSConnection(host, 8443, timeout=5, context=ssl.create_default_context(cafile=ca))
-    there.request("POST", path, body=b"")
+    there.request("POST", path, body=b"", headers={"content-type": "application/protobuf"})
     print(there.getresponse().status)
 """
 
