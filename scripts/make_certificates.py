@@ -1,6 +1,6 @@
 """Certificates, keys and YAMLs of a trial federation, one folder a machine.
 
-python scripts/make_certificates.py --to trial --clients 3 --host localhost --tofu saves/pocket/seed0/data --model pocket=saves/pocket/seed0/model
+python scripts/make_certificates.py --to trial --clients 3 --host localhost --tofu saves/pocket/seed0/data --model pocket:0=saves/pocket/seed0/model
 """
 
 import argparse

@@ -109,13 +109,14 @@ def answering(files: Path | None, *, hours_ahead: float = 0.0, body: bytes = b"{
 
 
 class Running:
-    """A script and what it writes."""
+    """A script and what it writes. before: what its command line begins with, to run it on another host. folder: where it works."""
 
-    def __init__(self, log, *words):
+    def __init__(self, log, *words, before=(), folder=None):
         self.log = log
         self.began = time.monotonic()
+        words = [*before, sys.executable, *map(str, words)]
         with log.open("wb") as file:
-            self.process = subprocess.Popen([sys.executable, *map(str, words)], stdout=file, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, cwd=folder)
 
     def text(self):
         return self.log.read_text(errors="replace")

@@ -99,7 +99,7 @@ class SuperlinkLauncher(Launcher):
     """A run handed to a SuperLink: server and clients are other processes, mostly on other machines.
 
     address: host:port of the SuperLink's Control API. root_certificates: PEM file its certificate is checked against; null with insecure only.
-    insecure: no TLS; on loopback alone. start_timeout: seconds until the SuperLink has answered and the ServerApp has said its first word.
+    insecure: no TLS; on loopback alone. start_timeout: seconds for which a SuperLink that has taken the run may be silent before the submitter gives up.
     """
 
     threads: int | None = 2
