@@ -41,7 +41,7 @@ _RESTARTS, _WITHIN = 5, 600.0
 def run_server(site_file: Path, *, only_print: bool = False) -> None:
     """Checks the site, runs its SuperLink until we are asked to end.
 
-    only_print: tells the commands and does nothing. A process that dies is started again: the state is on disk, and a run goes on. Raises
+    only_print: tells the commands and does nothing. A process that dies is started again: the SuperLink's state is on disk, and a run goes on without it for a while; with the SuperExec the ServerApps end. Raises
     UserError for every fault of the site, and where a process does not start or dies too often.
     """
     site = read_site(site_file, ServerSite)
@@ -56,11 +56,13 @@ def run_server(site_file: Path, *, only_print: bool = False) -> None:
     write_bytes(flower_home(site.work_dir) / "config.toml", flower_config(site).encode())
     registry = Registry.opened(site, site_file)
     with alone_in(site.work_dir), asked_to_stop() as stop:
-        running = [_Kept(superlink, retelling(names_by_key(keys)))]
+        running = [_Kept(superlink, "runs go on", retelling(names_by_key(keys)))]
         try:
             _wait_until_up(site, running[0].child, stop)
             if not stop.signal:
-                running.append(_Kept(superexec))
+                running.append(
+                    _Kept(superexec, "runs under way ended with it, and go on when they are submitted with resume=true")
+                )
                 registry.sync(keys, stop)
                 _tell_ready(site, len(keys))
             while not stop.wait(POLL):
@@ -73,9 +75,10 @@ def run_server(site_file: Path, *, only_print: bool = False) -> None:
 
 
 class _Kept:
-    """A process that is started again when it dies, a few times in ten minutes."""
+    """A process that is started again when it dies, a few times in ten minutes. effect: what its death means for runs, for messages."""
 
-    def __init__(self, command: Command, retell: Callable[[str], str] = str) -> None:
+    def __init__(self, command: Command, effect: str, retell: Callable[[str], str] = str) -> None:
+        self._effect = effect
         self.child = Child(command, retell)
         self._retell = retell
         self._deaths: deque[float] = deque(maxlen=_RESTARTS)
@@ -90,7 +93,7 @@ class _Kept:
                 f"server: {why}; it has died {_RESTARTS + 1} times within {_WITHIN / 60:.0f} minutes and is not started again"
             )
         self._deaths.append(now)
-        tell(f"server: {why}; starting it again, runs go on")
+        tell(f"server: {why}; starting it again; {self._effect}")
         self.child.end()  # what is left of its group
         self.child = Child(self.child.command, self._retell)
 

@@ -115,6 +115,7 @@ def brief_of(site: ServerSite, run: TrainRun, plain: Mapping[str, Any], folder: 
         "model": {**model, "model_args": {**args, MODEL: ids[0], "lora_model_path": None, "lora_config": lora}},
         "partition": {**plain["partition"], "path": None},
         "eval": {**plain["eval"], "reference_model_path": None},
+        "launcher": {"threads": plain["launcher"]["threads"]},
         "paths": dict.fromkeys(plain["paths"], ""),
     }
     return Brief(
