@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers_ray import HEAD, SECOND, free_port, ray_cluster
-from helpers_runs import adapter_bytes, finetune, history, tiny
+from helpers_runs import adapter_bytes, finetune, history, tiny, unlearn
 
 from fedunlearn.config.launcher import LocalLauncher, RayLauncher
 from fedunlearn.doors.stages import run_federated
@@ -202,6 +202,20 @@ def test_a_dead_actor_ends_the_run_with_an_error_and_a_dead_head_too(pocket, sav
         assert time.monotonic() - began < 200
     for run in ("actor", "head"):
         assert not (saves / "finetune" / run / "done.json").exists()
+
+
+@pytest.mark.slow
+def test_a_client_that_hangs_is_ended_on_the_cluster_too(pocket, saves, monkeypatch):
+    """Nothing of it stays in the way of the next run. The cluster finds the tests' methods by the command's PYTHONPATH."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parent.parent))
+    hanging = ("method=grad_ascent", "method._target_=helpers_methods.Hanging", "trainer.federated.round_timeout=15")
+    with ray_cluster() as cluster:
+        with pytest.raises(UserError, match=r"client \d: timeout .*cannot go on without a client"):
+            unlearn(pocket, saves, None, "hanging", *hanging, *attached(cluster))
+        end = time.monotonic() + 60
+        while cluster.processes("ray::ClientAppActor") and time.monotonic() < end:
+            time.sleep(0.2)
+        assert not cluster.processes("ray::ClientAppActor")
 
 
 @pytest.mark.slow
