@@ -107,15 +107,16 @@ def wait_for_room(launcher: RayLauncher, timeout: float) -> tuple[Node, ...]:
     """Gives the nodes on which actors will be, once launcher.min_nodes are there and all actors have room.
 
     Flower's engine makes as many actors as the cluster could hold if nobody else were there; one that finds no room would keep its
-    clients waiting without a word. Raises UserError where `timeout` seconds pass before that.
+    clients waiting without a word. Raises UserError where `timeout` seconds pass before that, and at once where no node is large enough.
     """
     end = time.monotonic() + timeout
     while True:
         nodes = _nodes()
         if not (fault := room_fault(launcher, nodes, ray.available_resources())):
             return tuple(node for node in nodes if node.holds(launcher))
-        if time.monotonic() > end:
-            raise UserError(f"{fault} (looked for {launcher.start_timeout:g} s, launcher.start_timeout)")
+        too_small = len(nodes) >= launcher.min_nodes and not any(node.holds(launcher) for node in nodes)
+        if too_small or time.monotonic() > end:
+            raise UserError(fault)
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
