@@ -39,7 +39,7 @@ def on_slurm(tmp_path, *words, commands=FAKES, **variables):
     path = os.pathsep.join((str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]))
     environment = {**os.environ, **slurm, "PATH": path, "FEDUNLEARN_RAY_TMP": f"/tmp/t{os.getpid()}", **variables}
     return subprocess.run(
-        ["bash", str(SCRIPT), *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+        ["bash", str(SCRIPT), *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
 
 
