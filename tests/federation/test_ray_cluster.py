@@ -207,7 +207,7 @@ def test_a_dead_actor_ends_the_run_with_an_error_and_a_dead_head_too(pocket, sav
 @pytest.mark.slow
 def test_a_client_that_hangs_is_ended_on_the_cluster_too(pocket, saves, monkeypatch):
     """Nothing of it stays in the way of the next run. The cluster finds the tests' methods by the command's PYTHONPATH."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parent.parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parent.parent), prepend=os.pathsep)
     hanging = ("method=grad_ascent", "method._target_=helpers_methods.Hanging", "trainer.federated.round_timeout=15")
     with ray_cluster() as cluster:
         with pytest.raises(UserError, match=r"client \d: timeout .*cannot go on without a client"):
