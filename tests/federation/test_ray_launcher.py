@@ -1,6 +1,8 @@
 """launcher=ray: the same bits as local, and an end with an error where a client dies or hangs."""
 
+import os
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -15,7 +17,7 @@ HOSTILE = ("launcher=ray", "method=grad_ascent", "trainer.federated.round_timeou
 @pytest.fixture(autouse=True)
 def _methods_on_the_path(monkeypatch):
     """Ray's workers import the tests' methods by name."""
-    monkeypatch.setenv("PYTHONPATH", str(__import__("pathlib").Path(__file__).resolve().parent.parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parent.parent), prepend=os.pathsep)
 
 
 def _ray_processes():

@@ -71,8 +71,10 @@ class LocalLauncher(Launcher):
 class RayLauncher(Launcher):
     """Flower's simulation engine on Ray, in a child process group under a deadline.
 
-    client_cpus, client_gpus: resources of one actor (an actor holds one base model). start_timeout: seconds until the actors
-    must be up. address: a running Ray cluster; null = a cluster of its own on this machine.
+    client_cpus, client_gpus: resources of one actor (an actor holds one base model); there are as many actors as fit. start_timeout: seconds
+    until the cluster must have let this process in, have room for the actors, and every node must have answered. address: host:port of the
+    head of a running Ray cluster that this machine belongs to; null = a cluster of its own on this machine. min_nodes: how many nodes of that
+    cluster must be there before the run begins.
     """
 
     threads: int | None = 2
@@ -80,6 +82,7 @@ class RayLauncher(Launcher):
     client_gpus: float = 0.0
     start_timeout: float = 120.0
     address: str | None = None
+    min_nodes: int = 1
 
     @property
     def survives_lost_clients(self) -> bool:
@@ -88,10 +91,29 @@ class RayLauncher(Launcher):
 
     def __post_init__(self) -> None:
         _check_threads(self.threads)
-        if self.client_cpus <= 0 or self.client_gpus < 0 or not 0 < self.start_timeout <= LARGEST:
-            raise UserError(
-                f"launcher: client_cpus={self.client_cpus} and start_timeout={self.start_timeout} must be above 0 (start_timeout at most 1e6), client_gpus={self.client_gpus} not below"
+        faults = []
+        if self.address is not None and parse_address(self.address) is None:
+            faults.append(
+                f"launcher.address={self.address!r} is no address of a Ray cluster: give host:port of its head as `ray start --head --port=...` has it, as in 10.0.0.1:6379 (no "
+                "ray://, no auto), or null for a cluster of its own on this machine"
             )
+        if self.min_nodes < 1 or (self.address is None and self.min_nodes > 1):
+            faults.append(
+                f"launcher.min_nodes={self.min_nodes} must be at least 1, and 1 without launcher.address: a cluster of its own is this machine alone"
+            )
+        if not self.client_cpus > 0 or not self.client_gpus >= 0:
+            faults.append(
+                f"launcher.client_cpus={self.client_cpus} must be above 0, launcher.client_gpus={self.client_gpus} not below"
+            )
+        faults += [
+            f"launcher.{key}={value}: Ray gives away whole ones or a part of one; give a whole number, or one below 1"
+            for key, value in (("client_cpus", self.client_cpus), ("client_gpus", self.client_gpus))
+            if value > 1 and value != value // 1
+        ]
+        if not 0 < self.start_timeout <= LARGEST:
+            faults.append(f"launcher.start_timeout={self.start_timeout} must be above 0 seconds, at most 1e6")
+        if faults:
+            raise UserError(*faults)
 
 
 @dataclass(frozen=True, kw_only=True)

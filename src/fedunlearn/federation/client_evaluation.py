@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedunlearn.aggregation.gate import Verdict
-from fedunlearn.federation.faults import CLIENT_RAISED, REASON_OF_CODE
+from fedunlearn.federation.faults import CLIENT_RAISED, LOST, REASON_OF_CODE
 from fedunlearn.federation.link import Member, exchange
 from fedunlearn.federation.parts import Depot
 from fedunlearn.federation.wire import (
@@ -63,6 +63,15 @@ def take_survey(grid: Grid, members: Mapping[int, Member], survey: Survey) -> Cl
     counted = [score for score in scores if not score.reason]
     figures = {f"{kind}_{number}": _mean(counted, kind, number) for kind in KINDS for number in NUMBERS}
     return ClientEvaluation(figures=figures, clients=tuple(scores))
+
+
+def lost_in_survey(number: int, survey: ClientEvaluation) -> list[str]:
+    """Gives a sentence for each client that raised, died or fell silent while it was asked; number: the round."""
+    return [
+        f"round {number}, evaluation by the clients: client {score.client_id}: {score.reason} ({score.detail})"
+        for score in survey.clients
+        if score.reason in LOST
+    ]
 
 
 def _ask(grid: Grid, members: Mapping[int, Member], survey: Survey) -> list[ClientScore]:

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from fedunlearn.aggregation.gate import MIN_FOR_NORMS, Verdict, judge_norms
 from fedunlearn.config.run import TrainRun
 from fedunlearn.errors import UserError
+from fedunlearn.federation.faults import LOST
 from fedunlearn.federation.link import Member
 from fedunlearn.federation.parts import Depot
 from fedunlearn.federation.planning import Planner
@@ -186,8 +187,14 @@ def _notes(call: Call, report: TurnReport) -> tuple[str, ...]:
     )
 
 
+def check_all_there(run: TrainRun, missing: Sequence[str]) -> None:
+    """Raises UserError, with a sentence for each client that is missing, under a launcher that cannot go on without one."""
+    if missing and not run.launcher.survives_lost_clients:
+        raise UserError(*missing, "This launcher cannot go on without a client: mend the cause; resume=true goes on")
+
+
 def _check_launcher(call: Call, number: int, report: TurnReport) -> None:
-    lost = [outcome for outcome in report.outcomes if outcome.reason in ("crashed", "timeout")]
+    lost = [outcome for outcome in report.outcomes if outcome.reason in LOST]
     if lost and not call.run.launcher.survives_lost_clients:
         raise UserError(
             f"round {number}: {_told(lost)}. This launcher cannot go on without a client; {_way_out(number)}"

@@ -19,3 +19,6 @@ REASON_OF_CODE: Mapping[int, str] = MappingProxyType(
     }
 )
 """Codes that are not here come from Flower or from a ClientApp of somebody else."""
+
+LOST = ("crashed", "timeout")
+"""Words for a client that is gone, or was when it was asked; all others say that there is something wrong with its reply."""

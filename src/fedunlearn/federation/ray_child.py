@@ -4,11 +4,15 @@ import json
 import logging
 import os
 import sys
+import threading
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ray
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
@@ -19,33 +23,79 @@ from fedunlearn.config.run import TrainRun
 from fedunlearn.errors import UserError
 from fedunlearn.federation.client_app import make_client_app
 from fedunlearn.federation.launchers.ray import FAILURE
+from fedunlearn.federation.ray_cluster import attach, check_nodes, wait_for_room
 from fedunlearn.federation.server_app import make_server_app
 from fedunlearn.federation.worker import end_with_parent
 from fedunlearn.files import write_json
 from fedunlearn.reporting.run_folder import run_path
 
+log = logging.getLogger(__name__)
+
 
 def main(config_json: str) -> None:
-    """Runs the simulation to its end; a fault of the server goes into <folder>/failure.json, for the engine gives none out."""
+    """Runs the simulation to its end; a fault of cluster or server goes into <folder>/failure.json, for the engine gives none out."""
     run = parse_config(json.loads(config_json))
     assert isinstance(run, TrainRun)
     assert isinstance(run.launcher, RayLauncher)
     logging.getLogger("flwr").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    launcher = run.launcher
-    init = {
-        "include_dashboard": False,
-        "log_to_driver": True,
-        **({"address": launcher.address} if launcher.address else {}),
-    }
-    resources = {"num_cpus": launcher.client_cpus, "num_gpus": launcher.client_gpus}
-    backend: Any = {"init_args": init, "client_resources": resources}
+    folder = run_path(run)
+    try:
+        _enter_cluster(run, run.launcher, folder)
+    except UserError as error:
+        ray.shutdown()
+        _tell(folder, error.faults)
+        os._exit(1)  # the parent ends this process from here on, which Ray would tell of at length
+    resources = {"num_cpus": run.launcher.client_cpus, "num_gpus": run.launcher.client_gpus}
+    backend: Any = {"client_resources": resources}
     run_simulation(
-        server_app=_telling(make_server_app(config_json), run_path(run)),
+        server_app=_telling(make_server_app(config_json), folder),
         client_app=make_client_app(config_json),
         num_supernodes=run.trainer.federated.num_clients,
         backend_config=backend,
     )
+
+
+def _enter_cluster(run: TrainRun, launcher: RayLauncher, folder: Path) -> None:
+    """Attaches, and sees to it that every node can work; the engine finds Ray initialised. Raises UserError where it cannot be, within start_timeout."""
+    end = time.monotonic() + launcher.start_timeout
+    with _at_most(launcher, folder):
+        attach(launcher)
+    patience = end - time.monotonic() if launcher.address else 0.0  # nobody joins a cluster of one's own, or leaves it
+    nodes = wait_for_room(launcher, patience)
+    if launcher.address is None:
+        return
+    shared = (folder, Path(run.paths.cache_dir))
+    args = run.model.model_args
+    named = (args.pretrained_model_name_or_path, args.lora_model_path, run.tofu_path, run.muse_path)
+    needed = [Path(name).expanduser() for name in named if name is not None]
+    check_nodes(nodes, shared, needed, launcher.start_timeout)
+    actors = sum(node.holds(launcher) for node in nodes)
+    log.info("launcher.address=%s: %d actors on %d nodes", launcher.address, actors, len(nodes))
+
+
+@contextmanager
+def _at_most(launcher: RayLauncher, folder: Path) -> Iterator[None]:
+    """Ends this process where what is inside takes longer than launcher.start_timeout: Ray tries without end."""
+
+    def give_up() -> None:
+        where = f"launcher.address={launcher.address!r}" if launcher.address else "launcher=ray"
+        _tell(
+            folder,
+            [
+                f"{where}: no Ray cluster let this process in within launcher.start_timeout={launcher.start_timeout:g} s. Is it the head's address (ray start --head "
+                "--port=...), and is this machine one of its nodes?"
+            ],
+        )
+        os._exit(1)
+
+    timer = threading.Timer(launcher.start_timeout, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _telling(inner: ServerApp, folder: Path) -> ServerApp:

@@ -25,8 +25,8 @@ from fedunlearn.federation.checkpoint import (
     read_history,
     save_checkpoint,
 )
-from fedunlearn.federation.client_evaluation import Survey, take_survey
-from fedunlearn.federation.collect import Call, Collected, collect
+from fedunlearn.federation.client_evaluation import Survey, lost_in_survey, take_survey
+from fedunlearn.federation.collect import Call, Collected, check_all_there, collect
 from fedunlearn.federation.conductor import Conductor
 from fedunlearn.federation.flower_strategy import WrappedStrategy
 from fedunlearn.federation.laps import Laps
@@ -108,6 +108,7 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, reads_reference: bool, n
     expected, content = _expectation(run, folder, start), nodes.content
     called = roll_call(grid, expected, timeout, answers, content)
     _write_roll_call(folder, called)
+    check_all_there(run, called.refused)
     planner = check_plans(run, {client: start.rows[client] for client in called.members})
     server = Server(
         grid=grid,
@@ -214,7 +215,9 @@ def _evaluated(server: Server, after: Checkpoint, result: RoundResult) -> RoundR
     if server.evaluation.due(number):
         result = replace(result, evaluation=server.evaluation.figures(_global(server, after)))
     if every is not None and number % every == 0:
-        result = replace(result, by_clients=take_survey(server.grid, _there(server, number), _survey(server, after)))
+        survey = take_survey(server.grid, _there(server, number), _survey(server, after))
+        check_all_there(server.run, lost_in_survey(number, survey))
+        result = replace(result, by_clients=survey)
     return result
 
 

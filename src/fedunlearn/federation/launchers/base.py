@@ -18,9 +18,15 @@ def launch(launcher: Launcher, plain: Mapping[str, object]) -> None:
 
 
 def check_launcher(launcher: Launcher) -> None:
-    """Raises UserError for a record that no launcher is registered for."""
+    """Raises UserError for a record that no launcher is registered for, and for one that could not begin."""
     if not launcher.submits and launch.dispatch(type(launcher)) is launch.dispatch(object):
         raise _unknown(launcher)
+    check_way(launcher)
+
+
+@singledispatch
+def check_way(launcher: Launcher) -> None:
+    """Raises UserError for what can be known of the way to the clients before a model is loaded; most launchers have nothing to look at."""
 
 
 def _unknown(launcher: Launcher) -> UserError:

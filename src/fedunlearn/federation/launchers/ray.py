@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,11 +19,12 @@ from pathlib import Path
 
 import psutil
 
+from fedunlearn.config.addresses import parse_address
 from fedunlearn.config.launcher import RayLauncher
 from fedunlearn.config.parse import parse_config
 from fedunlearn.config.run import TrainRun
 from fedunlearn.errors import UserError
-from fedunlearn.federation.launchers.base import launch
+from fedunlearn.federation.launchers.base import check_way, launch
 from fedunlearn.models.base import choose_device
 from fedunlearn.models.resident import release
 from fedunlearn.reporting.run_folder import run_path
@@ -33,17 +35,34 @@ CHILD = "fedunlearn.federation.ray_child"
 FAILURE = "failure.json"
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_END = 10.0
+SECONDS_TO_CONNECT = 5.0
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+
+@check_way.register
+def check_way_to_ray(launcher: RayLauncher) -> None:
+    """Raises UserError where Ray is not installed, or nobody listens at launcher.address."""
+    if importlib.util.find_spec("ray") is None:
+        raise UserError("launcher=ray needs Ray: pip install 'fedunlearn[ray]', or use launcher=local")
+    address = parse_address(launcher.address) if launcher.address else None
+    if address is None:
+        return
+    try:
+        socket.create_connection((address.host, address.port), SECONDS_TO_CONNECT).close()
+    except OSError as error:
+        raise UserError(
+            f"launcher.address={launcher.address!r}: nobody answers there ({error}). Give the address that `ray start --head` has told, or launcher.address=null for a cluster "
+            "of its own on this machine"
+        ) from error
 
 
 @launch.register
 def launch_ray(launcher: RayLauncher, plain: Mapping[str, object]) -> None:
     """Runs fedunlearn.federation.ray_child and ends its whole group in any case.
 
-    Raises UserError where Ray is not installed, a client fails, or the deadline of all rounds passes.
+    Raises UserError where Ray is not installed or its cluster cannot be worked on, a client fails, or the deadline of all rounds passes.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise UserError("launcher=ray needs Ray: pip install 'fedunlearn[ray]', or use launcher=local")
+    check_way(launcher)
     run = parse_config(plain)
     assert isinstance(run, TrainRun)
     if choose_device(run.model.model_args).type == "cuda" and launcher.client_gpus == 0:
