@@ -1,8 +1,11 @@
 """Writing a run down on a node: as its site says, as its policy allows, each refusal by name; and nothing that came over the wire is opened."""
 
+import ctypes
 import json
 import os
+import shutil
 import sys
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from helpers_deployed import MODEL, ThinGrid, client_site, run_deployed, submitted, write_sites
 from helpers_runs import history
+from safetensors.torch import load_file, save_file
 
 import fedunlearn
 from fedunlearn.errors import UserError
@@ -23,7 +27,7 @@ from fedunlearn.federation.local_grid import call_client
 ARGS = ("model", "model_args", "pretrained_model_name_or_path")
 
 
-class Heard(Exception):
+class HeardError(Exception):
     """The roll call's content has been seen: the run need not go on."""
 
 
@@ -32,7 +36,7 @@ class HearingGrid(ThinGrid):
 
     def _answer(self, message):
         self.brief = unpack_brief(message.content)
-        raise Heard
+        raise HeardError
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,7 @@ def briefs(pocket, tmp_path_factory):
     paths, said = write_sites(folder, pocket), {}
     for kind in ("finetune", "unlearn"):
         grid = HearingGrid(paths)
-        with pytest.raises(Heard):
+        with pytest.raises(HeardError):
             run_deployed(folder, submitted(pocket, kind, kind), grid)
         said[kind] = grid.brief
     return said
@@ -103,7 +107,7 @@ def test_runs_on_one_base_loaded_alike_share_a_worker(site, briefs):
                 briefs["finetune"],
                 changed(briefs["finetune"], ("trainer", "args", "seed"), 5),
                 changed(briefs["finetune"], ("model", "model_args", "torch_dtype"), "bfloat16"),
-            )  # fmt: skip
+            )
         )
     }
     assert keys[0] == keys[1] != keys[2]
@@ -209,10 +213,6 @@ def test_the_thin_client_tells_every_reason_in_one_line(tmp_path, pocket, briefs
 
 
 def test_a_base_of_other_weights_is_refused_by_name_and_the_others_go_on(tmp_path, pocket):
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     paths = write_sites(tmp_path, pocket)
     shutil.copytree(pocket.model, tmp_path / "other")
     weights = tmp_path / "other" / "model.safetensors"
@@ -226,26 +226,35 @@ def test_a_base_of_other_weights_is_refused_by_name_and_the_others_go_on(tmp_pat
 
 # --- paths of the server's config are nobody's here
 
-_opened: list[str] | None = None
+IN_OPEN = 0x20
+_heard: list[str] | None = None
 
 
 def _hear(event, args):
-    if _opened is not None and event in ("open", "os.listdir", "os.scandir", "glob.glob", "import"):
-        _opened.append(os.fsdecode(args[0]) if isinstance(args[0], str | bytes | os.PathLike) else "")
+    if _heard is not None and event in ("open", "os.listdir", "os.scandir", "glob.glob", "import"):
+        _heard.append(os.fsdecode(args[0]) if isinstance(args[0], str | bytes | os.PathLike) else "")
 
 
 sys.addaudithook(_hear)
 
 
-def opened_by(work):
-    """What was opened or listed while this was done."""
-    global _opened
-    _opened = seen = []
+@contextmanager
+def watched(*folders):
+    """Inside the block, every path that Python opens or lists, there or not; and by the kernel whatever is opened in these folders, in any language."""
+    global _heard
+    libc = ctypes.CDLL(None, use_errno=True)
+    told = libc.inotify_init1(os.O_NONBLOCK)
+    for folder in folders:
+        assert libc.inotify_add_watch(told, os.fsencode(folder), IN_OPEN) >= 0
+    _heard = seen = []
     try:
-        work()
+        yield seen
     finally:
-        _opened = None
-    return seen
+        _heard = None
+        with suppress(BlockingIOError):
+            while events := os.read(told, 65536):
+                seen.append(f"canary: {events!r}")
+        os.close(told)
 
 
 def leaves(value, at=()):
@@ -263,8 +272,6 @@ def leaves(value, at=()):
 @pytest.fixture(scope="module")
 def canaries(pocket, tmp_path_factory):
     """A file, and a folder that has all that a model, a data set or a run has: whoever looks at it can open it."""
-    import shutil
-
     folder = tmp_path_factory.mktemp("canary") / "canary"
     shutil.copytree(pocket.model, folder)
     shutil.copytree(pocket.data, folder, dirs_exist_ok=True)
@@ -288,18 +295,28 @@ def serve(site, brief):
 
 @pytest.mark.parametrize("kind", ["finetune", "unlearn"])
 def test_no_path_of_the_servers_config_is_opened_on_a_client(site, briefs, canaries, kind):
-    said = {}
+    """Each text and each null of the config in turn is a path; then all that may be one at once."""
+    folder, file = canaries
     assert serve(site, briefs[kind]) == "there"
+    said, every = {}, briefs[kind]
     for keys in leaves(briefs[kind].config):
-        for canary in canaries:
-            brief = changed(briefs[kind], keys, canary)
-            seen = opened_by(lambda: said.update({keys: serve(site, brief)}))  # noqa: B023
-            assert not [path for path in seen if "canary" in path], (keys, canary)
+        canary = file if keys[-1] in ("alternates_path", "idk_path", "retain_logs_path") else folder
+        with watched(Path(file).parent, folder) as seen:
+            said[keys] = serve(site, changed(briefs[kind], keys, canary))
+        assert not [path for path in seen if "canary" in path], keys
+        if said[keys] == "there":
+            every = changed(every, keys, canary)
     assert {answer == "there" for answer in said.values()} == {True, False}  # some are not read, some refused
+    with watched(Path(file).parent, folder) as seen:
+        assert serve(site, every) == "there"
+    assert not [path for path in seen if "canary" in path]
 
 
-def test_the_watch_sees_what_is_opened(site, briefs, canaries, pocket):
-    """The site's own model and data, were they the canaries."""
-    own = replace(site, models={MODEL: canaries[0]}, data=replace(site.data, tofu_path=canaries[0]))
-    seen = opened_by(lambda: serve(own, briefs["finetune"]))
-    assert any(path.startswith(canaries[0]) and path.endswith(".safetensors") for path in seen)
+def test_the_watch_sees_what_is_opened(site, briefs, canaries):
+    """The site's own model or data, were they the canaries."""
+    folder, file = canaries
+    for own in (replace(site, models={MODEL: folder}), replace(site, data=replace(site.data, tofu_path=folder))):
+        with watched(Path(file).parent, folder) as seen:
+            assert serve(own, briefs["finetune"]) == "there"
+        assert any(path.startswith("canary: ") for path in seen)
+        assert any(path.startswith(folder) for path in seen)

@@ -18,6 +18,7 @@ import psutil
 from fedunlearn.config.sites import ClientSite, make_work_dir
 from fedunlearn.errors import UserError
 from fedunlearn.federation.deployed.frames import ClosedError, Frame, FrameError, Patience, receive_frame, send_frame
+from fedunlearn.files import write_json
 
 MODULE = "fedunlearn.federation.deployed.worker"
 SECONDS_BETWEEN_LOOKS, SECONDS_TO_END = 0.05, 10.0
@@ -183,7 +184,7 @@ class Keeper:
                 env={**QUIET, **os.environ},
             )
         started = _Started(pid=process.pid, needed=needed, told=told)
-        self._record.write_text(json.dumps(asdict(started)), encoding="utf-8")
+        write_json(self._record, asdict(started))
         return process
 
     @property
@@ -204,9 +205,10 @@ class Keeper:
 
     def _started(self) -> _Started | None:
         try:
-            return _Started(**json.loads(self._record.read_text(encoding="utf-8")))
+            started = _Started(**json.loads(self._record.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
+        return started if all(type(value) is int for value in vars(started).values()) else None
 
     def _running(self) -> tuple[psutil.Process, _Started] | None:
         """The worker's process; None where there is none, or its number is another's by now."""
