@@ -172,7 +172,8 @@ def test_files_of_one_machine_are_refused(site, briefs, keys, value):
 
 
 def test_our_own_refusals_are_no_file(site, briefs):
-    enrol(site, 5, changed(briefs["unlearn"], ("data", "idk_path"), "builtin"))
+    enrolment = enrol(site, 5, changed(briefs["unlearn"], ("data", "idk_path"), "builtin"))
+    assert enrolment.read_config()["data"]["idk_path"] == "builtin"
 
 
 def test_data_of_another_kind_are_refused(site, briefs):
