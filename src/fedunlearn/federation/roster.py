@@ -32,6 +32,7 @@ class Roster:
         self._planner = planner
         self._nodes: dict[int, int] | None = None
         self._known = set(called.asked)
+        self._rivals: dict[int, int] = {}
         self._nodes_change = nodes_change
         self._content = content
         self._timeout = timeout
@@ -57,11 +58,14 @@ class Roster:
         """Calls nodes that are new; gives itself, with the members as they are then.
 
         A client whose former node is gone is reached at its new one; a node that says the id of a client that is still there is refused by name. A
-        node is asked once.
+        node is asked once, and once more when the one for which it was refused is gone: a node that was started again is there before its former self is given up.
         """
         if not self._nodes_change:
             return self
         there = set(self._grid.get_node_ids())
+        freed = {node for node, rival in self._rivals.items() if rival not in there}
+        self._known -= freed
+        self._rivals = {node: rival for node, rival in self._rivals.items() if node not in freed}
         new = sorted(there - self._known)
         if new:
             self._known.update(new)
@@ -80,6 +84,7 @@ class Roster:
         if len(said) > 1:
             return [f"roll call: {len(said)} nodes say that they are client {client}"]
         if former is not None and former.node_id in there:
+            self._rivals[said[0].node_id] = former.node_id
             return [
                 f"roll call: node {said[0].node_id} says that it is client {client}, which is there already as node {former.node_id}"
             ]

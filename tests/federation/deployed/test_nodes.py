@@ -4,23 +4,12 @@ import subprocess
 import sys
 import threading
 
-import psutil
 import pytest
-from helpers_deployed import ThinGrid, client_site, run_deployed, submitted, write_sites
+from helpers_deployed import ThinGrid, client_site, run_deployed, submitted, workers_of, write_sites
 from helpers_runs import adapter_bytes, finetune, history, unlearn
 
 from fedunlearn.doors.own_rows import split_off
 from fedunlearn.errors import UserError
-
-
-def workers_of(paths):
-    """The workers' processes of some sites."""
-    words = {str(path) for path in paths}
-    return [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if "fedunlearn.federation.deployed.worker" in (line := process.info["cmdline"] or ()) and words & set(line)
-    ]
 
 
 @pytest.fixture

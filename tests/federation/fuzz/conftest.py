@@ -12,8 +12,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import helpers_recorded as recorded
+import hypothesis.statistics
 from helpers_clients import Client
+from helpers_fuzz import LONG
 from helpers_recorded import Recorded
+
+TOLD = pytest.StashKey[list]()
+PHASES = ("reuse-phase", "generate-phase", "shrink-phase")
 
 
 def pytest_collection_modifyitems(items):
@@ -21,6 +26,24 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.fuzz)
+
+
+@pytest.fixture(autouse=True)
+def _counted(request):
+    """How many examples a test tried, and how long they took: told at the end of a long run."""
+    with hypothesis.statistics.collector.with_value(lambda found: request.config.stash[TOLD].append((request.node.name, found))):  # fmt: skip
+        yield
+
+
+def pytest_configure(config):
+    config.stash[TOLD] = []
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for name, found in config.stash[TOLD] if LONG else ():
+        tried = [case for phase in PHASES for case in found.get(phase, {}).get("test-cases", ())]
+        counts = {status: sum(case["status"] == status for case in tried) for status in ("valid", "invalid", "overrun", "interesting")}  # fmt: skip
+        terminalreporter.write_line(f"{name}: {counts}, {sum(case['runtime'] for case in tried):.0f} s")
 
 
 @pytest.fixture(scope="session")

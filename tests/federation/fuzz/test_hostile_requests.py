@@ -21,7 +21,9 @@ def is_long(content) -> bool:
     """Whether a request asks for so many epochs that a client would honestly work on it for minutes."""
     data = scalars_of(content.get("request")) or {}
     asked = [data.get(key) for key in ("epochs", "rounds", "parts")]
-    if not all(type(value) in (int, float) for value in asked) or not asked[2] or not 0 < asked[0] <= 1e6:
+    if not all(type(value) in (int, float) and abs(value) < 1e300 for value in asked):
+        return False
+    if not asked[2] or not 0 < asked[0] <= 1e6:
         return False
     return FEW < asked[0] * abs(asked[1]) / abs(asked[2]) <= LIMIT
 

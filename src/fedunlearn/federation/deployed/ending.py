@@ -9,9 +9,10 @@ from pathlib import Path
 import psutil
 
 from fedunlearn.config.sites import ClientSite, read_site
-from fedunlearn.federation.deployed.frames import Frame, send_frame
+from fedunlearn.federation.deployed.frames import Frame, Patience, send_frame
 
 SECONDS_TO_END, SECONDS_BETWEEN_LOOKS = 5.0, 0.05
+PATIENCE = Patience(seconds=5.0)
 _CREDENTIALS = struct.Struct("3i")  # Linux's struct ucred: pid, uid, gid
 
 
@@ -52,7 +53,7 @@ def _ask(path: Path) -> psutil.Process | None:
             there.connect(str(path))
             pid, _, _ = _CREDENTIALS.unpack(there.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
             worker = psutil.Process(pid)
-            send_frame(there, Frame({"do": "end"}))
+            send_frame(there, Frame({"do": "end"}), PATIENCE)
         except (FileNotFoundError, ConnectionError, psutil.NoSuchProcess):
             return None
     return worker

@@ -23,6 +23,7 @@ FILES_OF_ONE_MACHINE = (
     ("data", "idk_path"),
     ("model", "tokenizer_args", "pretrained_model_name_or_path"),
 )
+OBJECTS = (("model",), ("model", "model_args"), ("partition",), ("launcher",))
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,11 @@ def enrol(site: ClientSite, run_id: int, brief: Brief) -> Enrolment:
             f"this node has fedunlearn {fedunlearn.__version__}, the server {brief.version}: install the same version on both"
         )
     faults = [
+        *_shape_faults(brief.config),
         *_model_faults(site, brief.config),
         *_data_faults(site, brief.config),
         *_target_faults(site, brief.config),
-    ]
-    faults += [
-        f"the server's config names the file {'.'.join(keys)}={value_at(brief.config, keys)!r}, which only it has: leave it null"
-        for keys in FILES_OF_ONE_MACHINE
-        if value_at(brief.config, keys) not in (None, "builtin")
+        *_file_faults(brief.config),
     ]
     if faults:
         raise UserError(*faults)
@@ -109,13 +107,26 @@ def localised(site: ClientSite, config: Mapping[str, Any], folder: Path) -> dict
     }
 
 
+def _shape_faults(config: Mapping[str, Any]) -> Iterator[str]:
+    for keys in OBJECTS:
+        if not isinstance(value_at(config, keys), Mapping):
+            yield f"the server's config has no {'.'.join(keys)}"
+
+
+def _file_faults(config: Mapping[str, Any]) -> Iterator[str]:
+    for keys in FILES_OF_ONE_MACHINE:
+        named = value_at(config, keys)
+        if named is not None and (keys[-1], named) != ("idk_path", "builtin"):
+            yield f"the server's config names the file {'.'.join(keys)}={str(named)[:200]!r}, which only it has: leave it null"
+
+
 def _model_faults(site: ClientSite, config: Mapping[str, Any]) -> Iterator[str]:
     named = value_at(config, ("model", "model_args", "pretrained_model_name_or_path"))
     allowed = list(site.policy.models)
-    if config.get("mode") not in MODES:
-        yield f"the server asks for mode={config.get('mode')!r}; a node trains and unlearns"
+    if str(config.get("mode")) not in MODES:
+        yield f"the server asks for mode={str(config.get('mode'))[:200]!r}; a node trains and unlearns"
     if named not in allowed:
-        yield f"this node's policy does not allow model {named!r}; it allows {allowed} (policy: models)"
+        yield f"this node's policy does not allow model {str(named)[:200]!r}; it allows {allowed} (policy: models)"
     elif named not in site.models:
         yield f"this node has no folder for model {named!r}: name it in its site YAML (models)"
 

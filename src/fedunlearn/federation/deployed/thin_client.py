@@ -108,4 +108,4 @@ def _ask(keeper: Keeper, enrolment: Enrolment, kind: str, message: Message) -> R
 
 def _error(message: Message, code: int, reason: str) -> Message:
     log.error("refused: %s", reason)
-    return Message(Error(code, reason), reply_to=message)
+    return Message(Error(code, "; ".join(reason.splitlines())), reply_to=message)  # the server reads one line

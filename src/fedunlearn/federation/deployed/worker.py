@@ -6,9 +6,11 @@ python -m fedunlearn.federation.deployed.worker SITE.yaml KEY SUPERNODE_PID   (a
 import json
 import logging
 import os
+import re
 import select
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -27,8 +29,10 @@ from fedunlearn.errors import UserError
 from fedunlearn.federation.client_app import make_client_app
 from fedunlearn.federation.deployed.enrolment import Enrolment
 from fedunlearn.federation.deployed.frames import (
+    LONGEST_TIMEOUT,
     Frame,
     FrameError,
+    Patience,
     pack_content,
     receive_frame,
     send_frame,
@@ -40,7 +44,10 @@ from fedunlearn.reporting.console import set_logging
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LOOKS = 1.0
-SECONDS_FOR_A_FRAME = 60.0
+PATIENCE = Patience(seconds=5.0, pace=10 * 2**20)
+"""Who connects speaks at once, and no slower than this: while one frame is read nobody else is heard."""
+CREDENTIALS = struct.Struct("3i")
+RUN_ID = re.compile("[0-9]{1,20}")
 NODE = 2
 KINDS = ("query", "train", "evaluate")
 
@@ -55,12 +62,7 @@ class Worker:
     def serve(self) -> None:
         """Answers one connection after another until nothing came for worker.idle_minutes, or it is asked to end."""
         with self._listening() as door:
-            while True:
-                try:
-                    there, _ = door.accept()
-                except TimeoutError:
-                    log.info("nothing came for %g minutes: this worker ends", self.site.worker.idle_minutes)
-                    return
+            for there in self._visitors(door):
                 with there:
                     if not self._serve_one(there):
                         return
@@ -75,40 +77,50 @@ class Worker:
             finally:
                 os.umask(before)
             door.listen()
-            door.settimeout(60 * self.site.worker.idle_minutes)
             try:
                 yield door
             finally:
                 self.address.unlink(missing_ok=True)
 
+    def _visitors(self, door: socket.socket) -> Iterator[socket.socket]:
+        """Every connection, until the last; who came while the socket was taken away is heard too."""
+        while (there := _accepted(door, 60 * self.site.worker.idle_minutes)) is not None:
+            yield there
+        log.info("nothing came for %g minutes: this worker ends", self.site.worker.idle_minutes)
+        self.address.unlink(missing_ok=True)
+        while (there := _accepted(door, 0.0)) is not None:
+            yield there
+
     def _serve_one(self, there: socket.socket) -> bool:
         """Answers one frame; whether the worker goes on. What is no frame costs the sender its answer, and nothing else."""
-        there.settimeout(SECONDS_FOR_A_FRAME)
         try:
-            asked = receive_frame(there)
+            _check_peer(there)
+            asked = receive_frame(there, PATIENCE)
         except (FrameError, OSError) as error:
             log.warning("no frame of ours: %s", error)
             return True
         if asked.head.get("do") == "end":
             return False
-        with _ending_with(there):
-            answer = self._answer(asked)
         with suppress(OSError):  # who has its answer may hang up
-            send_frame(there, answer)
+            send_frame(there, self._answer(there, asked), PATIENCE)
         return True
 
-    def _answer(self, asked: Frame) -> Frame:
+    def _answer(self, there: socket.socket, asked: Frame) -> Frame:
         try:
             kind, enrolment = _kind_of(asked.head), self._enrolment(asked.head)
             config = enrolment.read_config()
             content = unpack_content(asked.head.get("content"), asked.blobs)
             self._check_policy(config, kind)
-            reply = self._call(config, kind, content)
+            with _ending_with(there):
+                reply = self._call(config, kind, content)
             if reply.has_error():
                 return _fault(reply.error.code, reply.error.reason or "")
             described, blobs = pack_content(reply.content)
             return Frame({"content": described}, blobs)
-        except UserError as error:
+        except (UserError, FrameError) as error:
+            return _fault(CLIENT_RAISED, str(error))
+        except _UnwantedError as error:
+            log.warning("%s", error)
             return _fault(CLIENT_RAISED, str(error))
         except Exception as error:
             log.exception("a message could not be answered")
@@ -128,7 +140,7 @@ class Worker:
     def _enrolment(self, head: Mapping[str, Any]) -> Enrolment:
         name = str(head.get("folder"))
         enrolment = Enrolment(Path(self.site.work_dir) / "runs" / name)
-        if not name.isdecimal() or not enrolment.exists:
+        if not RUN_ID.fullmatch(name) or not enrolment.exists:
             raise UserError(f"run {name[:40]!r} is unknown to this node")
         return enrolment
 
@@ -144,14 +156,44 @@ def _fault(code: int, reason: str) -> Frame:
     return Frame({"error": [code, reason]})
 
 
+def _accepted(door: socket.socket, seconds: float) -> socket.socket | None:
+    """The next connection; None where none came in so many seconds."""
+    end = time.monotonic() + seconds
+    while True:
+        left = max(end - time.monotonic(), 0.0)
+        door.settimeout(min(left, LONGEST_TIMEOUT))
+        try:
+            return door.accept()[0]
+        except (TimeoutError, BlockingIOError):
+            if left == 0:
+                return None
+
+
+def _check_peer(there: socket.socket) -> None:
+    """Raises FrameError for a peer of another user: the folder's rights keep others out, and this where somebody has changed them."""
+    said = there.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+    _, user, _ = CREDENTIALS.unpack(said)
+    if user != os.geteuid():
+        raise FrameError(f"user {user} asked, this worker serves user {os.geteuid()} alone")
+
+
+class _UnwantedError(Exception):
+    """Nobody waits for the answer any more."""
+
+
 @contextmanager
 def _ending_with(there: socket.socket) -> Iterator[None]:
-    """While a message is worked on: should its asker go away, nobody wants the answer, and work under way can only be ended with its process."""
+    """While a message is worked on: should its asker go away, nobody wants the answer, and work under way can only be ended with its process.
+
+    Raises _UnwantedError where it has gone already.
+    """
     done = threading.Event()
+    poll = select.poll()
+    poll.register(there, select.POLLRDHUP)
+    if poll.poll(0):
+        raise _UnwantedError("who asked is gone: nothing was done")
 
     def watch() -> None:
-        poll = select.poll()
-        poll.register(there, select.POLLRDHUP)
         while not done.is_set():
             if poll.poll(1000 * SECONDS_BETWEEN_LOOKS) and not done.is_set():
                 log.warning("who asked is gone: this worker ends")
