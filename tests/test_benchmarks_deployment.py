@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from deploying import faults, story
 from deployment import faults_table, story_table
 
+ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "benchmarks/deployment.py"]
 
 

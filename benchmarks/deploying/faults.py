@@ -136,7 +136,8 @@ def costs(place: Path) -> Iterator[Cost]:
     """Runs the undisturbed run, then one fault after the other, in one federation."""
     pocket = ensure_pocket(7, place / "pocket", RECIPE)
     with FederationHere(place / "federation", clients=CLIENTS, data=pocket.data, model=pocket.model) as federation:
-        _cost(federation, Fault(name="warm"), "warm", None)  # workers start and load the base
+        first = Fault(name="first", overrides=("trainer.federated.num_rounds=1",))
+        _cost(federation, first, "first", None)  # in which workers start and load the base
         whole = _cost(federation, UNDISTURBED, "whole", None)
         yield whole
         for number, fault in enumerate(FAULTS):

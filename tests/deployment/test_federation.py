@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -164,12 +165,11 @@ def test_a_serverapp_that_is_killed_ends_the_command_with_the_way_out_and_resume
 
 
 def test_all_listen_on_loopback_alone(federation, tuned):
-    listening = {
-        (connection.laddr.ip, connection.laddr.port)
-        for process in federation.processes()
-        for connection in process.net_connections(kind="inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
+    listening = set()
+    for process in federation.processes():
+        with suppress(psutil.NoSuchProcess):  # the last message's process may still have been there
+            found = process.net_connections(kind="inet")
+            listening |= {(one.laddr.ip, one.laddr.port) for one in found if one.status == psutil.CONN_LISTEN}
     assert {ip for ip, _ in listening} == {"127.0.0.1"}
     assert len(listening) >= 1 + CLIENTS  # the SuperLink's port and each node's own
 
