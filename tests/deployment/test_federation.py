@@ -203,6 +203,7 @@ def test_a_node_with_another_base_is_refused_by_name(federation, tuned, pocket, 
     changed(2, federation.site_of(2), models={MODEL: str(other)})
     text = done(submit(federation, "finetune", "base", "trainer.federated.min_clients=2"))
     assert "round 2: clients [0, 1]," in text
+    assert "client 2 has base_fingerprint=" in " ".join(text.split())
     folder = federation.run_folder("finetune", "base")
     (refused, absent) = json.loads((folder / "roll_call.json").read_text())["refused"]
     assert refused.startswith("roll call: client 2 has base_fingerprint=")
@@ -217,12 +218,11 @@ def test_a_second_node_of_a_client_that_is_there_is_refused_by_name(federation, 
     node = start_node(double)
     try:
         node.wait_for("SuperNode ID")
-        done(running)
+        said = " ".join(done(running).split())
     finally:
         node.end()
     lines = history(federation.run_folder("finetune", "double"))
     assert [len([c for c in line["clients"] if c["weight"] > 0]) for line in lines] == [CLIENTS] * 5
-    said = " ".join(federation.server.text().split())
     assert "says that it is client 0, which is there already as node" in said
 
 

@@ -1,12 +1,14 @@
 """What the submitter of launcher=superlink makes of the ends that a run can come to, from what a SuperLink says of it."""
 
 import json
+import logging
 from dataclasses import dataclass, field
 
 import pytest
 
 from fedunlearn.config.launcher import SuperlinkLauncher
 from fedunlearn.errors import UserError
+from fedunlearn.federation.deployed.server import telling_warnings
 from fedunlearn.federation.launchers.superlink import TOLD, _follow
 
 RUN = 7
@@ -69,6 +71,26 @@ def test_a_run_that_ends_without_a_word_is_an_error_with_the_way_out(status, sai
 def test_last_words_that_a_broken_connection_swallowed_are_read_again():
     heard = Said([[], [told(done={"folder": "finetune/ft"})]], ["finished:completed"])
     assert _follow(heard, RUN) == {"folder": "finetune/ft"}
+
+
+def test_warnings_of_the_server_are_told_once_though_its_log_is_read_twice(caplog):
+    first, second = told(warning=[1, "client 2 is late"]), told(warning=[2, "client 2 is late"])
+    logs = [[first], [first, second, told(done={"folder": "finetune/ft"})]]
+    _follow(Said(logs, ["running", "finished:completed"]), RUN)
+    assert caplog.messages == ["server: client 2 is late"] * 2
+
+
+def test_a_served_run_tells_the_warnings_of_this_package_while_it_lasts(capsys):
+    log = logging.getLogger("fedunlearn.federation.link")
+    with telling_warnings():
+        log.warning("%s: the run goes on without", "roll call: client 2 is not there")
+        log.info("nothing to worry about")
+        logging.getLogger("flwr").warning("of another package")
+    log.warning("later")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(TOLD)]
+    assert json.loads(line.removeprefix(TOLD)) == {
+        "warning": [1, "roll call: client 2 is not there: the run goes on without"]
+    }
 
 
 def test_a_superlink_that_falls_silent_is_given_up():

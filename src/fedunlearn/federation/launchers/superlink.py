@@ -149,6 +149,7 @@ class _Follower:
 
     def __init__(self) -> None:
         self.rounds: set[int] = set()
+        self.warned = 0
         self.faults: list[str] = []
         self.done: Mapping[str, Any] | None = None
 
@@ -171,6 +172,9 @@ class _Follower:
             self.faults = list(map(str, value))
         elif kind == "done":
             self.done = value
+        elif kind == "warning" and value[0] > self.warned:
+            self.warned = value[0]
+            log.warning("server: %s", value[1])
         elif kind == "history" and value["round"] not in self.rounds:
             self.rounds.add(value["round"])
             log.info("%s", _told_round(value))
