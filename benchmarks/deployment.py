@@ -41,11 +41,15 @@ def story_table(story: Story) -> Table:
     )
     for act in story.acts:
         seconds = (act.submitted, act.prepared, act.roll_call, act.first_round, act.later_rounds, act.finished)
-        cells = [act.task, str(act.rounds), *(f"{value:.1f}" for value in (*seconds, act.whole))]
+        cells = [act.task, str(act.rounds), *(_cell(value, 1) for value in (*seconds, act.whole))]
         cells += [f"{value / 1e6:.2f}" for value in act.bytes]
-        cells += ["-" if value is None else f"{value:.3f}" for value in act.figures.values()]
+        cells += [_cell(value, 3) for value in act.figures.values()]
         table.add_row(*cells)
     return table
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def faults_table(found: list[Cost]) -> Table:

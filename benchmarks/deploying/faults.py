@@ -110,14 +110,13 @@ def _kill_superlink(federation: FederationHere) -> None:
 
 UNDISTURBED = Fault(name="none")
 FAULTS: tuple[Fault, ...] = (
-    Fault(name="a client raises in every task", overrides=ONE_LESS, before=_few_steps, after=_many_steps, equal=False),
-    Fault(name="its worker is killed in its task", strike=_kill_worker),
     Fault(
-        name=f"its worker hangs; max_task_seconds={TASK_SECONDS:g}",
+        name=f"a client's worker hangs; max_task_seconds={TASK_SECONDS:g}",
         before=lambda federation: _task_seconds(federation, TASK_SECONDS),
         strike=_stop_worker,
         after=lambda federation: _task_seconds(federation, 3600.0),
     ),
+    Fault(name="its worker is killed in its task", strike=_kill_worker),
     Fault(
         name=f"its SuperNode is killed and started again; round_timeout={ROUND_TIMEOUT:g}",
         overrides=(*ONE_LESS, f"trainer.federated.round_timeout={ROUND_TIMEOUT}"),
@@ -125,6 +124,7 @@ FAULTS: tuple[Fault, ...] = (
         equal=False,
     ),
     Fault(name="the SuperLink is killed", strike=_kill_superlink),
+    Fault(name="a client raises in every task", overrides=ONE_LESS, before=_few_steps, after=_many_steps, equal=False),
 )
 
 

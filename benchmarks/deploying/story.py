@@ -48,7 +48,7 @@ ACTS = (
 @dataclass(frozen=True, kw_only=True)
 class Played:
     """A run that has ended. Seconds: until the SuperLink had taken it; from there until its folder stood (a ServerApp starts, torch, data and model are loaded); of the
-    roll call (workers start and load the base where they are new); of the first round; of the others, their median; of the result's evaluation; of the whole
+    roll call (workers start and load the base where they are new); of the first round; of the others, their median (None: there was one); of the result's evaluation; of the whole
     command. bytes: down, down for the reference, up. figures: of the evaluation.
     """
 
@@ -58,7 +58,7 @@ class Played:
     prepared: float
     roll_call: float
     first_round: float
-    later_rounds: float
+    later_rounds: float | None
     finished: float
     whole: float
     bytes: tuple[int, int, int]
@@ -114,7 +114,7 @@ def _play(federation: FederationHere, act: Act, rounds: int) -> Played:
         prepared=stood - taken,
         roll_call=called - stood,
         first_round=seconds[0],
-        later_rounds=median(seconds[1:]) if seconds[1:] else float("nan"),
+        later_rounds=median(seconds[1:]) if seconds[1:] else None,
         finished=whole - last,
         whole=whole,
         bytes=(spent["bytes_down"], spent["bytes_down_reference"], spent["bytes_up"]),
