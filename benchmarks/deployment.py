@@ -14,6 +14,7 @@ Without either, both. Exit code 1 where an adapter differs by more than 1e-6 or 
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 from dataclasses import asdict
@@ -91,6 +92,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds} must be at least 1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the federation ends with us
     console, held, told = Console(width=200, quiet=args.json), [], {}
     both = args.story == args.faults
     with tempfile.TemporaryDirectory(prefix="deployment-") as place:
