@@ -1,5 +1,6 @@
 """The run that is attacked: unlearning by NPO on a tiny pocket, as a command of its own, with all that a checkpoint can hold beside the adapter."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -13,9 +14,9 @@ from fedunlearn.federation.checkpoint import round_folder
 from fedunlearn.federation.rounds import ROLL_CALL
 
 ROOT = Path(__file__).resolve().parents[2]
-NUM_ROUNDS = 4
+NUM_ROUNDS, NUM_CLIENTS = 4, 4
 COMMON = (
-    "trainer.federated.num_clients=4",
+    f"trainer.federated.num_clients={NUM_CLIENTS}",
     "trainer.args.num_train_epochs=1",
     "trainer.args.per_device_train_batch_size=8",
     "model.model_args.lora_config.r=4",
@@ -24,7 +25,7 @@ COMMON = (
 )
 ATTACKED = (
     f"trainer.federated.num_rounds={NUM_ROUNDS}",
-    "trainer.federated.min_clients=4",  # a client that is lost is asked again
+    f"trainer.federated.min_clients={NUM_CLIENTS}",  # a client that is lost is asked again
     "trainer.federated.keep_rounds=all",
     "method=npo",
     "strategy=fedadam",
@@ -33,6 +34,36 @@ ATTACKED = (
     "ledger.purge=false",
 )
 TASK = "attacked"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an attacked run lies. saves: paths.saves_dir. alone: whether it shares that with nobody; under launcher=superlink it is the server's, which all runs
+    share.
+    """
+
+    saves: Path
+    task: str = TASK
+    alone: bool = True
+
+    @property
+    def folder(self) -> Path:
+        """The run's own."""
+        return self.saves / "unlearn" / self.task
+
+    @property
+    def told(self) -> Path:
+        """What its commands said."""
+        return self.saves / f"{self.task}.txt"
+
+    def clear(self) -> None:
+        """Takes away what an earlier run left."""
+        shutil.rmtree(self.saves if self.alone else self.folder, ignore_errors=True)
+        self.told.unlink(missing_ok=True)
+
+    def said(self) -> str:
+        """The last that its commands said."""
+        return self.told.read_text(encoding="utf-8", errors="replace")[-2000:]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,43 +77,33 @@ class Stage:
     def build(cls, place: Path) -> "Stage":
         """Builds both."""
         stage = cls(place=place, pocket=ensure_pocket(7, place / "pocket", RECIPE))
-        tuned = stage.start(place, "finetune", "tuned", "trainer.federated.num_rounds=1")
-        if tuned.wait() != 0:
-            raise RuntimeError(f"the fine-tuning run failed:\n{stage.said(place)}")
+        tuned = Place(place, "tuned")
+        if stage.start(tuned, "finetune", "trainer.federated.num_rounds=1").wait() != 0:
+            raise RuntimeError(f"the fine-tuning run failed:\n{tuned.said()}")
         return stage
 
-    def attacked(self, saves: Path, *more: str) -> subprocess.Popen[bytes]:
-        """Starts the command that is attacked; its data, adapter and config are the same each time, its folder and cache are its own."""
+    def attacked(self, place: Place, *more: str) -> subprocess.Popen[bytes]:
+        """Starts the command that is attacked; its data, adapter and config are the same each time, its folder is its own, and its cache where it is alone."""
         start = f"model.model_args.pretrained_model_name_or_path={self.place / 'finetune' / 'tuned'}"
-        return self.start(saves, "unlearn", TASK, start, *ATTACKED, *more)
+        return self.start(place, "unlearn", start, *ATTACKED, *more)
 
-    def start(self, saves: Path, kind: str, task: str, *more: str) -> subprocess.Popen[bytes]:
-        """Starts the door; what it says goes to <saves>/said.txt."""
+    def start(self, place: Place, kind: str, *more: str) -> subprocess.Popen[bytes]:
+        """Starts the door."""
         name = "unlearn-lora.yaml" if kind == "unlearn" else "train-lora.yaml"
         words = (
             f"experiment={kind}/tofu/pocket",
             f"tofu_path={self.pocket.data}",
             f"model.model_args.pretrained_model_name_or_path={self.pocket.model}",
-            f"paths.saves_dir={saves}",
-            f"paths.cache_dir={saves}/cache",
-            f"task_name={task}",
+            f"paths.saves_dir={place.saves}",
+            f"paths.cache_dir={place.saves}/cache",
+            f"task_name={place.task}",
         )
-        saves.mkdir(parents=True, exist_ok=True)
+        place.saves.mkdir(parents=True, exist_ok=True)
         door = (sys.executable, str(ROOT / "src" / "fed_train.py"), f"--config-name={name}")
-        with (saves / "said.txt").open("ab") as said:
+        with place.told.open("ab") as told:
             return subprocess.Popen(
-                [*door, *words, *COMMON, *more], stdin=subprocess.DEVNULL, stdout=said, stderr=said, cwd=ROOT
+                [*door, *words, *COMMON, *more], stdin=subprocess.DEVNULL, stdout=told, stderr=told, cwd=ROOT
             )
-
-    @staticmethod
-    def said(saves: Path) -> str:
-        """The last that its commands said."""
-        return (saves / "said.txt").read_text(encoding="utf-8", errors="replace")[-2000:]
-
-
-def folder_of(saves: Path) -> Path:
-    """The attacked run's folder."""
-    return saves / "unlearn" / TASK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,23 +112,23 @@ class Undisturbed:
     until the last round is on disk.
     """
 
-    saves: Path
+    place: Place
     seconds: float
     made: float
     called: float
     trained: float
 
 
-def undisturbed(stage: Stage, saves: Path, *overrides: str) -> Undisturbed:
+def undisturbed(stage: Stage, place: Place, *overrides: str) -> Undisturbed:
     """Runs it to its end. Raises RuntimeError where it fails by itself."""
-    began, folder = time.monotonic(), folder_of(saves)
-    running = stage.attacked(saves, *overrides)
+    began, folder = time.monotonic(), place.folder
+    running = stage.attacked(place, *overrides)
     passed = []
-    for place in (folder, folder / ROLL_CALL, round_folder(folder, NUM_ROUNDS)):
-        while running.poll() is None and not place.exists():
+    for sign in (folder, folder / ROLL_CALL, round_folder(folder, NUM_ROUNDS)):
+        while running.poll() is None and not sign.exists():
             time.sleep(0.005)
         passed.append(time.monotonic() - began)
     if running.wait() != 0:
-        raise RuntimeError(f"the undisturbed run failed:\n{stage.said(saves)}")
+        raise RuntimeError(f"the undisturbed run failed:\n{place.said()}")
     seconds = time.monotonic() - began
-    return Undisturbed(saves=saves, seconds=seconds, made=passed[0], called=passed[1], trained=passed[2])
+    return Undisturbed(place=place, seconds=seconds, made=passed[0], called=passed[1], trained=passed[2])

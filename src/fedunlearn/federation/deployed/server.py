@@ -1,10 +1,12 @@
 """The ServerApp that a SuperLink starts: a whole stage on the server's machine, told line by line to whoever follows the run."""
 
 import json
+import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -37,9 +39,10 @@ def make_submitted_app(stage: Stage) -> ServerApp:
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         try:
-            site = _site()
-            plain = at_server(site, json.loads(str(context.run_config[CONFIG_KEY])))
-            tell("done", stage(plain, lambda prepared: carry(grid, site, prepared)))
+            with telling_warnings():
+                site = _site()
+                plain = at_server(site, json.loads(str(context.run_config[CONFIG_KEY])))
+                tell("done", stage(plain, lambda prepared: carry(grid, site, prepared)))
         except UserError as error:
             tell("faults", list(error.faults))
             raise
@@ -55,6 +58,27 @@ def tell(kind: str, value: object) -> None:
     """Writes one line that `launcher=superlink` reads in the run's log."""
     sys.stdout.write(f"{TOLD}{canonical_json({kind: value})}\n")
     sys.stdout.flush()
+
+
+@contextmanager
+def telling_warnings() -> Iterator[None]:
+    """Meanwhile every warning of this package is told too, with its number from 1: a SuperLink shows a ServerApp's output to nobody but who asks for the run's log."""
+    logger, teller = logging.getLogger("fedunlearn"), _Teller(logging.WARNING)
+    logger.addHandler(teller)
+    try:
+        yield
+    finally:
+        logger.removeHandler(teller)
+
+
+class _Teller(logging.Handler):
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self._told = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._told += 1
+        tell("warning", [self._told, record.getMessage()])
 
 
 def _site() -> ServerSite:

@@ -25,7 +25,8 @@ TOLD, CONFIG_KEY, CONNECTION = "fedunlearn> ", "config-json", "here"
 SECONDS_BETWEEN_LOOKS, SECONDS_FOR_A_COMMAND = 2.0, 60.0
 FLWR = [sys.executable, "-c", "from flwr.cli.app import app; app()"]
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "NO_COLOR": "1", "COLUMNS": "200"}
-ENDED = "finished:"
+ENDED, STOPPED = "finished:", "finished:stopped"
+GO_ON = "the same command with resume=true goes on where its last whole round ended"
 BUNDLE = f"""[project]
 name = "fedunlearn-run"
 version = "{fedunlearn.__version__}"
@@ -57,9 +58,7 @@ def submit(launcher: SuperlinkLauncher, plain: Mapping[str, Any]) -> Mapping[str
             return _follow(connection, run_id)
         except KeyboardInterrupt as stop:
             connection.command("stop", str(run_id), CONNECTION)
-            raise KeyboardInterrupt(
-                f"run {run_id} was stopped at the server; the same command with resume=true goes on where its last whole round ended"
-            ) from stop
+            raise KeyboardInterrupt(f"run {run_id} was stopped at the server; {GO_ON}") from stop
 
 
 @dataclass(frozen=True)
@@ -150,8 +149,14 @@ class _Follower:
 
     def __init__(self) -> None:
         self.rounds: set[int] = set()
+        self.warned = 0
         self.faults: list[str] = []
         self.done: Mapping[str, Any] | None = None
+
+    def hear_all(self, connection: _Connection, run_id: int) -> None:
+        """Takes the run's log, until it or the connection ends."""
+        for line in connection.lines(run_id):
+            self.hear(line)
 
     def hear(self, line: str) -> None:
         """Takes one line of the log."""
@@ -167,6 +172,9 @@ class _Follower:
             self.faults = list(map(str, value))
         elif kind == "done":
             self.done = value
+        elif kind == "warning" and value[0] > self.warned:
+            self.warned = value[0]
+            log.warning("server: %s", value[1])
         elif kind == "history" and value["round"] not in self.rounds:
             self.rounds.add(value["round"])
             log.info("%s", _told_round(value))
@@ -176,8 +184,7 @@ def _follow(connection: _Connection, run_id: int) -> Mapping[str, Any]:
     follower = _Follower()
     silent_since: float | None = None
     while True:
-        for line in connection.lines(run_id):
-            follower.hear(line)
+        follower.hear_all(connection, run_id)
         status = connection.status(run_id)
         if status.startswith(ENDED):
             break
@@ -185,18 +192,25 @@ def _follow(connection: _Connection, run_id: int) -> Mapping[str, Any]:
         silent_since = None if status else silent_since or now
         if silent_since is not None and now - silent_since > connection.launcher.start_timeout:
             raise UserError(
-                f"launcher.address={connection.launcher.address!r}: the SuperLink does not answer any more (run {run_id}); start it again, then the same command "
-                "with resume=true goes on where the last whole round ended"
+                f"launcher.address={connection.launcher.address!r}: the SuperLink does not answer any more (run {run_id}); start it again, then {GO_ON}"
             )
         time.sleep(SECONDS_BETWEEN_LOOKS)
+    if follower.done is None and not follower.faults:
+        follower.hear_all(connection, run_id)  # a connection that broke may have kept its last words from us
     if follower.done is None:
-        raise UserError(
-            *(
-                follower.faults
-                or [f"run {run_id} ended as {status!r} at {connection.launcher.address}: see the SuperLink's log"]
-            )
-        )
+        raise UserError(*(follower.faults or [_silent_end(connection, run_id, status)]))
     return follower.done
+
+
+def _silent_end(connection: _Connection, run_id: int, status: str) -> str:
+    """Why a run ended that did not say why, as far as Flower knows: its ServerApp tells every end that it lives to see."""
+    run = f"run {run_id} at {connection.launcher.address}"
+    if status == STOPPED:
+        return f"{run} was stopped by somebody else; {GO_ON}"
+    return (
+        f"{run} ended as {status!r} without a word: its ServerApp died (killed from outside, or memory ran out; the server's own messages and the "
+        f"SuperLink's log may say more); mend the cause, then {GO_ON}"
+    )
 
 
 def _told_round(line: Mapping[str, Any]) -> str:

@@ -1,0 +1,98 @@
+"""What the submitter of launcher=superlink makes of the ends that a run can come to, from what a SuperLink says of it."""
+
+import json
+import logging
+from dataclasses import dataclass, field
+
+import pytest
+
+from fedunlearn.config.launcher import SuperlinkLauncher
+from fedunlearn.errors import UserError
+from fedunlearn.federation.deployed.server import telling_warnings
+from fedunlearn.federation.launchers.superlink import TOLD, _follow
+
+RUN = 7
+
+
+@dataclass
+class Said:
+    """A SuperLink by what it says: the log at each look, then the status; the last of each again and again."""
+
+    logs: list
+    statuses: list
+    launcher: SuperlinkLauncher = field(
+        default_factory=lambda: SuperlinkLauncher(address="127.0.0.1:1", insecure=True, start_timeout=0.01)
+    )
+
+    def lines(self, run_id):
+        assert run_id == RUN
+        return iter(self.logs.pop(0) if len(self.logs) > 1 else self.logs[0])
+
+    def status(self, run_id):
+        assert run_id == RUN
+        return self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
+
+
+def told(**what):
+    return f"INFO : {TOLD}{json.dumps(what)}\n"
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch):
+    monkeypatch.setattr("fedunlearn.federation.launchers.superlink.SECONDS_BETWEEN_LOOKS", 0.02)
+
+
+def test_a_run_that_tells_its_end_has_ended_well():
+    assert _follow(Said([["x\n", told(done={"folder": "finetune/ft"})]], ["finished:completed"]), RUN) == {
+        "folder": "finetune/ft"
+    }
+
+
+def test_faults_of_the_server_are_the_users():
+    with pytest.raises(UserError, match=r"^one is wrong\n.*two is wrong$"):
+        _follow(Said([[told(faults=["one is wrong", "two is wrong"])]], ["finished:failed"]), RUN)
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        ("finished:failed", "ended as 'finished:failed' without a word: its ServerApp died"),
+        ("finished:completed", "ended as 'finished:completed' without a word"),
+        ("finished:stopped", "was stopped by somebody else"),
+    ],
+)
+def test_a_run_that_ends_without_a_word_is_an_error_with_the_way_out(status, said):
+    with pytest.raises(UserError, match="resume=true goes on where its last whole round ended") as raised:
+        _follow(Said([["INFO : nothing of ours\n"]], ["running", status]), RUN)
+    (fault,) = raised.value.faults
+    assert fault.startswith(f"run {RUN} at 127.0.0.1:1 {said}")
+
+
+def test_last_words_that_a_broken_connection_swallowed_are_read_again():
+    heard = Said([[], [told(done={"folder": "finetune/ft"})]], ["finished:completed"])
+    assert _follow(heard, RUN) == {"folder": "finetune/ft"}
+
+
+def test_warnings_of_the_server_are_told_once_though_its_log_is_read_twice(caplog):
+    first, second = told(warning=[1, "client 2 is late"]), told(warning=[2, "client 2 is late"])
+    logs = [[first], [first, second, told(done={"folder": "finetune/ft"})]]
+    _follow(Said(logs, ["running", "finished:completed"]), RUN)
+    assert caplog.messages == ["server: client 2 is late"] * 2
+
+
+def test_a_served_run_tells_the_warnings_of_this_package_while_it_lasts(capsys):
+    log = logging.getLogger("fedunlearn.federation.link")
+    with telling_warnings():
+        log.warning("%s: the run goes on without", "roll call: client 2 is not there")
+        log.info("nothing to worry about")
+        logging.getLogger("flwr").warning("of another package")
+    log.warning("later")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(TOLD)]
+    assert json.loads(line.removeprefix(TOLD)) == {
+        "warning": [1, "roll call: client 2 is not there: the run goes on without"]
+    }
+
+
+def test_a_superlink_that_falls_silent_is_given_up():
+    with pytest.raises(UserError, match="the SuperLink does not answer any more"):
+        _follow(Said([[]], [""]), RUN)
