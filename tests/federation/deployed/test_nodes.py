@@ -91,6 +91,7 @@ def test_a_worker_ends_with_its_supernode(tmp_path, pocket):
         supernode.kill()
         supernode.wait()
         worker.wait(10)
+    assert not workers_of(paths)
 
 
 def test_a_worker_without_work_ends(tmp_path, pocket):
