@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import fedunlearn
 from fedunlearn.errors import UserError
 from fedunlearn.federation.client_app import close_sites, make_client_app
-from fedunlearn.federation.deployed import thin_client
+from fedunlearn.federation.deployed import enrolment, thin_client
 from fedunlearn.federation.deployed.brief import pack_brief, unpack_brief
 from fedunlearn.federation.deployed.enrolment import enrol, enrolment_of
 from fedunlearn.federation.faults import CLIENT_RAISED
@@ -97,6 +97,12 @@ def test_a_run_that_is_called_again_is_written_down_anew(site, briefs):
     enrol(site, 5, replace(briefs["finetune"], partition="{}"))
     assert (enrolment_of(site, 5).folder / "saves/finetune/run/partition.json").read_text() == "{}"
     assert [path.name for path in (Path(site.work_dir) / "runs").iterdir()] == ["5"]
+
+
+def test_old_runs_are_forgotten(site, briefs, monkeypatch):
+    monkeypatch.setattr(enrolment, "KEPT_RUNS", 3)
+    made = [enrol(site, number, briefs["finetune"]) for number in (7, 5, 9, 1, 8)]
+    assert [one.exists for one in made] == [False, False, True, True, True]
 
 
 def test_runs_on_one_base_loaded_alike_share_a_worker(site, briefs):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from fedunlearn.files import canonical_json, whole_folder, write_bytes, write_js
 
 CONFIG, PARTITION, REQUEST, RUN = "config.json", "partition.json", "request.json", "run"
 MODES = ("train", "unlearn")
+KEPT_RUNS = 32
 OURS = ("fedunlearn.", "flwr.serverapp.strategy.")
 HERE = {"_target_": "fedunlearn.config.launcher.LocalLauncher"}
 FILES_OF_ONE_MACHINE = (
@@ -76,7 +78,17 @@ def enrol(site: ClientSite, run_id: int, brief: Brief) -> Enrolment:
         write_json(folder / CONFIG, plain)
         write_bytes(folder / inside / PARTITION, brief.partition.encode())
         write_bytes(folder / inside / REQUEST, brief.request.encode())
+    _forget_old_runs(enrolment)
     return enrolment
+
+
+def _forget_old_runs(present: Enrolment) -> None:
+    """Leaves the newest KEPT_RUNS; a run that is still under way and has gone is refused by name, and is called again when it is submitted again."""
+    folders = (folder for folder in present.folder.parent.iterdir() if folder.name.isdecimal())
+    newest = sorted(folders, key=lambda folder: folder.stat().st_mtime_ns, reverse=True)
+    for folder in newest[KEPT_RUNS:]:
+        if folder != present.folder:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def localised(site: ClientSite, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
