@@ -46,6 +46,7 @@ STEPS = {
     "partition.joins": {2: 3, 3: 2},
     "requests": "other rows",
     "eval.round_metrics": ("exact_memorization",),
+    "launcher.address": "127.0.0.1:6379",
     "probe.unlearned": {"a": "y"},
     "probe.attacks": ("difference", "nf4", "rounds", "relearn_forget"),
 }
@@ -57,6 +58,7 @@ ASKS = {
     "protocol/all_clients.yaml": ["protocol.released=true"],
     "eval/tofu_reference.yaml": ["eval.reference_model_path=other"],
     "eval/muse.yaml": ["tofu_path=null", "muse_path=given"],
+    "launcher/superlink.yaml": ["launcher.address=127.0.0.1:8000", "launcher.insecure=true"],
     **{name: ["probe.unlearned={a: b}", "probe.oracle=other"] for name in FILES if "probe" in name},
 }
 # What a group's changed values ask of other groups.

@@ -48,7 +48,7 @@ class Enrolment:
     def worker_key(self) -> str:
         """The name of the worker that serves it: runs on one base, loaded alike, share one."""
         model = self.read_config()["model"]
-        return hashlib.sha256(canonical_json(model).encode()).hexdigest()[:16]
+        return hashlib.sha256(canonical_json(model).encode()).hexdigest()[:12]
 
 
 def enrolment_of(site: ClientSite, run_id: int) -> Enrolment:

@@ -22,7 +22,7 @@ from fedunlearn.files import write_json
 
 MODULE = "fedunlearn.federation.deployed.worker"
 SECONDS_BETWEEN_LOOKS, SECONDS_TO_END = 0.05, 10.0
-LONGEST_SOCKET, LONGEST_WORDS = 100, 4096
+LONGEST_SOCKET, LONGEST_WORDS = 103, 4096
 ROOM = 1.5
 """Memory that a base takes over its files: the same weights cast to float32 need up to twice, mapped ones less; activations come on top."""
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
