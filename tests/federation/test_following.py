@@ -8,8 +8,9 @@ import pytest
 
 from fedunlearn.config.launcher import SuperlinkLauncher
 from fedunlearn.errors import UserError
+from fedunlearn.federation.deployed.brief import TOLD
 from fedunlearn.federation.deployed.server import telling_warnings
-from fedunlearn.federation.launchers.superlink import TOLD, _follow
+from fedunlearn.federation.launchers.superlink import _follow
 
 RUN = 7
 

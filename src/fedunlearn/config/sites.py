@@ -17,6 +17,8 @@ from fedunlearn.errors import UserError
 
 Site = TypeVar("Site", bound="ClientSite | ServerSite | Policy")
 Device = Literal["auto", "cpu", "cuda"]
+SITE_VARIABLE = "FEDUNLEARN_SITE"
+"""Names the server's site YAML to the ServerApp that its SuperLink starts."""
 _LARGEST_SECONDS = 1e7
 
 

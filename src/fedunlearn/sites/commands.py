@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedunlearn.config.sites import ClientSite, ServerSite
+from fedunlearn.config.sites import SITE_VARIABLE, ClientSite, ServerSite
 from fedunlearn.errors import UserError
 from fedunlearn.sites.checks import connect_address
 
-SITE_VARIABLE = "FEDUNLEARN_SITE"
-"""Names the server's site YAML to the ServerApp."""
 CONNECTION = "site"
 """What the server's own SuperLink is called in the configuration of Flower's command line."""
 

@@ -1,4 +1,4 @@
-"""What a node is told at the roll call, in place of the run's folder that clients of one machine read. Knows no torch."""
+"""What passes between the processes of a run over a SuperLink, beside its rounds: the submitted config, the lines told to the submitter, and what a node is told at the roll call in place of the run's folder that clients of one machine read. Knows no torch."""
 
 import json
 from collections.abc import Mapping
@@ -8,6 +8,10 @@ from typing import Any
 from flwr.app import ConfigRecord, RecordDict
 
 BRIEF = "brief"
+CONFIG_KEY = "config-json"
+"""Of a submitted run's config: the composed config, as one JSON string."""
+TOLD = "fedunlearn> "
+"""Begins each line of the run's log that the submitter reads."""
 LONGEST_BRIEF = 16 * 2**20
 """Characters: the row numbers of two million rows."""
 

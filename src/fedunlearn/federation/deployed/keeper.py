@@ -198,8 +198,7 @@ class Keeper:
         if found is not None:
             with suppress(ProcessLookupError):
                 os.killpg(found[0].pid, signal.SIGKILL)
-            with suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
-                found[0].wait(SECONDS_TO_END)
+            _wait_for(found[0])
         self.socket_path.unlink(missing_ok=True)
         self._record.unlink(missing_ok=True)
 
@@ -231,6 +230,14 @@ class Keeper:
         except OSError:
             lines = []
         return lines[-1][:300] if lines else "none"
+
+
+def _wait_for(process: psutil.Process) -> None:
+    """Waits until a killed process is gone, or is a zombie, that holds nothing any more, of a parent that never asks for it."""
+    end = time.monotonic() + SECONDS_TO_END
+    with suppress(psutil.NoSuchProcess):
+        while process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < end:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedunlearn.config.parse import parse_config
 from fedunlearn.config.run import TrainRun
-from fedunlearn.config.sites import ServerSite, read_site
+from fedunlearn.config.sites import SITE_VARIABLE, ServerSite, read_site
 from fedunlearn.errors import UserError
-from fedunlearn.federation.deployed.brief import pack_brief
+from fedunlearn.federation.deployed.brief import CONFIG_KEY, TOLD, pack_brief
 from fedunlearn.federation.deployed.submission import at_server, brief_of
 from fedunlearn.federation.rounds import Nodes, run_rounds
 from fedunlearn.federation.site import reads_reference, set_threads
@@ -25,9 +25,6 @@ from fedunlearn.files import canonical_json
 from fedunlearn.records.rounds import RoundResult
 from fedunlearn.reporting.run_folder import run_path
 
-SITE_VARIABLE = "FEDUNLEARN_SITE"
-CONFIG_KEY = "config-json"
-TOLD = "fedunlearn> "
 Carry = Callable[[Mapping[str, Any]], None]
 Stage = Callable[[Mapping[str, Any], Carry], Mapping[str, Any]]
 

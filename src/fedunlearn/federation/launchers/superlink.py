@@ -19,9 +19,10 @@ from typing import Any, Literal
 import fedunlearn
 from fedunlearn.config.launcher import SuperlinkLauncher
 from fedunlearn.errors import UserError
+from fedunlearn.federation.deployed.brief import CONFIG_KEY, TOLD
 
 log = logging.getLogger(__name__)
-TOLD, CONFIG_KEY, CONNECTION = "fedunlearn> ", "config-json", "here"
+CONNECTION = "here"
 SECONDS_BETWEEN_LOOKS, SECONDS_FOR_A_COMMAND = 2.0, 60.0
 FLWR = [sys.executable, "-c", "from flwr.cli.app import app; app()"]
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "NO_COLOR": "1", "COLUMNS": "200"}
