@@ -29,13 +29,15 @@ metric_list:
   - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
 metadata: {{version: 1.5}}
 """
-CONTINUED = """
-task: pocket_sentences
+OF_SENTENCES = """
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {folder}/sentences.jsonl}}}}
 test_split: test
-output_type: loglikelihood
 doc_to_text: "{{{{start}}}}"
+"""
+CONTINUED = """
+task: pocket_sentences
+output_type: loglikelihood
 doc_to_target: " {{{{end}}}}"
 num_fewshot: 0
 metric_list:
@@ -44,11 +46,7 @@ metric_list:
 """
 ANSWERED = """
 task: pocket_answers
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/sentences.jsonl}}}}
-test_split: test
 output_type: generate_until
-doc_to_text: "{{{{start}}}}"
 doc_to_target: "{{{{end}}}}"
 generation_kwargs: {{until: ["\\n"], max_gen_toks: 3}}
 metric_list:
@@ -71,8 +69,8 @@ def write_tasks(folder: Path) -> Path:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("pocket_choices", "pocket_more_choices"):
         (folder / f"{name}.yaml").write_text(CHOICES.format(name=name, folder=folder))
-    (folder / "sentences.yaml").write_text(CONTINUED.format(folder=folder))
-    (folder / "answers.yaml").write_text(ANSWERED.format(folder=folder))
+    (folder / "sentences.yaml").write_text((OF_SENTENCES + CONTINUED).format(folder=folder))
+    (folder / "answers.yaml").write_text((OF_SENTENCES + ANSWERED).format(folder=folder))
     (folder / "group.yaml").write_text(GROUP)
     return folder
 

@@ -283,8 +283,8 @@ def test_what_cannot_be_composed_is_refused(evaluation, overrides, said):
         (("eval=tofu_attacks", "eval.holdout_split=holdout05"), r"eval.holdout_split='holdout05' beside forget_split='forget10'"),
         (("+eval.metrics.mine={_target_: fedunlearn.metrics.rouge.Rouge, of: forgot}",), r"eval.metrics.mine reads the data set 'forgot', which TOFU has not"),
         (("eval=tofu_reference", "eval.reference_model_path=nowhere/at/all"), r"nowhere/at/all"),
-        (("+eval.metrics.mine={_target_: fedunlearn.metrics.truth_ratio.TruthRatio, of: ra, kind: retain, paraphrased: true}",), "mine reads 'paraphrased' answers of 'ra', which TOFU has none of"),
-        (("+eval.metrics.mine={_target_: fedunlearn.metrics.truth_ratio.TruthRatio, of: holdout, kind: retain, paraphrased: false}",), "mine reads 'perturbed' answers of 'holdout'"),
+        (("+eval.metrics.mine={_target_: fedunlearn.metrics.truth_ratio.TruthRatio, of: ra, kind: retain, paraphrased: true}",), "mine reads 'paraphrased' of 'ra', and real_authors_perturbed has none"),
+        (("+eval.metrics.mine={_target_: fedunlearn.metrics.truth_ratio.TruthRatio, of: holdout, kind: retain, paraphrased: false}",), "mine reads 'perturbed' of 'holdout', and holdout10 has none"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_evaluated_is_refused_before_the_model_is_asked(

@@ -7,7 +7,8 @@ import torch
 from helpers_eval import PHI_ARGS, SHARED, needs_shared, tiny_chat, tiny_llama
 
 from fedunlearn.data.chat import ChatFormat
-from fedunlearn.evals.generation import clean, decode, generate_texts
+from fedunlearn.errors import UserError
+from fedunlearn.evals.generation import clean, decode, generate_texts, sample_texts
 
 EOT = 265
 QUESTIONS = ["Who?", "Where was he born, and when?", "Why", "What is the name of the town by the sea?", "Who?"]
@@ -164,3 +165,29 @@ def test_stories260k_gives_the_plain_greedy_loop():
     prompts = [chat.prompt(question) for question in ("Who was Lily?", "What did the big dog see in the park?", "Why?")]
     expected = [decode(chat, greedy(model, prompt, 20, (2,))).strip() for prompt in prompts]
     assert list(generated(model, chat, prompts, steps=20)) == expected
+
+
+def broken_at_z(chat):
+    """A model whose logits are NaN from the letter z on, which the template has not."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[chat.tokenizer.convert_tokens_to_ids("z")] = float("nan")
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"suppress_tokens": [3]}])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_prompt_with_logits_of_nan_is_named_whoever_decodes(settings, batch_size):
+    chat = tiny_chat()
+    model = broken_at_z(chat)
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    prompts = [chat.prompt(question) for question in ("Who?", "Where?", "Whose zoo?", "Why?")]
+    with pytest.raises(UserError, match=r"the prompt that ends in '.*Whose zoo.*': the model's logits are not finite"):
+        generated(model, chat, prompts, batch_size=batch_size, steps=2)
+
+
+def test_nothing_is_drawn_from_logits_of_nan():
+    chat = tiny_chat()
+    with pytest.raises(UserError, match=r"the prompt that ends in '.*zoo.*': the model's logits are not finite"):
+        sample_texts(broken_at_z(chat), chat, chat.prompt("Whose zoo?"), count=3, max_new_tokens=4, seed=0)

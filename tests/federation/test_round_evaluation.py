@@ -82,3 +82,16 @@ def test_curves_hold_it(pocket, saves):
 def test_what_cannot_be_is_refused(pocket, saves, override, said):
     with pytest.raises(UserError, match=said):
         tiny(pocket, saves, "finetune", "x", "eval.every_n_rounds=1", override)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("eval=tofu_attacks", "eval.holdout_split=holdout10", "eval.gradnorm_of=adapter"),
+        ("eval=tofu_reference", "eval.reference_model_path=MODEL"),
+    ],
+)
+def test_what_a_round_does_not_read_the_whole_evaluation_may(pocket, saves, asked):
+    asked = tuple(one.replace("MODEL", str(pocket.model)) for one in asked)
+    run = finetune(pocket, saves, "ft", *EVERY, "trainer.federated.num_rounds=1", *asked)
+    assert set(history(run)[0]["evaluation"]) == METRICS

@@ -10,8 +10,8 @@ from fedunlearn.metrics.forget_quality import forget_quality
 from fedunlearn.metrics.model_utility import MODEL_UTILITY_PARTS, model_utility
 from fedunlearn.metrics.probability import answer_probability, normalised_probability, perturbed_probability
 from fedunlearn.metrics.rouge import rouge
-from fedunlearn.metrics.truth_ratio import TruthRatio, truth_ratio
-from fedunlearn.records.evaluation import AnswerScore, Generations, MetricResult, ScoreTable, definition_of
+from fedunlearn.metrics.truth_ratio import Kind, TruthRatio, truth_ratio
+from fedunlearn.records.evaluation import AnswerScore, Compat, Generations, MetricResult, ScoreTable, definition_of
 
 LN2 = math.log(2.0)
 
@@ -64,16 +64,21 @@ def table(correct, *wrong, plain=None):
     return ScoreTable(plain or scores(*[9.0] * rows), tuple(scores(*losses) for losses in wrong), scores(*correct))
 
 
+def ratio(scored: ScoreTable, kind: Kind, compat: Compat = None):
+    """Of the paraphrased answers where there are some, as TOFU's files have them."""
+    return truth_ratio(scored.paraphrased or scored.plain, scored.perturbed, kind, compat=compat)
+
+
 def test_truth_ratio_of_forget_rows_by_hand():
     """Row 0: L_c = ln 2, L_w = mean(ln 2, 3 ln 2) = 2 ln 2, r = 1/2. Row 1: L_c = 2 ln 2, L_w = ln 2, r = 2, counted as 1/2."""
-    result = truth_ratio(table((LN2, 2 * LN2), (LN2, 3 * LN2), (LN2, LN2)), "forget")
+    result = ratio(table((LN2, 2 * LN2), (LN2, 3 * LN2), (LN2, LN2)), "forget")
     assert result.column("score") == pytest.approx((0.5, 2.0), abs=1e-12)
     assert result.agg_value == pytest.approx(0.5, abs=1e-12)
 
 
 def test_truth_ratio_of_retain_rows_by_hand():
     """The same rows: max(0, 1 - 1/2) = 1/2 and max(0, 1 - 2) = 0, mean 1/4."""
-    assert truth_ratio(table((LN2, 2 * LN2), (LN2, 3 * LN2), (LN2, LN2)), "retain").agg_value == pytest.approx(
+    assert ratio(table((LN2, 2 * LN2), (LN2, 3 * LN2), (LN2, LN2)), "retain").agg_value == pytest.approx(
         0.25, abs=1e-12
     )
 
@@ -81,19 +86,19 @@ def test_truth_ratio_of_retain_rows_by_hand():
 def test_truth_ratio_takes_the_plain_answer_without_a_paraphrase():
     """Real authors: c = exp(-ln 2), w = exp(-2 ln 2), r = 1/2."""
     facts = ScoreTable(scores(LN2), (scores(2 * LN2, 2 * LN2, 2 * LN2),))
-    assert truth_ratio(facts, "retain").column("score") == pytest.approx((0.5,), abs=1e-12)
+    assert ratio(facts, "retain").column("score") == pytest.approx((0.5,), abs=1e-12)
 
 
 def test_truth_ratio_of_a_collapsed_model_is_no_artefact_in_log_space():
     """60 nats everywhere: right and wrong weigh the same, r = 1. In linear space exp(-60) / 1e-10 = 8.76e-17."""
     collapsed = table((60.0,), (60.0, 60.0))
-    assert truth_ratio(collapsed, "forget").agg_value == 1.0
-    theirs = truth_ratio(collapsed, "forget", compat="open-unlearning")
+    assert ratio(collapsed, "forget").agg_value == 1.0
+    theirs = ratio(collapsed, "forget", compat="open-unlearning")
     assert theirs.column("score")[0] == pytest.approx(8.7565e-17, rel=1e-4)
 
 
 def test_truth_ratio_stays_finite_and_ordered_beyond_doubles():
-    result = truth_ratio(table((2000.0, 0.0), (0.0,), (2000.0,)), "forget")
+    result = ratio(table((2000.0, 0.0), (0.0,), (2000.0,)), "forget")
     assert result.column("score") == pytest.approx((math.exp(700.0), math.exp(-700.0)))
     assert result.agg_value < 1e-300
 

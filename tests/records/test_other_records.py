@@ -43,13 +43,6 @@ def test_the_definition_in_force_is_named():
     assert definition_of("open-unlearning") == "open-unlearning"
 
 
-def test_the_right_answer_of_a_truth_ratio_is_the_paraphrased_one_where_there_is_one():
-    other = AnswerScore(0.7, 0.5, 4)
-    table = ScoreTable(plain=(SCORE,), perturbed=((SCORE, SCORE),))
-    assert table.correct == (SCORE,)
-    assert replace(table, paraphrased=(other,)).correct == (other,)
-
-
 def test_tables_of_unequal_lengths_are_our_own_fault():
     assert not ScoreTable(plain=(SCORE,)).compares
     for part in ({"perturbed": ((),)}, {"paraphrased": (SCORE,)}, {"gradnorms": (1.0,)}, {"label_texts": ("a",)}):

@@ -5,6 +5,7 @@ from typing import Literal
 from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.config.requests import RequestConfig
 from fedunlearn.methods.base import Method, Unlearner
+from fedunlearn.metrics.base import Part, readings_of
 from fedunlearn.protocols.base import Protocol
 
 Rule = tuple[bool, str]
@@ -24,8 +25,9 @@ def benchmark_rules(
             f"eval.name={settings.name!r} beside {name}_path={muse_path or tofu_path!r}: the evaluation must be that of the data; choose eval={name}",
         )
     ]
+    rules += _unread_rules(settings)
     if name == "tofu":
-        return rules
+        return [*rules, _holdout_rule(settings)]
     return [
         *rules,
         (
@@ -41,6 +43,28 @@ def benchmark_rules(
             f"eval.holdout_split={settings.holdout_split!r} beside muse_path: MUSE's attacks compare with privleak/holdout; leave it null",
         ),
     ]
+
+
+def _unread_rules(settings: EvalConfig) -> list[Rule]:
+    """What is set and no metric reads; of the whole evaluation, for a round's has fewer metrics."""
+    parts = {reading.part for reading in readings_of(settings.metrics)}
+    return [
+        (
+            settings.reference_model_path is None or Part.REFERENCE in parts,
+            f"eval.reference_model_path={settings.reference_model_path!r}, but no metric compares with it: leave it null, or choose eval=tofu_reference",
+        ),
+        (
+            settings.gradnorm_of == EvalConfig.gradnorm_of or Part.GRADNORM in parts,
+            f"eval.gradnorm_of={settings.gradnorm_of}, but no metric takes gradients: leave it at {EvalConfig.gradnorm_of}, or add mia_gradnorm (eval=tofu_attacks has it)",
+        ),
+    ]
+
+
+def _holdout_rule(settings: EvalConfig) -> Rule:
+    return (
+        settings.holdout_split is None or any(one.dataset == "holdout" for one in readings_of(settings.metrics)),
+        f"eval.holdout_split={settings.holdout_split!r}, but no metric reads the holdout: leave it null, or choose eval=tofu_attacks",
+    )
 
 
 def raw_text_rules(

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fedunlearn.errors import UserError
-from fedunlearn.metrics.base import Metric, Part, in_order, readings_of
+from fedunlearn.metrics.base import Metric, Part, in_order
 
 RESERVED = "provenance"
 _OR_NULL = {
@@ -62,7 +62,6 @@ class EvalConfig:
         if RESERVED in self.metrics:
             raise UserError(f"eval.metrics.{RESERVED} is the name of a block in the result's file: choose another")
         self._check_reference()
-        self._check_read()
         if self.every_n_rounds is not None:
             self._check_rounds()
 
@@ -89,29 +88,10 @@ class EvalConfig:
                     f"eval.round_metrics: {name} compares with another model, which a round's evaluation of some rows cannot; take it out"
                 )
 
-    def _check_read(self) -> None:
-        """Raises UserError for what is set and nobody reads."""
-        readings = readings_of(self.metrics)
-        reads_holdout = self.name == "muse" or any(
-            one.dataset == "holdout" for one in readings
-        )  # muse_path refuses the key itself
-        if self.holdout_split is not None and not reads_holdout:
-            raise UserError(
-                f"eval.holdout_split={self.holdout_split!r}, but no metric reads the holdout: leave it null, or choose eval=tofu_attacks"
-            )
-        if self.gradnorm_of != "model" and not any(one.part is Part.GRADNORM for one in readings):
-            raise UserError(
-                f"eval.gradnorm_of={self.gradnorm_of}, but no metric takes gradients: leave it at model, or add mia_gradnorm (eval=tofu_attacks has it)"
-            )
-
     def _check_reference(self) -> None:
         reading = [name for name, one in self.metrics.items() if any(part.part is Part.REFERENCE for part in one.reads)]
         if reading and self.reference_model_path is None:
             raise UserError(
                 f"eval.metrics.{reading[0]} compares with another model and eval.reference_model_path is null: name a base, an adapter or a run (such as the oracle's), "
                 f"or take it out (~eval.metrics.{reading[0]})"
-            )
-        if self.reference_model_path is not None and not reading:
-            raise UserError(
-                f"eval.reference_model_path={self.reference_model_path!r}, but no metric compares with it: leave it null, or choose eval=tofu_reference"
             )

@@ -75,17 +75,17 @@ class ProbeConfig:
 
     def _unread(self) -> list[tuple[bool, str]]:
         """What is set beside attacks that do not read it."""
-        readers: tuple[tuple[str, object, tuple[Attack, ...]], ...] = (
-            ("backend", "simulated", CASTS),
-            ("relearn_epochs", 1.0, ("relearn_forget", "relearn_unrelated")),
-            ("rounds", 10, ("rounds",)),
-        )
+        readers: Mapping[str, tuple[Attack, ...]] = {
+            "backend": CASTS,
+            "relearn_epochs": ("relearn_forget", "relearn_unrelated"),
+            "rounds": ("rounds",),
+        }
         return [
             (
-                getattr(self, key) == default or bool(set(attacks) & set(self.attacks)),
-                f"probe.{key}={getattr(self, key)} is read by {', '.join(attacks)} alone: add one to probe.attacks, or leave it at {default}",
+                getattr(self, key) == getattr(ProbeConfig, key) or bool(set(attacks) & set(self.attacks)),
+                f"probe.{key}={getattr(self, key)} is read by {', '.join(attacks)} alone: add one to probe.attacks, or leave it at {getattr(ProbeConfig, key)}",
             )
-            for key, default, attacks in readers
+            for key, attacks in readers.items()
         ]
 
     @property

@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from fedunlearn.config.run import EvalRun
 from fedunlearn.data.requests import evaluated_request
 from fedunlearn.doors.compose import ComposedConfig, changed, model_from
 from fedunlearn.doors.measure import evaluate, general_ability, reference_scores
-from fedunlearn.doors.prepare import check_evaluation, find_inputs, load_model
+from fedunlearn.doors.prepare import check_evaluation, find_inputs, load_model, tried
 from fedunlearn.errors import UserError
 from fedunlearn.evals.files import FILES_OF, write_log
 from fedunlearn.evals.lm_eval import load_tasks
@@ -55,19 +56,19 @@ def _check_adapters(adapters: Sequence[str]) -> None:
     places: dict[Path, str] = {}
     for number, path in enumerate(adapters):
         key = f"adapters[{number}]"
-        try:
-            folder = adapter_folder(Path(path).expanduser(), key)
-            if folder is not None:
-                load_adapter(folder)
-        except UserError as error:
-            faults += error.faults
-            continue
-        place = (folder or Path(path)).resolve()
-        if place in places:
+        place = tried(faults, partial(_whole, Path(path).expanduser(), key))
+        if place is not None and places.setdefault(place, path) != path:
             faults.append(f"{key}={path!r} is {places[place]!r} over again: give each once")
-        places[place] = path
     if faults:
         raise UserError(*faults)
+
+
+def _whole(path: Path, key: str) -> Path:
+    """Gives the folder of an adapter whose weights can be read, or of a full model. Raises UserError for any other path."""
+    folder = adapter_folder(path, key)
+    if folder is not None:
+        load_adapter(folder)
+    return (folder or path).resolve()
 
 
 def run_evaluation(composed: ComposedConfig) -> EvalLog:

@@ -1,7 +1,7 @@
 """What a model is worth, for whoever has one in place: its evaluation, and that of the model it is compared with."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedunlearn.config.run import EvalRun, TrainRun
@@ -51,18 +51,23 @@ def general_ability(run: EvalRun, made: Resident, config_sha: str, loaded: Loade
     """Asks the model, as it is now, what lm_eval names. Its provenance is that of the evaluation beside it, and the harness's version and settings."""
     if run.lm_eval is None:
         raise ValueError("tasks were read that nobody asked for")
-    known = _known(run, made, made.start, config_sha)
-    known = {**known, "versions": versions((*PACKAGES, "lm_eval"))}
+    known = _known(run, made, made.start, config_sha, (*PACKAGES, "lm_eval"))
     return evaluate_tasks(made.model, made.chat, loaded, run.lm_eval, known)
 
 
-def _known(run: TrainRun | EvalRun, made: Resident, adapter: Adapter | None, config_sha: str) -> Mapping[str, object]:
+def _known(
+    run: TrainRun | EvalRun,
+    made: Resident,
+    adapter: Adapter | None,
+    config_sha: str,
+    packages: Sequence[str] = PACKAGES,
+) -> Mapping[str, object]:
     return {
         "base": made.base_name,
         "base_fingerprint": made.fingerprint,
         "adapter_hash": adapter.tensor_hash if adapter is not None else None,
         "dtype": run.model.model_args.torch_dtype,
-        "versions": versions(PACKAGES),
+        "versions": versions(packages),
         "config_hash": config_sha,
     }
 

@@ -267,19 +267,19 @@ def find_inputs(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> Inputs:
     """
     faults: list[str] = []
     pocket_dir = Path(run.paths.pocket_dir)
-    _tried(faults, lambda: judge_folder(run, plain))
+    tried(faults, lambda: judge_folder(run, plain))
     opened = (
-        _tried(faults, lambda: open_data(run))
+        tried(faults, lambda: open_data(run))
         if not faults or Path(str(run.muse_path or run.tofu_path)).is_dir()
         else None
     )
-    source = _tried(faults, lambda: resolve_source(run.model.model_args, pocket_dir, fetch=not faults))
+    source = tried(faults, lambda: resolve_source(run.model.model_args, pocket_dir, fetch=not faults))
     reference = run.eval.reference_model_path
     if reference is not None:
         other = at_model(run, reference).model.model_args
-        _tried(faults, lambda: resolve_source(other, pocket_dir, fetch=not faults))
+        tried(faults, lambda: resolve_source(other, pocket_dir, fetch=not faults))
     if source is not None and isinstance(run, TrainRun):
-        _tried(faults, lambda: _check_source(source, run_path(run)))
+        tried(faults, lambda: _check_source(source, run_path(run)))
     if faults or opened is None or source is None:
         raise UserError(*faults)
     return Inputs(data=opened[0], retain_log=opened[1], source=source)
@@ -291,7 +291,8 @@ def at_model(run: R, path: str) -> R:
     return replace(run, model=replace(run.model, model_args=args))
 
 
-def _tried(faults: list[str], work: Callable[[], T]) -> T | None:
+def tried(faults: list[str], work: Callable[[], T]) -> T | None:
+    """Gives what the work gives; where it raises UserError None, its faults being added to `faults`."""
     try:
         return work()
     except UserError as error:

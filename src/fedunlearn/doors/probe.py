@@ -18,7 +18,7 @@ from fedunlearn.data.requests import evaluated_request
 from fedunlearn.data.tofu import Tofu
 from fedunlearn.doors.compose import ComposedConfig, changed, model_from
 from fedunlearn.doors.measure import store_of
-from fedunlearn.doors.prepare import at_model, load_model
+from fedunlearn.doors.prepare import at_model, load_model, tried
 from fedunlearn.doors.stages import run_federated
 from fedunlearn.errors import UserError
 from fedunlearn.evals.dataset import Sets
@@ -102,10 +102,7 @@ class Prober:
         works += [partial(self._whole, path) for path in named if path]
         works += [partial(cast_of, name, chosen.backend) for name in CASTS if name in chosen.attacks]
         for work in works:
-            try:
-                work()
-            except UserError as error:
-                faults += error.faults
+            tried(faults, work)
         if faults:
             raise UserError(*dict.fromkeys(faults))
 

@@ -1,12 +1,14 @@
 """A data set as an evaluation sees it, whichever benchmark it is from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, Self, TypeVar
 
 import torch
 
 from fedunlearn.data.chat import ChatFormat, EncodedRow
+from fedunlearn.errors import UserError
+from fedunlearn.metrics.base import Metric, Part, readings_of
 from fedunlearn.seeds import seed_of
 
 
@@ -57,6 +59,10 @@ class DataSet(Protocol):
         """Why there is nothing to compare with; empty where there is."""
 
     @property
+    def unread(self) -> frozenset[Part]:
+        """What of its rows there is not."""
+
+    @property
     def num_rows(self) -> int:
         """How many rows are evaluated."""
 
@@ -80,6 +86,7 @@ class RowSet(Generic[R]):
     rows: tuple[R, ...]
     hash: str
     lacking: str = ""
+    unread: frozenset[Part] = frozenset()
 
     @property
     def num_rows(self) -> int:
@@ -89,6 +96,29 @@ class RowSet(Generic[R]):
     def only(self, places: Sequence[int]) -> Self:
         """See DataSet.only."""
         return replace(self, rows=tuple(self.rows[place] for place in places))
+
+
+def asked_sets(metrics: Mapping[str, Metric], known: Collection[str], benchmark: str) -> frozenset[str]:
+    """The data sets that metrics read. Raises UserError for one that is not among those known."""
+    for name, metric in metrics.items():
+        for reading in metric.reads:
+            if reading.dataset not in known:
+                raise UserError(
+                    f"eval.metrics.{name} reads the data set {reading.dataset!r}, which {benchmark} has not; known: {', '.join(known)}"
+                )
+    return frozenset(reading.dataset for reading in readings_of(metrics))
+
+
+def check_parts(metrics: Mapping[str, Metric], sets: Sets) -> None:
+    """Raises UserError for a metric that reads of a data set what it has not."""
+    for name, metric in metrics.items():
+        for reading in metric.reads:
+            data = sets[reading.dataset]
+            if reading.part in data.unread:
+                raise UserError(
+                    f"eval.metrics.{name} reads {reading.part.value!r} of {reading.dataset!r}, and {data.split} has none: take it out (~eval.metrics.{name}), "
+                    "or let it read another data set"
+                )
 
 
 def drawn_rows(count: int, wanted: int | None, *seed: object) -> list[int]:

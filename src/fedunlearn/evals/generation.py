@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList
 
 from fedunlearn.data.chat import ChatFormat
 from fedunlearn.errors import UserError
-from fedunlearn.evals.greedy import Decoder, Ids, NotFiniteError, is_plainly_greedy
+from fedunlearn.evals.greedy import Decoder, Ids, NotFiniteError, check_finite, is_plainly_greedy
 from fedunlearn.evals.inference import inference
 from fedunlearn.models.inner import inner_model
 from fedunlearn.records.evaluation import Compat
@@ -99,38 +99,36 @@ def generate_ids(
         else:
             answers = _by_generate(inner, padded, unique, batch_size)
         done = track(answers, "generating", len(unique))
-        try:
+        with _named(chat, unique):
             return {unique[place]: tuple(_up_to_eos(ids, eos_ids)) for place, ids in done}
-        except NotFiniteError as error:
-            asked = decode(chat, unique[error.place]).strip()[-SHOWN_CHARACTERS:]
-            raise UserError(
-                f"the prompt that ends in {asked!r}: the model's logits are not finite (NaN or infinity), so it says nothing; the model is broken, or its training diverged"
-            ) from error
 
 
 def _by_generate(inner: Any, padded: Padded, prompts: Sequence[Ids], batch_size: int) -> Iterator[tuple[int, Ids]]:
     """Gives each prompt's place and new ids, what fills its row up included."""
     for start in range(0, len(prompts), batch_size):
         ids, mask = padded(prompts[start : start + batch_size])
-        output = inner.generate(
-            input_ids=ids, attention_mask=mask, logits_processor=LogitsProcessorList([_Checked(start)])
-        )
+        checked = LogitsProcessorList([partial(_checked, range(start, start + len(ids)))])
+        output = inner.generate(input_ids=ids, attention_mask=mask, logits_processor=checked)
         for i, new in enumerate(output[:, ids.shape[1] :].tolist()):
             yield start + i, tuple(new)
 
 
-class _Checked:
-    """Leaves scores [B, V] as they are. first: place of row 0 among all prompts."""
+def _checked(places: Sequence[int], input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Gives scores [B x beams, V] as they are; see check_finite."""
+    check_finite(scores.amax(-1).view(len(places), -1).amax(-1), places)
+    return scores
 
-    def __init__(self, first: int) -> None:
-        self.first = first
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Raises NotFiniteError for the first row with NaN, or with nothing finite."""
-        lost = ~torch.isfinite(scores.amax(-1))
-        if bool(lost.any()):
-            raise NotFiniteError(self.first + int(lost.int().argmax()))
-        return scores
+@contextmanager
+def _named(chat: ChatFormat, prompts: Sequence[Ids]) -> Iterator[None]:
+    """Says which prompt it was that a model's logits are not finite for."""
+    try:
+        yield
+    except NotFiniteError as error:
+        asked = decode(chat, prompts[error.place]).strip()[-SHOWN_CHARACTERS:]
+        raise UserError(
+            f"the prompt that ends in {asked!r}: the model's logits are not finite (NaN or infinity), so it says nothing; the model is broken, or its training diverged"
+        ) from error
 
 
 def sample_texts(
@@ -148,7 +146,8 @@ def sample_texts(
         torch.manual_seed(seed)
         padded = partial(_padded, pad_id=chat.pad_id, device=device, compat=None)
         drawn = _by_generate(inner_model(model), padded, [prompt] * count, count)
-        answers = [_up_to_eos(ids, eos_ids) for _, ids in drawn]
+        with _named(chat, [prompt] * count):
+            answers = [_up_to_eos(ids, eos_ids) for _, ids in drawn]
     return tuple(Draw(decode(chat, ids).strip(), len(ids)) for ids in answers)
 
 

@@ -29,6 +29,13 @@ class NotFiniteError(Exception):
         self.place = place
 
 
+def check_finite(best: torch.Tensor, places: Sequence[int]) -> None:
+    """Raises NotFiniteError for the first of some prompts whose largest logit, best [B], is no finite number."""
+    lost = ~torch.isfinite(best)
+    if bool(lost.any()):
+        raise NotFiniteError(places[int(lost.int().argmax())])
+
+
 def is_plainly_greedy(inner: Any) -> bool:
     """Says whether a Decoder gives this transformer's generate(): its generation_config sets nothing else, and it keeps keys and values only.
 
@@ -99,8 +106,7 @@ class Decoder:
         if self.penalty != 1:
             logits = _penalised(logits, state.ids, state.mask, self.penalty)
         best, chosen = logits.max(-1)
-        if not bool(torch.isfinite(best).all()):
-            raise NotFiniteError(state.rows[int((~torch.isfinite(best)).int().argmax())])
+        check_finite(best, state.rows)
         found = [(*before, token) for before, token in zip(state.found, chosen.tolist(), strict=True)]
         going = [i for i, new in enumerate(found) if new[-1] not in self.ends and len(new) < self.limit]
         for i in set(range(len(found))) - set(going):

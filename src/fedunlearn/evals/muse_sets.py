@@ -10,7 +10,7 @@ from fedunlearn.data.chat import ChatFormat, EncodedRow, Shots
 from fedunlearn.data.muse import Muse, Passage, hash_texts
 from fedunlearn.data.tofu import QaRow
 from fedunlearn.errors import UserError
-from fedunlearn.evals.dataset import Continuation, EncodedSet, RowSet, Sets
+from fedunlearn.evals.dataset import Continuation, EncodedSet, RowSet, Sets, asked_sets, check_parts
 from fedunlearn.evals.generation import clean, decode
 from fedunlearn.metrics.base import Part
 
@@ -26,7 +26,7 @@ class Knowledge(RowSet[QaRow]):
     """knowmem/<side>_qa. shots: all of knowmem/<side>_qa_icl, which stand answered before each question. hash: of both."""
 
     shots: Shots
-    unread = COMPARED
+    unread: frozenset[Part] = COMPARED
 
     def encode(self, chat: ChatFormat) -> EncodedSet:
         """32 new tokens at most, cut at the eos text, a blank line or the next question, in turn. Raises UserError for a row longer than max_length."""
@@ -49,7 +49,7 @@ class Knowledge(RowSet[QaRow]):
 class Verbatim(RowSet[Passage]):
     """verbmem/forget: the prompt and the text that follows it, tokenised together with a blank between and cut max_length ids after the prompt."""
 
-    unread = COMPARED
+    unread: frozenset[Part] = COMPARED
 
     def encode(self, chat: ChatFormat) -> EncodedSet:
         """128 new tokens at most; the truth is the text of the labels, decoded. Raises UserError for a prompt longer than max_length, or without a label behind it."""
@@ -87,7 +87,7 @@ class Texts(RowSet[str]):
     """
 
     opening: bool = False
-    unread = COMPARED | {Part.TEXTS}
+    unread: frozenset[Part] = COMPARED | {Part.TEXTS}
 
     def encode(self, chat: ChatFormat) -> EncodedSet:
         """Nothing to ask. Raises UserError for a text of one token."""
@@ -116,20 +116,9 @@ def read_muse_sets(muse: Muse, settings: EvalConfig) -> Sets:
 
     Raises UserError where a subset, split, column or text is missing, and where a metric reads a data set, or a part of one, that there is not.
     """
-    readings = [(name, reading) for name, metric in settings.metrics.items() for reading in metric.reads]
-    for name, reading in readings:
-        if reading.dataset not in KNOWN:
-            raise UserError(
-                f"eval.metrics.{name} reads the data set {reading.dataset!r}, which MUSE has not; known: {', '.join(KNOWN)}"
-            )
-    wanted = {FORGET_TEXTS, *(reading.dataset for _, reading in readings)}
+    wanted = {FORGET_TEXTS, *asked_sets(settings.metrics, KNOWN, "MUSE")}
     sets = {name: _read(muse, name, settings) for name in KNOWN if name in wanted}
-    for name, reading in readings:
-        if reading.part in sets[reading.dataset].unread:
-            raise UserError(
-                f"eval.metrics.{name} reads {reading.part.value!r} of {reading.dataset!r}, and {sets[reading.dataset].split} has none: take it out (~eval.metrics.{name}), "
-                "or let it read another data set"
-            )
+    check_parts(settings.metrics, sets)
     return sets
 
 

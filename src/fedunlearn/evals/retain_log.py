@@ -65,10 +65,10 @@ def _row_faults(log: EvalLog, sets: Sequence[DataSet], settings: EvalConfig, com
             return [
                 f"{AT} the log was made with eval.{key}={said.get(key)}, this evaluation has {value}; make the two equal"
             ]
-    hashes = said.get("data") if said else {}
-    if not isinstance(hashes, dict):
+    hashes = said.get("data")
+    if said and not isinstance(hashes, dict):
         return [f"{AT} the log does not say which rows it was made on (provenance.data); evaluate the oracle again"]
-    other = [data for data in sets if said and hashes.get(data.split) != data.hash]
+    other = [data for data in sets if isinstance(hashes, dict) and hashes.get(data.split) != data.hash]
     if other:
         return [f"{AT} the log was made on other rows of {other[0].split} than these; evaluate the oracle on this data"]
     num_rows = 0 if forget.lacking else forget.num_rows

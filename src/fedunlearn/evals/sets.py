@@ -7,9 +7,9 @@ from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.data.chat import ChatFormat, EncodedRow
 from fedunlearn.data.tofu import PerturbedRow, Tofu, hash_rows
 from fedunlearn.errors import UserError
-from fedunlearn.evals.dataset import EncodedSet, RowSet
+from fedunlearn.evals.dataset import EncodedSet, RowSet, asked_sets, check_parts
 from fedunlearn.evals.generation import clean
-from fedunlearn.metrics.base import Part, readings_of
+from fedunlearn.metrics.base import Part
 from fedunlearn.records.requests import Request
 
 REQUEST = "request"
@@ -26,11 +26,8 @@ class QuestionSet(RowSet[PerturbedRow]):
 
 SPLITS = {"retain": "retain", "ra": "real_authors", "wf": "world_facts"}
 KNOWN = ("forget", *SPLITS, "holdout")
-UNREAD = {
-    **dict.fromkeys(("ra", "wf"), frozenset({Part.PARAPHRASED})),
-    "holdout": frozenset({Part.PARAPHRASED, Part.PERTURBED}),
-}
-"""Answers that TOFU has none of."""
+PLAIN_ONLY = ("real_authors", "world_facts")
+PARAPHRASED = frozenset({Part.PARAPHRASED})
 
 
 def read_sets(
@@ -43,13 +40,14 @@ def read_sets(
     Raises UserError where forget or retain rows lack a paraphrased answer, real authors or world facts have one (their metrics use none), a split is missing,
     a metric reads a data set that there is not, or the holdout is of another size than the forget split.
     """
-    wanted = {"forget", *_asked(settings)}
+    wanted = {"forget", *asked_sets(settings.metrics, KNOWN, "TOFU")}
     sets = {"forget": _plain(tofu, forget_split)}
     sets |= {name: _plain(tofu, split) for name, split in SPLITS.items() if name in wanted}
-    for name, data in sets.items():
-        _check_paraphrases(tofu, data, wanted=name in ("forget", "retain"))
+    for data in sets.values():
+        _check_paraphrases(tofu, data)
     if "holdout" in wanted:
         sets["holdout"] = _holdout(tofu, forget_split, settings.holdout_split)
+    check_parts(settings.metrics, sets)
     if request is not None and not _is_split(tofu, forget_split, request):
         sets["forget"] = _asked_for(tofu, forget_split, request, sets["forget"])
         if "retain" in sets:
@@ -60,22 +58,6 @@ def read_sets(
     return {name: replace(data, rows=data.rows[: settings.max_rows]) for name, data in asked.items()}
 
 
-def _asked(settings: EvalConfig) -> frozenset[str]:
-    """The data sets that metrics read. Raises UserError for one that there is not."""
-    for name, metric in settings.metrics.items():
-        for reading in metric.reads:
-            if reading.dataset not in KNOWN:
-                raise UserError(
-                    f"eval.metrics.{name} reads the data set {reading.dataset!r}, which TOFU has not; known: {', '.join(KNOWN)}"
-                )
-            if reading.part in UNREAD.get(reading.dataset, ()):
-                raise UserError(
-                    f"eval.metrics.{name} reads {reading.part.value!r} answers of {reading.dataset!r}, which TOFU has none of: take it out "
-                    f"(~eval.metrics.{name}), or let it read another data set"
-                )
-    return frozenset(reading.dataset for reading in readings_of(settings.metrics))
-
-
 def _holdout(tofu: Tofu, forget_split: str, given: str | None) -> QuestionSet:
     """All rows of holdoutXX; XX is the forget split's."""
     split = f"holdout{forget_split.removeprefix('forget')}"
@@ -84,7 +66,7 @@ def _holdout(tofu: Tofu, forget_split: str, given: str | None) -> QuestionSet:
             f"eval.holdout_split={given!r} beside forget_split={forget_split!r}: an attack compares sides of one size; set it to {split!r}, or null"
         )
     rows = tuple(PerturbedRow(row.question, row.answer, ()) for row in tofu.rows(split))
-    return QuestionSet(split, split, rows, tofu.hash(split))
+    return QuestionSet(split, split, rows, tofu.hash(split), unread=PARAPHRASED | {Part.PERTURBED})
 
 
 def _asking(tofu: Tofu, data: QuestionSet, settings: EvalConfig) -> QuestionSet:
@@ -102,7 +84,8 @@ def _asking(tofu: Tofu, data: QuestionSet, settings: EvalConfig) -> QuestionSet:
 
 def _plain(tofu: Tofu, split: str) -> QuestionSet:
     name = f"{split}_perturbed"
-    return QuestionSet(split, name, tofu.perturbed(split), tofu.hash(name))
+    unread = PARAPHRASED if split in PLAIN_ONLY else frozenset()
+    return QuestionSet(split, name, tofu.perturbed(split), tofu.hash(name), unread=unread)
 
 
 def _is_split(tofu: Tofu, forget_split: str, request: Request) -> bool:
@@ -128,7 +111,8 @@ def _kept(tofu: Tofu, request: Request, retain: QuestionSet) -> QuestionSet:
     return QuestionSet(retain.name, retain.split, rows, hash_rows(rows), lacking)
 
 
-def _check_paraphrases(tofu: Tofu, data: QuestionSet, wanted: bool) -> None:
+def _check_paraphrases(tofu: Tofu, data: QuestionSet) -> None:
+    wanted = Part.PARAPHRASED not in data.unread
     for i, row in enumerate(data.rows):
         if (row.paraphrased_answer is not None) != wanted:
             raise UserError(

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
 from fedunlearn.data.chat import EncodedRow
 from fedunlearn.errors import UserError
@@ -122,11 +122,6 @@ def _sealed(tensors: Mapping[str, np.ndarray]) -> str:
     return seal.hexdigest()
 
 
-def _read_seal(path: Path) -> str | None:
-    with safe_open(path, "numpy") as file:
-        return (file.metadata() or {}).get(SEAL)
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     saved = json.loads(path.read_text(encoding="utf-8"))
     values: dict[str, Any] = saved["values"]
@@ -160,8 +155,10 @@ def _write_scores(folder: Path, scores: Mapping[EncodedRow, AnswerScore]) -> Non
 
 
 def _read_scores(path: Path) -> dict[str, AnswerScore]:
-    tensors = load_file(path)
-    if _read_seal(path) != _sealed(tensors):
+    with safe_open(path, "numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        seal = (file.metadata() or {}).get(SEAL)
+    if seal != _sealed(tensors):
         raise ValueError("its seal is not that of its content")
     counts, ends = tensors["num_labels"], np.cumsum(tensors["num_labels"])
     columns = [tensors[column] for column in COLUMNS if column in tensors]

@@ -11,6 +11,7 @@ from fedunlearn.records.evaluation import Detail
 CHUNK = {"cpu": 2**18}
 CHUNK_ELSEWHERE = 2**26
 LOWEST = -1e15
+"""Below what any logit is; finite, and so is its square in float32."""
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,15 @@ geometric mean of the wrong answers' probabilities over the right one's. (The pa
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from fedunlearn.metrics.base import Evidence, Metric, Part, Reading
 from fedunlearn.metrics.probability import EPSILON, mean_or_none
-from fedunlearn.records.evaluation import AnswerScore, Compat, MetricResult, ScoreTable, definition_of
+from fedunlearn.records.evaluation import AnswerScore, Compat, MetricResult, definition_of
 
 Kind = Literal["forget", "retain"]
 Form = Literal["ratio", "prob_mean"]
@@ -46,15 +47,16 @@ class TruthRatio(Metric):
         table, name = found.tables[self.of], self.definition(found.compat)
         if not table.compares:
             return MetricResult(None, name)
-        if not self.paraphrased:
-            table = replace(table, paraphrased=())  # another metric may have them scored
+        right = table.paraphrased if self.paraphrased else table.plain
         if self.form == "prob_mean":
-            return prob_mean(table, name, compat=found.compat)
-        return truth_ratio(table, self.kind, compat=found.compat)
+            return prob_mean(right, table.perturbed, name, compat=found.compat)
+        return truth_ratio(right, table.perturbed, self.kind, compat=found.compat)
 
 
-def truth_ratio(table: ScoreTable, kind: Kind, *, compat: Compat = None) -> MetricResult:
-    """Rows hold `score` = r; the right answer is the paraphrased one where the table has it, else the plain one.
+def truth_ratio(
+    correct: tuple[AnswerScore, ...], wrong: tuple[tuple[AnswerScore, ...], ...], kind: Kind, *, compat: Compat = None
+) -> MetricResult:
+    """Rows hold `score` = r.
 
     kind `forget`: mean of min(r, 1 / r) (1 where right and wrong weigh the same); `retain` (also for real authors and world
     facts): mean of max(0, 1 - r).
@@ -62,7 +64,7 @@ def truth_ratio(table: ScoreTable, kind: Kind, *, compat: Compat = None) -> Metr
     the order of scores. compat: w / (c + 1e-10) of c = exp(-L_c), w = exp(-L_w) and 1 / (r + 1e-10): for a model whose losses
     pass 23 nats that ratio is an artefact of the 1e-10.
     """
-    scores = [_score(right, wrong, compat) for right, wrong in _losses(table)]
+    scores = [_score(right, others, compat) for right, others in _losses(correct, wrong)]
     small = EPSILON if compat is not None else 0.0
     if kind == "forget":
         parts = [min(score, 1.0 / (score + small)) for score in scores]
@@ -71,23 +73,31 @@ def truth_ratio(table: ScoreTable, kind: Kind, *, compat: Compat = None) -> Metr
     return MetricResult(mean_or_none(parts), definition_of(compat), tuple({"score": score} for score in scores))
 
 
-def prob_mean(table: ScoreTable, definition: str, *, compat: Compat = None) -> MetricResult:
+def prob_mean(
+    correct: tuple[AnswerScore, ...],
+    wrong: tuple[tuple[AnswerScore, ...], ...],
+    definition: str,
+    *,
+    compat: Compat = None,
+) -> MetricResult:
     """Share of the right answer, c / (c + w), of c = exp(-L_c) and w = exp(-L_w); mean over rows, for all data sets (OpenUnlearning, arXiv:2506.12618).
 
     Ours: 1 / (1 + exp(L_c - L_w)). compat: c / (c + w + 1e-10).
     """
     scores = []
-    for right, wrong in _losses(table):
+    for right, others in _losses(correct, wrong):
         if compat is not None:
-            c, w = math.exp(-right), math.exp(-wrong)
+            c, w = math.exp(-right), math.exp(-others)
             scores.append(c / (c + w + EPSILON))
         else:
-            scores.append(1.0 / (1.0 + math.exp(min(right - wrong, LARGEST_EXPONENT))))
+            scores.append(1.0 / (1.0 + math.exp(min(right - others, LARGEST_EXPONENT))))
     return MetricResult(mean_or_none(scores), definition, tuple({"score": score} for score in scores))
 
 
-def _losses(table: ScoreTable) -> list[tuple[float, float]]:
-    return [(right.avg_loss, _mean_loss(wrong)) for right, wrong in zip(table.correct, table.perturbed, strict=True)]
+def _losses(
+    correct: tuple[AnswerScore, ...], wrong: tuple[tuple[AnswerScore, ...], ...]
+) -> Iterator[tuple[float, float]]:
+    return ((right.avg_loss, _mean_loss(others)) for right, others in zip(correct, wrong, strict=True))
 
 
 def _mean_loss(wrong: tuple[AnswerScore, ...]) -> float:

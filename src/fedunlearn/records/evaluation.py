@@ -94,11 +94,6 @@ class ScoreTable:
         """Whether there are wrong answers to compare with, in every row."""
         return bool(self.perturbed) and all(self.perturbed)
 
-    @property
-    def correct(self) -> tuple[AnswerScore, ...]:
-        """What wrong answers are compared with in a truth ratio: the paraphrased answer where there is one, else the plain one."""
-        return self.paraphrased or self.plain
-
 
 @dataclass(frozen=True)
 class Generations:

@@ -163,14 +163,14 @@ def _narrow(found: Probed) -> list[list[str]]:
     oracle, metric = found.subjects[0], MEASURED[0]
     rows = [["model", "util.", "Prob", *(NARROW[attack] for attack in oracle.after), "HM"]]
     for one in found.subjects:
-        scores = [_short(score(one, oracle, attack, metric)) for attack in oracle.after]
+        scores = [_number(score(one, oracle, attack, metric), 2) for attack in oracle.after]
         rows.append(
             [
                 one.name + ("*" if one.below else ""),
-                _short(one.before[UTILITY]),
-                _short(one.before[metric]),
+                _number(one.before[UTILITY], 2),
+                _number(one.before[metric], 2),
                 *scores,
-                _short(overall(one, oracle, metric)),
+                _number(overall(one, oracle, metric), 2),
             ]
         )
     return rows
@@ -185,9 +185,5 @@ def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _short(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
