@@ -36,7 +36,10 @@ from fedunlearn.methods.base import Method
 from fedunlearn.methods.npo import NPO
 from fedunlearn.methods.rmu import RMU
 from fedunlearn.methods.tokens import Need, StepTotals, TokenLosses
-from fedunlearn.models.lora import attach_lora, draw_fresh, hold_reference, plain_config, read_tensors
+from fedunlearn.models.adapter_tensors import read_tensors
+from fedunlearn.models.initial import draw_fresh
+from fedunlearn.models.lora import attach_lora, hold_reference
+from fedunlearn.models.lora_config import plain_config
 from fedunlearn.models.resident import Resident
 from fedunlearn.records.adapter import Adapter, Weights, hash_tensors
 from fedunlearn.records.rounds import ClientTask, Role

@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM
 from fedunlearn.errors import UserError
 from fedunlearn.models.adapter_files import CONFIG, PROOF, WEIGHTS, Probe, load_adapter, save_adapter
 from fedunlearn.models.fingerprint import fingerprint_base
-from fedunlearn.models.lora import lora_config_of, plain_config
+from fedunlearn.models.lora_config import lora_config_of, plain_config
 from fedunlearn.records.adapter import Adapter, hash_tensors
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OTHER_PROCESS = """
 import json, sys
 from fedunlearn.config.model import LoraArgs
-from fedunlearn.models.lora import lora_config_of, plain_config
+from fedunlearn.models.lora_config import lora_config_of, plain_config
 args = LoraArgs(r=4, lora_alpha=8.0, target_modules=tuple(json.loads(sys.argv[1])))
 print(json.dumps(plain_config(lora_config_of(args, None, "base")), indent=2, sort_keys=True))
 """

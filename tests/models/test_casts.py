@@ -6,8 +6,10 @@ from helpers_eval import tiny_llama
 from peft import LoraConfig
 
 from fedunlearn.errors import UserError
+from fedunlearn.models.adapter_tensors import ACTIVE, read_tensors, write_tensors
 from fedunlearn.models.casts import NF4, bfloat16, cast_of, int8, merge_and_cast, nf4
-from fedunlearn.models.lora import ACTIVE, attach_lora, draw_fresh, read_tensors, write_tensors
+from fedunlearn.models.initial import draw_fresh
+from fedunlearn.models.lora import attach_lora
 from fedunlearn.models.sidecar import put_sidecar
 
 IDS = torch.tensor([[1, 5, 9, 200, 31, 7]])

@@ -17,8 +17,11 @@ from transformers import AutoModelForCausalLM
 from fedunlearn.aggregation.factors import modules_of, scales_of
 from fedunlearn.errors import UserError
 from fedunlearn.models.adapter_files import CONFIG, PROOF, load_adapter, save_adapter, stacked_of
+from fedunlearn.models.adapter_tensors import read_tensors
 from fedunlearn.models.export import Stacked, export, unit_scaled
-from fedunlearn.models.lora import attach_lora, check_trainable, draw_fresh, lora_config_of, plain_config, read_tensors
+from fedunlearn.models.initial import draw_fresh
+from fedunlearn.models.lora import attach_lora, check_trainable
+from fedunlearn.models.lora_config import lora_config_of, plain_config
 from fedunlearn.models.resident import release, take_probe
 from fedunlearn.records.adapter import Adapter
 

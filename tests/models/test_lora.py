@@ -10,21 +10,10 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 
 from fedunlearn.errors import UserError
-from fedunlearn.models.lora import (
-    ACTIVE,
-    REFERENCE,
-    attach_lora,
-    check_trainable,
-    draw_fresh,
-    hold_reference,
-    live_parameters,
-    live_tensors,
-    lora_config_of,
-    plain_config,
-    read_tensors,
-    reference_active,
-    write_tensors,
-)
+from fedunlearn.models.adapter_tensors import ACTIVE, live_parameters, live_tensors, read_tensors, write_tensors
+from fedunlearn.models.initial import draw_fresh
+from fedunlearn.models.lora import REFERENCE, attach_lora, check_trainable, hold_reference, reference_active
+from fedunlearn.models.lora_config import lora_config_of, plain_config
 from fedunlearn.records.adapter import Adapter, Weights
 
 LOADED = Adapter({"a": torch.zeros(1)}, plain_config(lora_config_of(lora_args(), None, "some/base")), None)

@@ -17,7 +17,8 @@ from transformers import LlamaForCausalLM
 
 from fedunlearn.errors import UserError
 from fedunlearn.models.adapter_files import CONFIG, PROOF, load_adapter, save_adapter
-from fedunlearn.models.lora import check_trainable, read_tensors
+from fedunlearn.models.adapter_tensors import read_tensors
+from fedunlearn.models.lora import check_trainable
 from fedunlearn.models.resident import check_probe, release, take_probe
 from fedunlearn.records.adapter import Adapter
 

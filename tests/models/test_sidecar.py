@@ -9,16 +9,8 @@ from helpers_adapters import add_dense, add_dense_beneath, apart, factors_like
 from helpers_models import TARGETS, attached, some_logits, tiny_base
 
 from fedunlearn.errors import UserError
-from fedunlearn.models.lora import (
-    ACTIVE,
-    REFERENCE,
-    check_trainable,
-    hold_reference,
-    live_parameters,
-    read_tensors,
-    reference_active,
-    write_tensors,
-)
+from fedunlearn.models.adapter_tensors import ACTIVE, live_parameters, read_tensors, write_tensors
+from fedunlearn.models.lora import REFERENCE, check_trainable, hold_reference, reference_active
 from fedunlearn.models.sidecar import put_sidecar, use_sidecar
 from fedunlearn.records.adapter import Weights
 

@@ -27,7 +27,10 @@ from fedunlearn.methods.simnpo import SimNPO
 from fedunlearn.methods.uce import UCE
 from fedunlearn.methods.undial import UNDIAL
 from fedunlearn.methods.wga import WGA
-from fedunlearn.models.lora import attach_lora, draw_fresh, plain_config, read_tensors, write_tensors
+from fedunlearn.models.adapter_tensors import read_tensors, write_tensors
+from fedunlearn.models.initial import draw_fresh
+from fedunlearn.models.lora import attach_lora
+from fedunlearn.models.lora_config import plain_config
 from fedunlearn.models.resident import Resident
 from fedunlearn.records.adapter import Adapter
 from fedunlearn.records.rounds import ClientTask, Role, Trained

@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers_training import FORGET, RETAIN, forwards, made_model, rows
 
-from fedunlearn.models.lora import check_trainable, read_tensors
+from fedunlearn.models.adapter_tensors import read_tensors
+from fedunlearn.models.lora import check_trainable
 from fedunlearn.models.ranks import scaled_for
 from fedunlearn.records.adapter import Weights
 from fedunlearn.records.shape import ClientShape

@@ -6,13 +6,8 @@ from helpers_training import DATA, GRADIENT, RATE, flat, made_model, train
 
 from fedunlearn.methods.grad_diff import GradDiff
 from fedunlearn.methods.npo import NPO
-from fedunlearn.models.lora import (
-    check_trainable,
-    hold_reference,
-    live_parameters,
-    reference_active,
-    training_only,
-)
+from fedunlearn.models.adapter_tensors import live_parameters
+from fedunlearn.models.lora import check_trainable, hold_reference, reference_active, training_only
 from fedunlearn.records.adapter import Weights
 from fedunlearn.records.rounds import Trained
 from fedunlearn.training import loop

@@ -30,9 +30,9 @@ from fedunlearn.federation.site import set_threads
 from fedunlearn.files import write_json
 from fedunlearn.metrics.base import in_order
 from fedunlearn.models.adapter_files import load_adapter, saved_hash
+from fedunlearn.models.adapter_tensors import ACTIVE, read_tensors, write_tensors
 from fedunlearn.models.casts import cast_of, merge_and_cast
 from fedunlearn.models.export import unit_scaled
-from fedunlearn.models.lora import ACTIVE, read_tensors, write_tensors
 from fedunlearn.models.resident import Resident, release
 from fedunlearn.models.sidecar import put_sidecar
 from fedunlearn.models.source import ModelSource, resolve_source

@@ -22,7 +22,8 @@ from fedunlearn.evals.scoring import score_rows
 from fedunlearn.federation.start import counted
 from fedunlearn.methods.alternates import Sampled
 from fedunlearn.methods.tokens import Need
-from fedunlearn.models.lora import ACTIVE, hold_reference, write_tensors
+from fedunlearn.models.adapter_tensors import ACTIVE, write_tensors
+from fedunlearn.models.lora import hold_reference
 from fedunlearn.models.ranks import cut, padded, scaled_for
 from fedunlearn.models.resident import Resident, resident
 from fedunlearn.models.sidecar import put_sidecar

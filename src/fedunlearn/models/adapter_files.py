@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 import fedunlearn
 from fedunlearn.errors import UserError
 from fedunlearn.files import whole_folder
+from fedunlearn.models.experts import join_experts, split_experts
 from fedunlearn.models.export import Stacked
 from fedunlearn.records.adapter import Adapter, hash_tensors
 
@@ -43,7 +44,7 @@ def save_adapter(folder: Path, adapter: Adapter, probe: Probe | None = None, sta
         "probe": None if probe is None else {"dtype": probe.dtype, "logits": [list(row) for row in probe.logits]},
     }
     with whole_folder(folder) as temporary:
-        blob = safetensors.torch.save(dict(adapter.tensors), metadata={"format": "pt"})
+        blob = safetensors.torch.save(join_experts(adapter.tensors, adapter.peft_config), metadata={"format": "pt"})
         (temporary / WEIGHTS).write_bytes(blob)
         (temporary / CONFIG).write_text(
             json.dumps(dict(adapter.peft_config), indent=2, sort_keys=True) + "\n", encoding="utf-8"
@@ -71,6 +72,7 @@ def load_adapter(folder: Path) -> tuple[Adapter, Probe | None]:
         ) from error
     if not tensors:
         raise UserError(f"adapter {str(folder)!r} holds no tensor: name a complete PEFT folder")
+    tensors = split_experts(tensors, peft_config)
     if proof is None:
         return Adapter(tensors, peft_config, None), None
     if hash_tensors(tensors) != proof.tensor_hash:

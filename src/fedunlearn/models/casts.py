@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from fedunlearn.errors import UserError
-from fedunlearn.models.lora import ACTIVE, read_tensors, write_tensors
+from fedunlearn.models.adapter_tensors import ACTIVE, read_tensors, write_tensors
 from fedunlearn.models.sidecar import put_sidecar, sidecar_delta
 
 Cast = Literal["bfloat16", "int8", "nf4"]

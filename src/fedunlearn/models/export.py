@@ -5,9 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from fedunlearn.aggregation.factors import Factors, modules_of, read_factors, scales_of
+from fedunlearn.aggregation.factors import Factors, modules_of, plain_of, read_factors, scales_of
 from fedunlearn.aggregation.gauges.svd import balanced
 from fedunlearn.aggregation.product import LowRank, product_of, truncated_svd, weighted_sum
 from fedunlearn.records.adapter import Adapter, Tensors
@@ -43,6 +41,7 @@ def export(adapter: Adapter, rank: ExportRank) -> tuple[Adapter, Stacked | None]
         for m, w in wholes.items()
         for name, t in ((m.b, w.left.float().contiguous()), (m.a, w.right.float().contiguous()))
     }
+    tensors |= {name: adapter.tensors[name] for name in plain_of(adapter.tensors)}
     ranks = {m.name: w.rank for m, w in wholes.items()}
     known = adapter.peft_config
     stacked = Stacked(r=int(str(known["r"])), lora_alpha=float(str(known["lora_alpha"])))
@@ -50,9 +49,9 @@ def export(adapter: Adapter, rank: ExportRank) -> tuple[Adapter, Stacked | None]
 
 
 def unit_scaled(adapter: Adapter) -> Tensors:
-    """Gives an adapter's tensors with its scales folded into B: what a side-car holds."""
-    scales = scales_of(adapter.peft_config, adapter.tensors)
-    folded = dict(adapter.tensors)
+    """Gives an adapter's factors with its scales folded into B: what a side-car holds."""
+    scales, plain = scales_of(adapter.peft_config, adapter.tensors), plain_of(adapter.tensors)
+    folded = {name: tensor for name, tensor in adapter.tensors.items() if name not in plain}
     for module in modules_of(adapter.tensors):
         if scales[module.name] != 1.0:
             folded[module.b] = (folded[module.b].double() * scales[module.name]).to(folded[module.b].dtype)
@@ -68,7 +67,7 @@ def _whole(adapter: Adapter, own: Factors, a: str, b: str) -> LowRank:
 
 
 def _cut(adapter: Adapter, wholes: Mapping[str, LowRank], scales: Mapping[str, float]) -> Tensors:
-    cut: dict[str, torch.Tensor] = {}
+    cut = {name: adapter.tensors[name] for name in plain_of(adapter.tensors)}
     for module in modules_of(adapter.tensors):
         own = read_factors(adapter.tensors, module, scales[module.name])
         svd = truncated_svd(wholes[module.a], own.rank)

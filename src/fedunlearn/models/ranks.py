@@ -10,8 +10,9 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from fedunlearn.models.lora import ACTIVE, REFERENCE, live_tensors
-from fedunlearn.records.adapter import Tensors
+from fedunlearn.models.adapter_tensors import ACTIVE, live_tensors
+from fedunlearn.models.lora import REFERENCE
+from fedunlearn.records.adapter import A, B, Tensors
 from fedunlearn.records.shape import ClientShape
 
 
@@ -27,7 +28,9 @@ def padded(model: PeftModel, tensors: Tensors) -> Tensors:
 
 
 def _padded(name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    along = 0 if ".lora_A." in name else 1
+    if not name.endswith((A, B)):
+        return tensor
+    along = 0 if name.endswith(A) else 1
     if tensor.dim() != len(shape) or tensor.shape[1 - along] != shape[1 - along]:
         return tensor  # whoever writes it says so; padded, no rows of a great length would become some
     missing = shape[along] - tensor.shape[along]
@@ -37,11 +40,14 @@ def _padded(name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def cut(tensors: Tensors, rank: int) -> Tensors:
-    """Gives the first `rank` rows of every A and columns of every B."""
-    return {
-        name: (tensor[:rank] if ".lora_A." in name else tensor[:, :rank]).contiguous()
-        for name, tensor in tensors.items()
-    }
+    """Gives the first `rank` rows of every A and columns of every B; plain tensors as they are."""
+    return {name: _cut(name, tensor, rank) for name, tensor in tensors.items()}
+
+
+def _cut(name: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+    if not name.endswith((A, B)):
+        return tensor
+    return (tensor[:rank] if name.endswith(A) else tensor[:, :rank]).contiguous()
 
 
 @contextmanager

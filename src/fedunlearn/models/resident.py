@@ -17,19 +17,14 @@ from fedunlearn.data.chat import ChatFormat
 from fedunlearn.errors import UserError
 from fedunlearn.files import canonical_json
 from fedunlearn.models.adapter_files import Probe, load_adapter, stacked_of
+from fedunlearn.models.adapter_tensors import ACTIVE, read_tensors, write_tensors
 from fedunlearn.models.base import choose_device, load_base, load_tokenizer
 from fedunlearn.models.export import Stacked, unit_scaled
 from fedunlearn.models.fingerprint import fingerprint_base
+from fedunlearn.models.initial import draw_fresh
 from fedunlearn.models.label_logits import label_logits
-from fedunlearn.models.lora import (
-    ACTIVE,
-    attach_lora,
-    draw_fresh,
-    lora_config_of,
-    plain_config,
-    read_tensors,
-    write_tensors,
-)
+from fedunlearn.models.lora import attach_lora
+from fedunlearn.models.lora_config import lora_config_of, plain_config
 from fedunlearn.models.ranks import scales_in
 from fedunlearn.models.sidecar import put_sidecar
 from fedunlearn.models.source import ModelSource, find_base

@@ -10,7 +10,8 @@ from peft import PeftModel
 from fedunlearn.config.trainer import TrainArgs
 from fedunlearn.errors import UserError
 from fedunlearn.methods.tokens import Need
-from fedunlearn.models.lora import read_tensors, training_only, write_tensors
+from fedunlearn.models.adapter_tensors import read_tensors, write_tensors
+from fedunlearn.models.lora import training_only
 from fedunlearn.models.resident import Resident
 from fedunlearn.records.adapter import Tensors
 from fedunlearn.records.rounds import ClientTask, Role

@@ -1,10 +1,7 @@
 """The guard against divergence: past a bound a client ends its epoch."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
 
 from fedunlearn.config.trainer import GuardArgs
 from fedunlearn.records.adapter import Tensors
@@ -24,12 +21,12 @@ class Guard:
             return ""
         return f"loss {loss:.4g} beyond trainer.guard.max_loss={bound:g}"
 
-    def judge_update(self, live: Mapping[str, torch.nn.Parameter]) -> str:
+    def judge_update(self, now: Tensors) -> str:
         """Says why what was trained so far ends the epoch: ||w - start|| over ||start||, whatever is trained of both factors; not judged where start is 0."""
         bound = self.args.max_update_ratio
         if bound is None:
             return ""
-        way = math.sqrt(sum(float((p.detach() - self.start[name]).double().square().sum()) for name, p in live.items()))
+        way = math.sqrt(sum(float((t - self.start[name]).double().square().sum()) for name, t in now.items()))
         size = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in self.start.values()))
         if way <= bound * size or not size:
             return ""

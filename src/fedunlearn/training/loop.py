@@ -1,7 +1,7 @@
 """The optimiser steps of one client in one round."""
 
 import functools
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -12,8 +12,8 @@ from fedunlearn.data.collator import collate
 from fedunlearn.methods.base import Method
 from fedunlearn.methods.retain import cross_entropy
 from fedunlearn.methods.tokens import Memory, Need, StepDone, StepTotals, TokenLosses
+from fedunlearn.models.adapter_tensors import live_gradients, live_parameters, live_tensors
 from fedunlearn.models.hidden_states import num_blocks
-from fedunlearn.models.lora import live_parameters
 from fedunlearn.models.ranks import module_scales
 from fedunlearn.models.resident import Resident
 from fedunlearn.records.adapter import Tensors
@@ -83,7 +83,7 @@ def _accelerator(device: str) -> Accelerator:
 def run_steps(work: Work, steps: Sequence[Step], memory: Memory) -> Tally:
     """Makes the optimiser steps and gives what they came to; the model holds the trained values afterwards."""
     args, task, device = work.settings.args, work.task, work.made.device
-    live = live_parameters(work.made.model)
+    live, now = live_parameters(work.made.model), live_tensors(work.made.model)
     optimizer = build_optimizer(live.values(), args, task.lr_scale)
     schedule = build_schedule(optimizer, args, len(steps), warmup_of(len(work.rows), len(steps), args))
     start = {name: tensor.to(device) for name, tensor in work.start.items()}
@@ -95,17 +95,17 @@ def run_steps(work: Work, steps: Sequence[Step], memory: Memory) -> Tally:
             break
         tally.losses.append(done.loss)
         if task.mu:
-            _pull_to_start(live, start, task.mu)
+            _pull_to_start(live_gradients(work.made.model), now, start, task.mu)
         if args.max_grad_norm > 0:
             _accelerator(device.type).clip_grad_norm_(list(live.values()), args.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         if task.radius:
-            pull_inside(live, start, module_scales(work.made.model), task.radius)
+            pull_inside(now, start, module_scales(work.made.model), task.radius)
         if work.method is not None:
             tally.memory = work.method.remember(tally.memory, done.remembered)
-        if tally.stop(guard.judge_update(live), number, len(steps)):
+        if tally.stop(guard.judge_update(now), number, len(steps)):
             break
     return tally
 
@@ -176,11 +176,10 @@ def _down(work: Work, loss: torch.Tensor) -> float:
     return float(loss.detach())
 
 
-def _pull_to_start(live: Mapping[str, torch.nn.Parameter], start: Tensors, mu: float) -> None:
+def _pull_to_start(gradients: Tensors, now: Tensors, start: Tensors, mu: float) -> None:
     """Adds the gradient of (mu/2) ||w - x||^2 (FedProx), x the adapter the round began with."""
-    for name, parameter in live.items():
-        if parameter.grad is not None:
-            parameter.grad.add_(parameter.detach() - start[name], alpha=mu)
+    for name, gradient in gradients.items():
+        gradient.add_(now[name] - start[name], alpha=mu)
 
 
 def unlearning_method(task: ClientTask, settings: LocalSettings) -> Method | None:

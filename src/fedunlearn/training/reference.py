@@ -15,7 +15,8 @@ from fedunlearn.config.data import CollatorConfig
 from fedunlearn.data.chat import EncodedRow
 from fedunlearn.data.collator import collate
 from fedunlearn.files import canonical_json, write_json
-from fedunlearn.models.lora import ACTIVE, REFERENCE, read_tensors, write_tensors
+from fedunlearn.models.adapter_tensors import ACTIVE, read_tensors, write_tensors
+from fedunlearn.models.lora import REFERENCE
 from fedunlearn.models.resident import Resident, numbers_name
 from fedunlearn.models.sidecar import put_sidecar, use_sidecar
 from fedunlearn.records.adapter import Weights
