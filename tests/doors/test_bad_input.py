@@ -520,7 +520,7 @@ def test_an_unfinished_run_is_named_with_both_ways_on(refused, pocket, saves):
         "finetune"
     )
     shutil.rmtree(folder / "start")
-    assert "lacks start/: overwrite=true starts anew" in refused("finetune", "resume=true")
+    assert "lacks start/: put it back, or overwrite=true starts anew in its place" in refused("finetune", "resume=true")
 
 
 # --- a full disk
