@@ -58,8 +58,7 @@ def submit(launcher: SuperlinkLauncher, plain: Mapping[str, Any]) -> Mapping[str
         try:
             return _follow(connection, run_id)
         except KeyboardInterrupt as stop:
-            connection.command("stop", str(run_id), CONNECTION)
-            raise KeyboardInterrupt(f"run {run_id} was stopped at the server; {GO_ON}") from stop
+            raise KeyboardInterrupt(connection.stop(run_id)) from stop
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,13 @@ class _Connection:
         found = _json(self.command("ls", CONNECTION, "--run-id", str(run_id), "--format", "json"))
         runs = found.get("runs") or [{}]
         return str(runs[0].get("status", ""))
+
+    def stop(self, run_id: int) -> str:
+        """Stops a run at the server; says what came of it."""
+        answer = self.command("stop", str(run_id), CONNECTION, "--format", "json")
+        if _json(answer).get("success") is True:
+            return f"run {run_id} was stopped at the server; {GO_ON}"
+        return f"run {run_id} could not be stopped at the server ({_words(answer)}): it may go on there"
 
     def command(self, *words: str) -> str:
         """Gives what a command of Flower's wrote."""
@@ -161,11 +167,10 @@ class _Follower:
 
     def hear(self, line: str) -> None:
         """Takes one line of the log."""
-        _, marker, told = line.partition(TOLD)
-        if not marker:
+        if not line.startswith(TOLD):  # elsewhere in a line it may be the words of a client, which the server logs
             log.debug("server: %s", line.rstrip())
             return
-        for kind, value in _json(told).items():
+        for kind, value in _json(line.removeprefix(TOLD)).items():
             self._take(kind, value)
 
     def _take(self, kind: str, value: Any) -> None:
