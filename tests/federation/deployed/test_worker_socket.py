@@ -130,6 +130,18 @@ def test_what_a_worker_does_not_do_is_told(node, head, told):
     assert node.worker.pid == pid
 
 
+def test_a_task_that_came_behind_the_word_to_end_is_done(node):
+    worker = node.worker
+    worker.suspend()
+    with connected(node) as first, connected(node) as second:
+        send_frame(first, Frame({"do": "end"}), SOON)
+        send_frame(second, node.frame(1), SOON)
+        worker.resume()
+        assert "content" in receive_frame(second, SOON).head
+    worker.wait(20)
+    assert node.says_the_same(1)
+
+
 # --- users
 
 

@@ -60,12 +60,16 @@ class Worker:
     address: Path
 
     def serve(self) -> None:
-        """Answers one connection after another until nothing came for worker.idle_minutes, or it is asked to end."""
+        """Answers one connection after another until nothing came for worker.idle_minutes, or it is asked to end; then those that had come by then."""
         with self._listening() as door:
-            for there in self._visitors(door):
-                with there:
-                    if not self._serve_one(there):
-                        return
+            while (there := _accepted(door, 60 * self.site.worker.idle_minutes)) is not None:
+                if not self._serve_one(there):
+                    break
+            else:
+                log.info("nothing came for %g minutes: this worker ends", self.site.worker.idle_minutes)
+            self.address.unlink(missing_ok=True)
+            while (there := _accepted(door, 0.0)) is not None:
+                self._serve_one(there)
 
     @contextmanager
     def _listening(self) -> Iterator[socket.socket]:
@@ -82,27 +86,19 @@ class Worker:
             finally:
                 self.address.unlink(missing_ok=True)
 
-    def _visitors(self, door: socket.socket) -> Iterator[socket.socket]:
-        """Every connection, until the last; who came while the socket was taken away is heard too."""
-        while (there := _accepted(door, 60 * self.site.worker.idle_minutes)) is not None:
-            yield there
-        log.info("nothing came for %g minutes: this worker ends", self.site.worker.idle_minutes)
-        self.address.unlink(missing_ok=True)
-        while (there := _accepted(door, 0.0)) is not None:
-            yield there
-
-    def _serve_one(self, there: socket.socket) -> bool:
-        """Answers one frame; whether the worker goes on. What is no frame costs the sender its answer, and nothing else."""
-        try:
-            _check_peer(there)
-            asked = receive_frame(there, PATIENCE)
-        except (FrameError, OSError) as error:
-            log.warning("no frame of ours: %s", error)
-            return True
-        if asked.head.get("do") == "end":
-            return False
-        with suppress(OSError):  # who has its answer may hang up
-            send_frame(there, self._answer(there, asked), PATIENCE)
+    def _serve_one(self, visitor: socket.socket) -> bool:
+        """Answers one frame and hangs up; whether the worker goes on. What is no frame costs the sender its answer, and nothing else."""
+        with visitor as there:
+            try:
+                _check_peer(there)
+                asked = receive_frame(there, PATIENCE)
+            except (FrameError, OSError) as error:
+                log.warning("no frame of ours: %s", error)
+                return True
+            if asked.head.get("do") == "end":
+                return False
+            with suppress(OSError):  # who has its answer may hang up
+                send_frame(there, self._answer(there, asked), PATIENCE)
         return True
 
     def _answer(self, there: socket.socket, asked: Frame) -> Frame:
