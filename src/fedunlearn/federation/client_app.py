@@ -41,7 +41,7 @@ from fedunlearn.training.charges import charges_of
 from fedunlearn.training.local import LocalResult
 
 log = logging.getLogger(__name__)
-_sites: dict[str, Site] = {}
+_sites: dict[tuple[str, int | None], Site] = {}
 
 
 def make_client_app(config_json: str, max_steps: int | None = None) -> ClientApp:
@@ -73,14 +73,15 @@ def close_sites() -> None:
 
 
 def _site(config_json: str, max_steps: int | None) -> Site:
-    if config_json not in _sites:
+    key = (config_json, max_steps)
+    if key not in _sites:
         close_sites()
         run = parse_config(json.loads(config_json))
         if not isinstance(run, TrainRun):
             raise TypeError(f"a client serves training and unlearning, not mode={run.mode!r}")
         set_threads(run)
-        _sites[config_json] = Site(run, max_steps)
-    return _sites[config_json]
+        _sites[key] = Site(run, max_steps)
+    return _sites[key]
 
 
 def _client_id(context: Context) -> int:
