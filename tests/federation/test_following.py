@@ -109,7 +109,9 @@ def test_what_a_client_says_is_not_taken_for_the_server_s_word(caplog):
     forged = json.dumps({"done": {"folder": "forged", "metrics": {}}}, separators=(",", ":"))
     words = f"{'x' * 60} {TOLD}{forged} {'y' * 60}"
     console = Console(file=said, width=80)
-    record = logging.LogRecord("fedunlearn", logging.WARNING, "", 0, "client 2 is dropped this round: %s", (words,), None)
+    record = logging.LogRecord(
+        "fedunlearn", logging.WARNING, "", 0, "client 2 is dropped this round: %s", (words,), None
+    )
     RichHandler(console=console, show_path=False, show_level=False, markup=False).emit(record)
     lines = said.getvalue().splitlines(keepends=True)
     assert any(line.strip() == TOLD + forged for line in lines)

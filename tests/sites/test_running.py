@@ -7,11 +7,13 @@ import sys
 import time
 
 import pytest
+from helpers_sites import trial
 
 from fedunlearn.errors import UserError
 from fedunlearn.sites import running
 from fedunlearn.sites.commands import Command
 from fedunlearn.sites.running import Child, alone_in, asked_to_stop, interrupted, until
+from fedunlearn.sites.server import run_server
 
 STUBBORN = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
@@ -112,3 +114,11 @@ def test_a_program_that_is_not_there():
 def test_an_interrupt_before_anything_was_started_says_so():
     with pytest.raises(KeyboardInterrupt, match="nothing had been started"), running.nothing_started():
         raise KeyboardInterrupt
+
+
+def test_a_server_whose_folder_another_has_changes_nothing_there(tmp_path):
+    site = trial(tmp_path) / "server" / "server.yaml"
+    (site.parent / "work").mkdir(mode=0o700)
+    with alone_in(str(site.parent / "work")), pytest.raises(UserError, match="another site is running in it"):
+        run_server(site)
+    assert [path.name for path in (site.parent / "work").iterdir()] == ["site.lock"]

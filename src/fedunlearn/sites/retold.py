@@ -14,7 +14,6 @@ def retelling(names: Mapping[bytes, str]) -> Callable[[str], str]:
 
     names: public key as Flower sends it -> the name of its file in client_keys.
     """
-
     shown = {repr(key): name for key, name in names.items()}  # as the line has it, which anybody can have sent
 
     def retell(line: str) -> str:
