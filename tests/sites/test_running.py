@@ -1,5 +1,6 @@
 """Processes that end whole: with SIGTERM, with SIGKILL where they do not listen, and with their parent."""
 
+import io
 import os
 import signal
 import subprocess
@@ -47,6 +48,23 @@ def test_lines_are_passed_on_with_the_environment_and_folder(tmp_path, capsys):
     assert child.why() == "it: it ended with code 0; see the lines above"
     assert list(child.lines) == [f"hello {tmp_path}"]
     assert capsys.readouterr().err == f"HELLO {tmp_path}\n".upper()
+
+
+class Deaf(io.StringIO):
+    """A stderr whose reader has gone away."""
+
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_a_process_goes_on_when_nobody_hears_us_any_more(monkeypatch):
+    """A pipe holds 64 KiB; who waits at a full one never ends."""
+    monkeypatch.setattr(sys, "stderr", Deaf())
+    child = Child(python("for _ in range(2000): print('x' * 100)"))
+    try:
+        wait_for(lambda: child.ended() == 0)
+    finally:
+        child.end()
 
 
 def test_what_does_not_listen_is_killed_with_its_children(monkeypatch):
