@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 from fedunlearn.aggregation.factors import side_by_side
 from fedunlearn.config.parse import parse_config
 from fedunlearn.config.run import TrainRun
+from fedunlearn.errors import UserError
 from fedunlearn.federation.part_store import PartStore, joined
 from fedunlearn.federation.site import VERSION, OwnScores, Site, set_threads
 from fedunlearn.federation.wire import (
@@ -89,6 +90,8 @@ def _client_id(context: Context) -> int:
 
 
 def _roll_call(site: Site, client: int) -> RollCallReply:
+    if client >= site.partition.num_clients:
+        raise UserError(f"the run has clients 0 to {site.partition.num_clients - 1} only: correct this node's client_id")
     rows, shape = site.counted(client), site.shapes[client]
     return RollCallReply(
         client_id=client,
