@@ -62,7 +62,8 @@ def test_a_process_goes_on_when_nobody_hears_us_any_more(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Deaf())
     child = Child(python("for _ in range(2000): print('x' * 100)"))
     try:
-        wait_for(lambda: child.ended() == 0)
+        wait_for(lambda: child.ended() is not None)
+        assert child.ended() == 0
     finally:
         child.end()
 

@@ -91,7 +91,9 @@ def _client_id(context: Context) -> int:
 
 def _roll_call(site: Site, client: int) -> RollCallReply:
     if client >= site.partition.num_clients:
-        raise UserError(f"the run has clients 0 to {site.partition.num_clients - 1} only: correct this node's client_id")
+        raise UserError(
+            f"the run has clients 0 to {site.partition.num_clients - 1} only: correct this node's client_id"
+        )
     rows, shape = site.counted(client), site.shapes[client]
     return RollCallReply(
         client_id=client,
