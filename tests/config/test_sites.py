@@ -206,6 +206,8 @@ def test_a_file_that_is_not_there(tmp_path):
         ("https://a:80", None),
         ("a", None),
         ("a:８", None),
+        ("a..b:80", None),
+        (f"{'a' * 64}:80", None),
     ],
 )
 def test_addresses(text, address):

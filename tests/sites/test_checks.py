@@ -51,6 +51,12 @@ def test_clocks_an_hour_apart(folder, hours):
     assert f"60 minutes {'ahead of' if hours > 0 else 'behind'} this machine's" in fault
 
 
+@pytest.mark.parametrize("date", ["yesterday", "Mon, 01 Jan 2024 00:00:00 -0000"])
+def test_a_clock_that_says_no_time_is_no_fault(folder, date):
+    with answering(folder / "server", body=KNOWN, date=date) as port:
+        check_client(client(folder, superlink=f"localhost:{port}"))
+
+
 def test_a_key_the_server_does_not_know(folder):
     with answering(folder / "server", body=UNKNOWN, status=412) as port:
         (fault,) = faults(check_client, client(folder, superlink=f"localhost:{port}"))

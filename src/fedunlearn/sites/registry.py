@@ -10,7 +10,7 @@ from pathlib import Path
 from fedunlearn.config.sites import ServerSite
 from fedunlearn.errors import UserError
 from fedunlearn.files import write_json
-from fedunlearn.sites.commands import Command, register_command, unregister_command
+from fedunlearn.sites.commands import Command, answer_in, register_command, unregister_command
 from fedunlearn.sites.running import Stop, tell
 
 _CALL_TIMEOUT = 60.0
@@ -75,7 +75,7 @@ class Registry:
             raise UserError(
                 f"server: `{command.shown()}` gave no answer in {_CALL_TIMEOUT:.0f} s: is the SuperLink overloaded?"
             ) from error
-        answer = _json(done.stdout)
+        answer = answer_in(done.stdout)
         if answer.get("success") is True:
             return answer
         said = str(answer.get("error-message") or (done.stderr or done.stdout).strip())[-500:]
@@ -90,12 +90,3 @@ class Registry:
 def _key(path: Path) -> str:
     """Type and key, without the comment."""
     return " ".join(path.read_text(encoding="ascii", errors="replace").split()[:2])
-
-
-def _json(text: str) -> dict[str, object]:
-    begin = text.find("{")
-    try:
-        answer = json.loads(text[begin:]) if begin >= 0 else {}
-    except ValueError:
-        return {}
-    return answer if isinstance(answer, dict) else {}

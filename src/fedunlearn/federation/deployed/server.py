@@ -52,8 +52,8 @@ def make_submitted_app(stage: Stage) -> ServerApp:
 
 
 def tell(kind: str, value: object) -> None:
-    """Writes one line that `launcher=superlink` reads in the run's log."""
-    sys.stdout.write(f"{TOLD}{canonical_json({kind: value})}\n")
+    """Writes one line that `launcher=superlink` reads in the run's log; it begins anew, whatever stands in front of it."""
+    sys.stdout.write(f"\n{TOLD}{canonical_json({kind: value})}\n")
     sys.stdout.flush()
 
 
