@@ -131,7 +131,10 @@ def test_a_node_without_its_data_is_refused_by_name_and_the_others_go_on(nodes, 
     folder, paths = nodes
     paths[1].write_text(paths[1].read_text().replace(str(pocket.data), str(folder / "gone")))
     run = run_deployed(folder, submitted(pocket, "finetune", "ft"), ThinGrid(paths))
-    assert f"failed: client 1: data.tofu_path='{folder / 'gone'}' is no folder on this machine" in (run / "roll_call.json").read_text()
+    assert (
+        f"failed: client 1: data.tofu_path='{folder / 'gone'}' is no folder on this machine"
+        in (run / "roll_call.json").read_text()
+    )
     assert len(history(run)) == 2
 
 
