@@ -1,6 +1,7 @@
 """The server's side of the wire: who is there, and asking them all under one deadline."""
 
 import logging
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from fedunlearn.records.shape import ClientShape
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LOOKS, SENT_AT_ONCE = 0.02, 256
+_SAYS_WHO = re.compile(r"roll call: node \d+ failed: client (\d{1,9}): ")
+"""A node that refuses tells whose it is; that client is not told as missing a second time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +120,8 @@ def roll_call(
         if len(said) > 1
     ]
     members = {client: said[0] for client, said in sorted(found.items()) if len(said) == 1}
-    refused += [
-        f"roll call: client {row.client_id} is not there" for row in expected.rows if row.client_id not in found
-    ]
+    told = found.keys() | {int(said[1]) for fault in refused if (said := _SAYS_WHO.match(fault))}
+    refused += [f"roll call: client {row.client_id} is not there" for row in expected.rows if row.client_id not in told]
     _check_enough(members, expected, refused)
     for fault in refused:
         log.warning("%s: the run goes on without", fault)

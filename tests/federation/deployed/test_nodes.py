@@ -122,8 +122,8 @@ def test_a_node_whose_policy_forbids_the_model_is_refused_by_name_and_the_others
     paths[2].write_text(paths[2].read_text().replace("policy.yaml", "narrow.yaml"))
     run = run_deployed(folder, submitted(pocket, "finetune", "ft"), ThinGrid(paths))
     called = (run / "roll_call.json").read_text()
-    assert "this node's policy does not allow model 'pocket-base'; it allows ['another']" in called
-    assert "client 2 is not there" in called
+    assert "failed: client 2: this node's policy does not allow model 'pocket-base'; it allows ['another']" in called
+    assert "is not there" not in called  # a client that told why it takes no part is told once
     assert [[client["client_id"] for client in line["clients"]] for line in history(run)] == [[0, 1, 3]] * 2
 
 

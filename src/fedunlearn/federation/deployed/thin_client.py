@@ -46,7 +46,7 @@ def _answer(kind: str, message: Message, context: Context) -> Message:
     try:
         site_path = _site_path(context)
         site = read_site(site_path, ClientSite)
-        who = f"client {site.client_id}: " if kind == "query" else ""  # later the server knows whom it asked
+        who = f"client {site.client_id}: " if kind == "query" else ""  # in a round the server knows whom it asked
         enrolment = _enrolled(kind, site, context.run_id, message)
         keeper = Keeper(
             site=site,
