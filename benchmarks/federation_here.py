@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -247,10 +248,11 @@ class FederationHere:
                 time.sleep(2)
 
     def end(self) -> int | None:
-        """Ends it all; gives the server's code. Raises FailedError where something is left."""
-        for node in self.nodes.values():
-            node.end()
-        return self.server.end()
+        """Ends it all, the server last; gives the server's code. Raises FailedError where something is left."""
+        with ExitStack() as all_of_it:  # each is ended, whatever becomes of the others
+            for running in (self.server, *self.nodes.values()):
+                all_of_it.callback(running.end)
+        return self.server.process.returncode
 
 
 def _line(process: psutil.Process) -> str:

@@ -65,14 +65,25 @@ def server_files(folder: Path, authority: Authority, hosts: list[str], validity:
 
 
 @contextmanager
-def answering(files: Path | None, *, hours_ahead: float = 0.0, body: bytes = b"{}", status: int = 400) -> Iterator[int]:
-    """An HTTP server in a thread, in TLS with server.crt and server.key of `files`; its clock may be off. Gives its port."""
+def answering(
+    files: Path | None,
+    *,
+    hours_ahead: float = 0.0,
+    date: str = "",
+    body: bytes = b"{}",
+    status: int = 400,
+    closes: bool = False,
+) -> Iterator[int]:
+    """An HTTP server in a thread, in TLS with server.crt and server.key of `files`; its clock may be off, or say `date`. closes: it answers nothing. Gives its port."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def date_time_string(self, timestamp=None):
-            return format_datetime(datetime.now(UTC) + timedelta(hours=hours_ahead), usegmt=True)
+            return date or format_datetime(datetime.now(UTC) + timedelta(hours=hours_ahead), usegmt=True)
 
         def do_HEAD(self):
+            if closes:
+                self.close_connection = True
+                return
             self.send_response(200)
             self.end_headers()
 

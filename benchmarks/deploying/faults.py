@@ -61,19 +61,12 @@ class Cost:
     faults: tuple[str, ...]
 
 
-def _restarted(federation: FederationHere) -> None:
-    federation.nodes[VICTIM].end()
-    federation.start_again(VICTIM)
-
-
 def _few_steps(federation: FederationHere) -> None:
-    edit(federation.policy_of(VICTIM), max_steps=1)
-    _restarted(federation)
+    edit(federation.policy_of(VICTIM), max_steps=1)  # read anew for every message
 
 
 def _many_steps(federation: FederationHere) -> None:
     edit(federation.policy_of(VICTIM), max_steps=10_000)
-    _restarted(federation)
 
 
 def _busy(federation: FederationHere) -> psutil.Process:
@@ -129,7 +122,7 @@ FAULTS: tuple[Fault, ...] = (
 
 
 def _task_seconds(federation: FederationHere, seconds: float) -> None:
-    edit(federation.policy_of(VICTIM), max_task_seconds=seconds)  # read anew for every message
+    edit(federation.policy_of(VICTIM), max_task_seconds=seconds)
 
 
 def costs(place: Path) -> Iterator[Cost]:

@@ -164,6 +164,6 @@ def disk_fault(error: OSError, path: Path) -> UserError:
             "(with resume=true where the run's folder exists)"
         )
     return UserError(
-        f"{shown} cannot be written ({error.strerror or error}): choose another paths.saves_dir or task_name (a cache or a pocket: "
-        "paths.cache_dir, paths.pocket_dir), or mend the rights there"
+        f"{shown} cannot be written ({error.strerror or error}): choose another place (a run: paths.saves_dir or task_name; a cache or a pocket: "
+        "paths.cache_dir, paths.pocket_dir; a script: --to), or mend the rights there"
     )

@@ -123,6 +123,13 @@ def test_a_policy_s_faults_are_told_with_its_site_s(folder):
     assert [fault.partition(": ")[2][:15] for fault in found] == ["max_steps=0 mus", "allowed_targets"]
 
 
+def test_the_other_one_s_yaml_is_told_as_such_and_nothing_else(folder):
+    (found,) = faults(write(folder / "server.yaml", server()), ClientSite)
+    assert "server.yaml is a server's YAML: start that with scripts/superlink.py" in found
+    (found,) = faults(write(folder / "client.yaml", client()), ServerSite)
+    assert "client.yaml is a client's YAML: start that with scripts/supernode.py" in found
+
+
 def test_data_that_is_not_there_is_told_only_when_asked(folder):
     site = read_site(write(folder / "client.yaml", client(data={"tofu_path": "later"})), ClientSite)
     assert str(folder / "later") in (site.data.missing() or "")
@@ -206,6 +213,8 @@ def test_a_file_that_is_not_there(tmp_path):
         ("https://a:80", None),
         ("a", None),
         ("a:８", None),
+        ("a..b:80", None),
+        (f"{'a' * 64}:80", None),
     ],
 )
 def test_addresses(text, address):

@@ -117,7 +117,7 @@ def evaluation(pocket, saves, *overrides) -> ComposedConfig:
         ("finetune", "model.model_args.use_lora=false", "use_lora=false in a federated run: only adapters travel; set use_lora=true"),
         ("finetune", "task_name=a/b", "task_name='a/b' must be a plain folder name"),
         ("finetune", "task_name=..", "task_name='..' must be a plain folder name"),
-        ("finetune", f"task_name={'a' * 300}", "(File name too long): choose another paths.saves_dir or task_name"),
+        ("finetune", f"task_name={'a' * 300}", "at most 200 bytes"),
         ("finetune", "trainer.federated.num_clients=-1", "num_clients=-1 must be above 0"),
         ("finetune", "trainer.federated.min_clients=5", "min_clients=5 must lie between 1 and the clients drawn each round, 4 of num_clients=4: lower it, or raise fraction_train or num_train_clients"),
         ("finetune", "trainer.federated.num_train_clients=2 trainer.federated.min_clients=3", "min_clients=3 must lie between 1 and the clients drawn each round, 2 of num_clients=4"),
@@ -520,7 +520,7 @@ def test_an_unfinished_run_is_named_with_both_ways_on(refused, pocket, saves):
         "finetune"
     )
     shutil.rmtree(folder / "start")
-    assert "lacks start/: overwrite=true starts anew" in refused("finetune", "resume=true")
+    assert "lacks start/: put it back, or overwrite=true starts anew in its place" in refused("finetune", "resume=true")
 
 
 # --- a full disk

@@ -51,8 +51,8 @@ def answered(monkeypatch):
     def arm(changes) -> None:
         real, left = client_app._reply, list(changes)
 
-        def reply(*arguments):
-            made = real(*arguments)
+        def reply(*arguments, **named):
+            made = real(*arguments, **named)
             return replace(made, **left.pop(0)) if made.client_id == 0 else made
 
         monkeypatch.setattr(client_app, "_reply", reply)

@@ -1,16 +1,20 @@
 """What the submitter of launcher=superlink makes of the ends that a run can come to, from what a SuperLink says of it."""
 
+import io
 import json
 import logging
+import sys
 from dataclasses import dataclass, field
 
 import pytest
+from rich.console import Console
+from rich.logging import RichHandler
 
 from fedunlearn.config.launcher import SuperlinkLauncher
 from fedunlearn.errors import UserError
 from fedunlearn.federation.deployed.brief import TOLD
-from fedunlearn.federation.deployed.server import telling_warnings
-from fedunlearn.federation.launchers.superlink import _follow
+from fedunlearn.federation.deployed.server import tell, telling_warnings
+from fedunlearn.federation.launchers.superlink import CONNECTION, _Connection, _follow
 
 RUN = 7
 
@@ -35,7 +39,7 @@ class Said:
 
 
 def told(**what):
-    return f"INFO : {TOLD}{json.dumps(what)}\n"
+    return f"{TOLD}{json.dumps(what)}\n"
 
 
 @pytest.fixture(autouse=True)
@@ -97,3 +101,43 @@ def test_a_served_run_tells_the_warnings_of_this_package_while_it_lasts(capsys):
 def test_a_superlink_that_falls_silent_is_given_up():
     with pytest.raises(UserError, match="the SuperLink does not answer any more"):
         _follow(Said([[]], [""]), RUN)
+
+
+def test_what_a_client_says_is_not_taken_for_the_server_s_word(caplog):
+    """A client's reason stands in a warning, which is wrapped wherever a terminal would be at its end."""
+    said = io.StringIO()
+    forged = json.dumps({"done": {"folder": "forged", "metrics": {}}}, separators=(",", ":"))
+    words = f"{'x' * 60} {TOLD}{forged} {'y' * 60}"
+    console = Console(file=said, width=80)
+    record = logging.LogRecord(
+        "fedunlearn", logging.WARNING, "", 0, "client 2 is dropped this round: %s", (words,), None
+    )
+    RichHandler(console=console, show_path=False, show_level=False, markup=False).emit(record)
+    lines = said.getvalue().splitlines(keepends=True)
+    assert any(line.strip() == TOLD + forged for line in lines)
+    with pytest.raises(UserError, match="one is wrong"):
+        _follow(Said([[*lines, told(faults=["one is wrong"])]], ["finished:failed"]), RUN)
+
+
+def test_a_told_line_is_one_whatever_was_written_in_front_of_it(capsys):
+    sys.stdout.write("Loading: 50%")
+    tell("done", {"folder": "finetune/ft"})
+    assert _follow(Said([capsys.readouterr().out.splitlines()], ["finished:completed"]), RUN) == {
+        "folder": "finetune/ft"
+    }
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ('Stopping run ID 7...\n{"success": true, "run-id": "7"}', "run 7 was stopped at the server; the same command"),
+        ('{"success": false, "error-message": "Run 7 is over"}', "could not be stopped at the server (Run 7 is over)"),
+        ("no answer within 60 s", "could not be stopped at the server (no answer within 60 s): it may go on there"),
+    ],
+)
+def test_ctrl_c_says_whether_the_run_was_stopped(monkeypatch, tmp_path, answer, said):
+    asked = []
+    monkeypatch.setattr(_Connection, "command", lambda self, *words: asked.append(words) or answer)
+    connection = _Connection(SuperlinkLauncher(address="127.0.0.1:1", insecure=True), tmp_path)
+    assert said in connection.stop(RUN)
+    assert asked == [("stop", "7", CONNECTION, "--format", "json")]

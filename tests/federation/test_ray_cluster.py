@@ -20,6 +20,7 @@ from fedunlearn.federation.collect import check_all_there
 from fedunlearn.records.rounds import ClientEvaluation, ClientScore
 
 pytest.importorskip("ray")
+from fedunlearn.federation.ray_child import needed_by_clients
 from fedunlearn.federation.ray_cluster import Node, Sight, differences, looking, room_fault
 
 TWO = (Node(id="a", name="10.0.0.1", cpus=4, gpus=0), Node(id="b", name="10.0.0.2", cpus=3, gpus=2))
@@ -115,6 +116,19 @@ class Lacking:
 sys.meta_path.insert(0, Lacking())
 print(json.dumps(pickle.load(sys.stdin.buffer)({}, ["/"], ["ray"], 0.0)))
 """
+
+
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [
+        ("dpo", "data.alternates_path"),
+        ("idk_dpo", "data.idk_path"),
+        ("npo", "model.tokenizer_args.pretrained_model_name_or_path"),
+    ],
+)
+def test_nodes_are_asked_for_every_file_that_a_client_opens(pocket, saves, method, key):
+    run = tiny(pocket, saves, "unlearn", "un", f"method={method}", f"{key}=/there").run
+    assert set(needed_by_clients(run)) == {Path("/there"), Path(pocket.data), Path(pocket.model)}
 
 
 def test_looking_travels_to_a_node_without_the_package():

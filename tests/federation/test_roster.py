@@ -72,11 +72,13 @@ def run(tmp_path_factory, pocket):
     return tiny(pocket, saves, "finetune", "ft", "trainer.federated.fraction_train=0.5").run
 
 
-def roster_of(grid, run, nodes_change=True, content=CONTENT):
-    called = roll_call(grid, EXPECTED, 0.1, math.inf)
+def roster_of(grid, run, nodes_change=True, content=CONTENT, keep=lambda called: None, expected=EXPECTED, timeout=5.0):
+    called = roll_call(grid, expected, 0.1, math.inf if timeout == 5.0 else timeout)
     grid.asked.clear(), grid.told.clear()
     planner = Planner(run, {k: ROWS[k] for k in called.members})
-    return Roster(grid, EXPECTED, called, planner, nodes_change=nodes_change, content=content, timeout=5.0)
+    return Roster(
+        grid, expected, called, planner, nodes_change=nodes_change, content=content, timeout=timeout, keep=keep
+    )
 
 
 def planned(roster):
@@ -121,6 +123,62 @@ def test_a_newcomer_is_told_of_the_run_and_taken_in(run):
     assert planned(roster) == planned_by_all(run) != before
     roster.renew()
     assert grid.asked == [4, 8]
+
+
+class Slow(ComingAndGoing):
+    """Some nodes answer nothing for their first few calls."""
+
+    def __init__(self, slow, **there):
+        super().__init__(**there)
+        self.slow = dict(slow)
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        pushed = super().push_messages(messages)
+        for message in messages:
+            node = message.metadata.dst_node_id
+            if self.slow.get(node, 0):
+                self.slow[node] -= 1
+                self.asked.append(node)
+                self._waiting.pop(message.metadata.message_id)
+        return pushed
+
+
+@pytest.mark.parametrize(("calls", "taken"), [(1, True), (2, False)])
+def test_a_node_that_was_only_slow_is_asked_once_more(run, calls, taken):
+    """Behind another run's task it cannot answer; one that is silent twice has had its chance."""
+    grid = Slow({6: calls}, n5=says(0), n6=says(1))
+    roster = roster_of(grid, run, timeout=0.3)
+    assert list(roster.members) == [0]
+    for _ in range(3):
+        roster.renew()
+    assert (1 in roster.members) is taken
+    assert grid.asked == [6]
+
+
+def test_what_newcomers_say_is_kept(run):
+    kept = []
+    grid = ComingAndGoing(n5=says(0))
+    roster = roster_of(grid, run, keep=kept.append)
+    roster.renew()
+    assert kept == []
+    grid.there |= {6: says(1), 7: says(0), 8: None}
+    roster.renew()
+    (called,) = kept
+    assert list(called.members) == [0, 1]
+    assert "client 1 is not there" in called.refused[0]  # of the first call
+    assert any("node 7 says that it is client 0, which is there already as node 5" in fault for fault in called.refused)
+    assert any("node 8 failed" in fault for fault in called.refused)
+
+
+def test_a_key_is_one_client_s(run):
+    """A registered node can neither pose as a client that is away nor push one out by saying its id."""
+    expected = replace(EXPECTED, keys=lambda: {5: 0, 6: 1, 7: 2})
+    grid = ComingAndGoing(n5=says(0), n6=says(0), n7=says(2))
+    roster = roster_of(grid, run, expected=expected)
+    assert roster.nodes == {0: 5, 2: 7}
+    grid.there |= {8: says(3)}  # without a key of that name
+    assert roster.renew().nodes == {0: 5, 2: 7, 3: 8}
 
 
 def planned_by_all(run):

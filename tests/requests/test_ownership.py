@@ -169,18 +169,20 @@ class TestSequence:
         whole = serve(pocket, saves, tuned, "whole", BOTH)
         real, served = sequence.run_federated, []
 
-        def stop_before_the_second(leg):
+        def stop_before_the_second(leg, carry):
             served.append(leg.run.task_name)
             if leg.run.task_name == "un.2":
                 raise KeyboardInterrupt("stopped by the test")
-            return real(leg)
+            return real(leg, carry)
 
         monkeypatch.setattr(sequence, "run_federated", stop_before_the_second)
         with pytest.raises(KeyboardInterrupt, match="stopped by the test"):
             serve(pocket, saves, tuned, "un", BOTH)
         first = saves / "unlearn" / "un.1"
         before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
-        monkeypatch.setattr(sequence, "run_federated", lambda leg: (served.append(leg.run.task_name), real(leg))[1])
+        monkeypatch.setattr(
+            sequence, "run_federated", lambda leg, carry: (served.append(leg.run.task_name), real(leg, carry))[1]
+        )
         last = serve(pocket, saves, tuned, "un", BOTH, "resume=true")
         assert served == ["un.1", "un.2", "un.2"]
         assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before

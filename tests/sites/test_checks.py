@@ -51,6 +51,12 @@ def test_clocks_an_hour_apart(folder, hours):
     assert f"60 minutes {'ahead of' if hours > 0 else 'behind'} this machine's" in fault
 
 
+@pytest.mark.parametrize("date", ["yesterday", "Mon, 01 Jan 2024 00:00:00 -0000"])
+def test_a_clock_that_says_no_time_is_no_fault(folder, date):
+    with answering(folder / "server", body=KNOWN, date=date) as port:
+        check_client(client(folder, superlink=f"localhost:{port}"))
+
+
 def test_a_key_the_server_does_not_know(folder):
     with answering(folder / "server", body=UNKNOWN, status=412) as port:
         (fault,) = faults(check_client, client(folder, superlink=f"localhost:{port}"))
@@ -73,6 +79,21 @@ def test_plaintext_where_tls_is_wanted(folder):
     with answering(None) as port:
         (fault,) = faults(check_client, client(folder, superlink=f"localhost:{port}"))
     assert "answers, but not in TLS" in fault
+
+
+def test_another_program_in_tls_is_not_told_as_plaintext_and_hides_no_fault_of_its_certificate(folder, tmp_path):
+    server_files(tmp_path / "old", Authority("theirs", valid(-100, 100)), ["localhost"], valid(-50, -1))
+    with answering(tmp_path / "old", closes=True) as port:
+        found = faults(check_client, client(folder, superlink=f"localhost:{port}"))
+    parts = ("expired at", "was not signed by", "answers in TLS, but not as a SuperLink does (")
+    assert [part in fault for part, fault in zip(parts, found, strict=True)] == [True] * len(parts)
+
+
+def test_a_server_that_is_silent_is_not_told_as_plaintext(folder, monkeypatch):
+    monkeypatch.setattr("fedunlearn.sites.checks.TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        (fault,) = faults(check_client, client(folder, superlink=f"localhost:{silent.getsockname()[1]}"))
+    assert "takes the connection, but does not answer in TLS within 0.2 s" in fault
 
 
 def test_tls_where_plaintext_is_wanted(folder):

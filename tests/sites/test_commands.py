@@ -12,6 +12,7 @@ from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink as sup
 from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode as supernode_parser
 from helpers_sites import edit, trial
 
+from fedunlearn.config.addresses import Address
 from fedunlearn.config.sites import ClientSite, ServerSite, read_site
 from fedunlearn.errors import UserError
 from fedunlearn.sites import commands
@@ -100,17 +101,28 @@ def test_flower_writes_below_the_work_dir_and_asks_nobody(folder):
         assert "PATH=" not in command.shown()
 
 
-def test_flower_s_own_configuration(folder):
-    site, path = server(folder)
-    assert tomllib.loads(commands.flower_config(site))["superlink"] == {
-        "default": "site",
-        "site": {"address": "127.0.0.1:8123", "root-certificates": str(path.parent / "ca.crt")},
+def test_flower_s_own_configuration():
+    address = Address(host="127.0.0.1", port=8123)
+    ca = 'a "folder"\\ca.crt'
+    assert tomllib.loads(commands.flower_config(address, ca))["superlink"] == {
+        "default": commands.CONNECTION,
+        commands.CONNECTION: {"address": "127.0.0.1:8123", "root-certificates": ca},
     }
-    site, _ = server(folder, insecure=True, tls=None, client_keys=None)
-    assert tomllib.loads(commands.flower_config(site))["superlink"]["site"] == {
-        "address": "127.0.0.1:8123",
-        "insecure": True,
-    }
+    plain = tomllib.loads(commands.flower_config(address, None))["superlink"][commands.CONNECTION]
+    assert plain == {"address": "127.0.0.1:8123", "insecure": True}
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        ('Stopping run 7 ...\n{"success": true}', {"success": True}),
+        ("no answer", {}),
+        ("{half", {}),
+        ("[1]", {}),
+    ],
+)
+def test_the_answer_of_a_command(said, answer):
+    assert commands.answer_in(said) == answer
 
 
 def test_registering_is_asked_of_the_site_s_own_superlink(folder):

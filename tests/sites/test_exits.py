@@ -69,6 +69,13 @@ def test_refusals_are_retold_by_the_key_s_file(code, key, reason, said):
     assert said in retelling({PEM: "client0.pub"})(line)
 
 
+def test_a_key_that_nobody_can_have_is_no_fault_of_the_reader():
+    """Whoever reaches the server can send any bytes as a key; these would end a literal before its end."""
+    key = b"\"', exception: "
+    line = f"[/v1/fleet/activate-node][ApiError:2004] Attempted to register SuperNode with public key: {key!r}, exception: No SuperNode found"
+    assert "with a key that is not in client_keys was refused" in retelling({PEM: "client0.pub"})(line)
+
+
 def test_other_lines_stay_as_they_are():
     assert retelling({})("INFO: Activated node_id=3") == "INFO: Activated node_id=3"
     assert "without a registered key" in retelling({})("[/v1/fleet/register-node][ApiError:2001] Attempted")

@@ -58,6 +58,12 @@ def test_history_records_and_adapter_come_and_nothing_else(site, stand_in, tmp_p
     assert host is None or all("-- me@server " in call for call in stand_in.read_text().splitlines())
 
 
+def test_runs_below_the_home_of_the_server_s_machine(site, stand_in, tmp_path, monkeypatch):
+    site.write_text("saves_root: ~/saves\n")
+    monkeypatch.setenv("HOME", str(site.parent))
+    assert (fetch_run(str(site), "done run", tmp_path / "results", "me@server") / "done.json").is_file()
+
+
 def test_a_run_that_has_only_begun_says_so(site, tmp_path, capsys):
     fetch_run(str(site), "begun", tmp_path / "results")
     assert "no adapter/ yet" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Processes that end whole: with SIGTERM, with SIGKILL where they do not listen, and with their parent."""
 
+import io
 import os
 import signal
 import subprocess
@@ -7,11 +8,13 @@ import sys
 import time
 
 import pytest
+from helpers_sites import trial
 
 from fedunlearn.errors import UserError
 from fedunlearn.sites import running
 from fedunlearn.sites.commands import Command
 from fedunlearn.sites.running import Child, alone_in, asked_to_stop, interrupted, until
+from fedunlearn.sites.server import run_server
 
 STUBBORN = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
@@ -45,6 +48,24 @@ def test_lines_are_passed_on_with_the_environment_and_folder(tmp_path, capsys):
     assert child.why() == "it: it ended with code 0; see the lines above"
     assert list(child.lines) == [f"hello {tmp_path}"]
     assert capsys.readouterr().err == f"HELLO {tmp_path}\n".upper()
+
+
+class Deaf(io.StringIO):
+    """A stderr whose reader has gone away."""
+
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_a_process_goes_on_when_nobody_hears_us_any_more(monkeypatch):
+    """A pipe holds 64 KiB; who waits at a full one never ends."""
+    monkeypatch.setattr(sys, "stderr", Deaf())
+    child = Child(python("for _ in range(2000): print('x' * 100)"))
+    try:
+        wait_for(lambda: child.ended() is not None)
+        assert child.ended() == 0
+    finally:
+        child.end()
 
 
 def test_what_does_not_listen_is_killed_with_its_children(monkeypatch):
@@ -112,3 +133,11 @@ def test_a_program_that_is_not_there():
 def test_an_interrupt_before_anything_was_started_says_so():
     with pytest.raises(KeyboardInterrupt, match="nothing had been started"), running.nothing_started():
         raise KeyboardInterrupt
+
+
+def test_a_server_whose_folder_another_has_changes_nothing_there(tmp_path):
+    site = trial(tmp_path) / "server" / "server.yaml"
+    (site.parent / "work").mkdir(mode=0o700)
+    with alone_in(str(site.parent / "work")), pytest.raises(UserError, match="another site is running in it"):
+        run_server(site)
+    assert [path.name for path in (site.parent / "work").iterdir()] == ["site.lock"]

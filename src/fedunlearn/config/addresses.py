@@ -28,7 +28,15 @@ def parse_address(text: str) -> Address | None:
     host, colon, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     bare = host[1:-1] if bracketed else host
-    plain = bool(bare) and not set(bare) & set("[]/@ \t") and (":" in bare) == bracketed
+    plain = _is_name(bare) and not set(bare) & set("[]/@ \t") and (":" in bare) == bracketed
     if not (colon and plain and port.isdecimal() and port.isascii() and 0 < int(port) < 65536):
         return None
     return Address(host=bare, port=int(port))
+
+
+def _is_name(host: str) -> bool:
+    """Whether a resolver can be asked for it: no empty label, none of more than 63 characters."""
+    try:
+        return bool(host.encode("idna"))
+    except UnicodeError:
+        return False

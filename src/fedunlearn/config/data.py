@@ -94,6 +94,10 @@ FOLDER_OF_MODE = {"train": "finetune", "unlearn": "unlearn", "eval": "eval", "pr
 """Where under saves_dir the runs of a mode lie, each in a folder of its task_name."""
 
 
+LONGEST_TASK_NAME = 200
+"""Bytes: file systems take 255, and folders that are being made have longer names."""
+
+
 def task_name_rule(name: str) -> tuple[bool, str]:
     """Whether a name can be a run's folder, and the fault where it cannot."""
     plain = (
@@ -101,5 +105,9 @@ def task_name_rule(name: str) -> tuple[bool, str]:
         and name == name.strip()
         and name not in (".", "..")
         and not any(mark in name for mark in "/\\\0")
+        and len(name.encode(errors="replace")) <= LONGEST_TASK_NAME
     )
-    return plain, f"task_name={name!r} must be a plain folder name: no separators, no blanks around it"
+    return plain, (
+        f"task_name={name[:LONGEST_TASK_NAME]!r} must be a plain folder name: no separators, no blanks around it, at most "
+        f"{LONGEST_TASK_NAME} bytes"
+    )

@@ -232,7 +232,9 @@ def read_site(path: str | Path, kind: type[Site]) -> Site:
     database and log_file, which are made.
     """
     file = Path(os.path.abspath(Path(path).expanduser()))
-    data, faults = absolute_paths(kind, read_yaml(file), file.parent)
+    read = read_yaml(file)
+    _raise(_other_s_faults(file, read, kind))
+    data, faults = absolute_paths(kind, read, file.parent)
     unread = data.get("policy") if kind is ClientSite else None
     if isinstance(unread, str) and Path(unread).is_file():
         try:
@@ -247,6 +249,16 @@ def read_site(path: str | Path, kind: type[Site]) -> Site:
     if told or faults:
         raise UserError(*(f"{file}: {fault}" for fault in [*told, *faults]))
     return cast("Site", record)
+
+
+def _other_s_faults(file: Path, data: Mapping[str, object], kind: type[object]) -> list[str]:
+    """The one fault of a server's YAML given to a client, or the other way round: told alone, for every key of it would be unknown."""
+    mark, others_mark = ("client_id", "saves_root") if kind is ClientSite else ("saves_root", "client_id")
+    if kind not in _RULES or mark in data or others_mark not in data:
+        return []
+    if kind is ClientSite:
+        return [f"{file} is a server's YAML: start that with scripts/superlink.py start, or give a client's here"]
+    return [f"{file} is a client's YAML: start that with scripts/supernode.py, or give the server's here"]
 
 
 def make_work_dir(work_dir: str) -> Path:

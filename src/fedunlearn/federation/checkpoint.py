@@ -136,7 +136,9 @@ def _described(checkpoint: Checkpoint) -> dict[str, object]:
 
 
 def _rounds(run_folder: Path) -> list[Path]:
-    return sorted(path for path in (run_folder / "rounds").glob("[0-9]*") if path.is_dir())
+    return sorted(
+        (path for path in (run_folder / "rounds").glob("[0-9]*") if path.is_dir()), key=lambda path: int(path.name)
+    )
 
 
 def latest_checkpoint(run_folder: Path) -> Checkpoint | None:

@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 from fedunlearn.aggregation.factors import side_by_side
 from fedunlearn.config.parse import parse_config
 from fedunlearn.config.run import TrainRun
+from fedunlearn.errors import UserError
 from fedunlearn.federation.part_store import PartStore, joined
 from fedunlearn.federation.site import VERSION, OwnScores, Site, set_threads
 from fedunlearn.federation.wire import (
@@ -41,7 +42,7 @@ from fedunlearn.training.charges import charges_of
 from fedunlearn.training.local import LocalResult
 
 log = logging.getLogger(__name__)
-_sites: dict[str, Site] = {}
+_sites: dict[tuple[str, int | None], Site] = {}
 
 
 def make_client_app(config_json: str, max_steps: int | None = None) -> ClientApp:
@@ -73,14 +74,15 @@ def close_sites() -> None:
 
 
 def _site(config_json: str, max_steps: int | None) -> Site:
-    if config_json not in _sites:
+    key = (config_json, max_steps)
+    if key not in _sites:
         close_sites()
         run = parse_config(json.loads(config_json))
         if not isinstance(run, TrainRun):
             raise TypeError(f"a client serves training and unlearning, not mode={run.mode!r}")
         set_threads(run)
-        _sites[config_json] = Site(run, max_steps)
-    return _sites[config_json]
+        _sites[key] = Site(run, max_steps)
+    return _sites[key]
 
 
 def _client_id(context: Context) -> int:
@@ -88,6 +90,10 @@ def _client_id(context: Context) -> int:
 
 
 def _roll_call(site: Site, client: int) -> RollCallReply:
+    if client >= site.partition.num_clients:
+        raise UserError(
+            f"the run has clients 0 to {site.partition.num_clients - 1} only: correct this node's client_id"
+        )
     rows, shape = site.counted(client), site.shapes[client]
     return RollCallReply(
         client_id=client,

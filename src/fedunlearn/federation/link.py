@@ -1,8 +1,9 @@
 """The server's side of the wire: who is there, and asking them all under one deadline."""
 
 import logging
+import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -24,6 +25,8 @@ from fedunlearn.records.shape import ClientShape
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LOOKS, SENT_AT_ONCE = 0.02, 256
+_SAYS_WHO = re.compile(r"roll call: node \d+ failed: client (\d{1,9}): ")
+"""A node that refuses tells whose it is; that client is not told as missing a second time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,7 @@ class Expectation:
     """What every client must agree with at the roll call. rows, shapes, joins: what each owns by the partition, its LoRA rank, and the
     round from which it is there; entry k is client k.
 
-    min_clients: how many must be able to take part.
+    min_clients: how many must be able to take part. keys: looks up which node has which client's key; empty where nodes have none.
     """
 
     rows: tuple[ClientRows, ...]
@@ -42,6 +45,7 @@ class Expectation:
     partition_hash: str
     request_hash: str
     min_clients: int
+    keys: Callable[[], Mapping[int, int]] = dict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,11 +64,21 @@ def rows_of(members: Mapping[int, Member]) -> dict[int, ClientRows]:
 
 @dataclass(frozen=True, kw_only=True)
 class RollCall:
-    """members: by client id, in order. refused: a sentence for each node or client that is left out. asked: the nodes that were there."""
+    """members: by client id, in order. refused: a sentence for each node or client that is left out. asked: the nodes that were there; silent: those of them that did not answer."""
 
     members: Mapping[int, Member]
     refused: tuple[str, ...]
     asked: frozenset[int] = frozenset()
+    silent: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What some nodes said. found: those who can take part, by the client id that they say. refused: a sentence for each that cannot. silent: who did not answer."""
+
+    found: Mapping[int, Sequence[Member]]
+    refused: Sequence[str]
+    silent: frozenset[int]
 
 
 def exchange(
@@ -110,36 +124,37 @@ def roll_call(
     expected.min_clients are left, or in unlearning one that owns forget rows is not among them: the request could not be served.
     """
     nodes = _wait_for_nodes(grid, len(expected.rows), timeout)
-    found, refused = call_nodes(grid, nodes, expected, answer_timeout, content or RecordDict())
+    answers = call_nodes(grid, nodes, expected, answer_timeout, content or RecordDict())
+    found, refused = answers.found, list(answers.refused)
     refused += [
         f"roll call: {len(said)} nodes say that they are client {client}"
         for client, said in sorted(found.items())
         if len(said) > 1
     ]
     members = {client: said[0] for client, said in sorted(found.items()) if len(said) == 1}
-    refused += [
-        f"roll call: client {row.client_id} is not there" for row in expected.rows if row.client_id not in found
-    ]
+    told = found.keys() | {int(said[1]) for fault in refused if (said := _SAYS_WHO.match(fault))}
+    refused += [f"roll call: client {row.client_id} is not there" for row in expected.rows if row.client_id not in told]
     _check_enough(members, expected, refused)
     for fault in refused:
         log.warning("%s: the run goes on without", fault)
-    return RollCall(members=members, refused=tuple(refused), asked=frozenset(nodes))
+    return RollCall(members=members, refused=tuple(refused), asked=frozenset(nodes), silent=answers.silent)
 
 
-def call_nodes(
-    grid: Grid, nodes: Sequence[int], expected: Expectation, timeout: float, content: RecordDict
-) -> tuple[dict[int, list[Member]], list[str]]:
-    """Asks some nodes who they are; gives who can take part, by the client id that they say, and a sentence for each node that cannot."""
+def call_nodes(grid: Grid, nodes: Sequence[int], expected: Expectation, timeout: float, content: RecordDict) -> Answers:
+    """Asks some nodes who they are."""
     messages = ((node, Message(content, node, MessageType.QUERY, group_id="roll-call")) for node in nodes)
     found: dict[int, list[Member]] = {}
     refused: list[str] = []
+    silent: set[int] = set()
+    keys = expected.keys()
     for node, reply in exchange(grid, messages, timeout):
         member = _read_member(node, reply)
-        faults = [member] if isinstance(member, str) else _mismatches(member.declared, expected)
+        faults = [member] if isinstance(member, str) else _mismatches(member, expected, keys)
+        silent |= {node} if reply is None else set()
         refused += faults
         if not isinstance(member, str) and not faults:
             found.setdefault(member.declared.client_id, []).append(member)
-    return found, refused
+    return Answers(found=found, refused=refused, silent=frozenset(silent))
 
 
 def _check_enough(members: Mapping[int, Member], expected: Expectation, refused: Sequence[str]) -> None:
@@ -176,10 +191,15 @@ def _wait_for_nodes(grid: Grid, num_clients: int, timeout: float) -> list[int]:
     return nodes
 
 
-def _mismatches(declared: RollCallReply, expected: Expectation) -> list[str]:
+def _mismatches(member: Member, expected: Expectation, keys: Mapping[int, int]) -> list[str]:
+    declared = member.declared
     client = declared.client_id
     if not 0 <= client < len(expected.rows):
         return [f"roll call: a node says that it is client {client}, the partition has 0 to {len(expected.rows) - 1}"]
+    if keys.get(member.node_id, client) != client:
+        return [
+            f"roll call: a node with the key of client {keys[member.node_id]} says that it is client {client}: correct client_id in its site YAML"
+        ]
     faults = [
         f"roll call: client {client} has {key}={getattr(declared, key)!r}, the server {getattr(expected, key)!r}"
         for key in ("version", "base_fingerprint", "partition_hash", "request_hash")

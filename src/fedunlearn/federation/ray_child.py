@@ -66,12 +66,19 @@ def _enter_cluster(run: TrainRun, launcher: RayLauncher, folder: Path) -> None:
     if launcher.address is None:
         return
     shared = (folder, Path(run.paths.cache_dir))
-    args = run.model.model_args
-    named = (args.pretrained_model_name_or_path, args.lora_model_path, run.tofu_path, run.muse_path)
-    needed = [Path(name).expanduser() for name in named if name is not None]
-    check_nodes(nodes, shared, needed, launcher.start_timeout)
+    check_nodes(nodes, shared, needed_by_clients(run), launcher.start_timeout)
     actors = sum(node.holds(launcher) for node in nodes)
     log.info("launcher.address=%s: %d actors on %d nodes", launcher.address, actors, len(nodes))
+
+
+def needed_by_clients(run: TrainRun) -> list[Path]:
+    """Gives every place that a config names and a client opens; ids of a hub, and `builtin`, among them."""
+    args, tokenizer = run.model.model_args, run.model.tokenizer_args
+    named = (
+        *(args.pretrained_model_name_or_path, args.lora_model_path, tokenizer.pretrained_model_name_or_path),
+        *(run.tofu_path, run.muse_path, run.data.idk_path, run.data.alternates_path),
+    )
+    return [Path(name).expanduser() for name in named if name is not None]
 
 
 @contextmanager

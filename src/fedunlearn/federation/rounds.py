@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from flwr.app import RecordDict
@@ -85,9 +86,10 @@ class Server:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Nodes:
-    """Clients on other machines. content: what each is told at its roll call; tell: is handed every round's line of history."""
+    """Clients on other machines. content: what each is told at its roll call; keys: see Expectation; tell: is handed every round's line of history."""
 
     content: RecordDict = field(default_factory=RecordDict)
+    keys: Callable[[], Mapping[int, int]] = dict
     tell: Callable[[RoundResult], None] = lambda result: None
 
 
@@ -105,7 +107,7 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, reads_reference: bool, n
     timeout = run.trainer.federated.roll_call_timeout
     answers = timeout if run.launcher.clock == "round" else math.inf
     nodes = nodes or Nodes()
-    expected, content = _expectation(run, folder, start), nodes.content
+    expected, content = replace(_expectation(run, folder, start), keys=nodes.keys), nodes.content
     called = roll_call(grid, expected, timeout, answers, content)
     _write_roll_call(folder, called)
     check_all_there(run, called.refused)
@@ -116,7 +118,14 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, reads_reference: bool, n
         folder=folder,
         start=start,
         roster=Roster(
-            grid, expected, called, planner, nodes_change=run.launcher.nodes_change, content=content, timeout=answers
+            grid,
+            expected,
+            called,
+            planner,
+            nodes_change=run.launcher.nodes_change,
+            content=content,
+            timeout=answers,
+            keep=partial(_write_roll_call, folder),
         ),
         stepper=stepper,
         reads_reference=reads_reference,

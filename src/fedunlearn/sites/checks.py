@@ -167,12 +167,17 @@ def _tls_way_faults(way: Way) -> list[str]:
         faults = tls.certificate_faults(
             tls.over_network(way.address, TIMEOUT), [way.address.host], way.ca, f"{way.said}: its certificate"
         )
-        return faults + _clock_faults(way)
-    except (OSError, fleet.NotHttpError) as error:
+    except TimeoutError:
+        return [
+            f"{way.said} takes the connection, but does not answer in TLS within {TIMEOUT:g} s: the server is too busy (try again), or "
+            "another program listens there (correct host:port)"
+        ]
+    except OSError as error:
         return [
             f"{way.said} answers, but not in TLS ({_reason(error)}): a SuperLink started with insecure=true does so, or "
             "another program listens there; start the server with tls, or correct host:port"
         ]
+    return faults + _clock_faults(way)
 
 
 def _unreadable_ca(way: Way) -> str | None:
@@ -185,7 +190,13 @@ def _unreadable_ca(way: Way) -> str | None:
 
 def _clock_faults(way: Way) -> list[str]:
     """Over a connection that nobody vouches for: a hint is asked for, nothing is given away."""
-    ahead = fleet.clock_ahead(way.address, tls.unverified(), TIMEOUT)
+    try:
+        ahead = fleet.clock_ahead(way.address, tls.unverified(), TIMEOUT)
+    except (OSError, fleet.NotHttpError) as error:
+        return [
+            f"{way.said} answers in TLS, but not as a SuperLink does ({_reason(error)}): another program listens there, or the server is "
+            "too busy; correct host:port, or try again"
+        ]
     if ahead is None or abs(ahead) < fleet.CLOCK_TOLERANCE:
         return []
     word = "ahead of" if ahead > 0 else "behind"

@@ -1,18 +1,21 @@
 """Flower's command lines and their environment, composed from a site."""
 
+import json
 import os
 import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from fedunlearn.config.addresses import Address
 from fedunlearn.config.sites import SITE_VARIABLE, ClientSite, ServerSite
 from fedunlearn.errors import UserError
 from fedunlearn.sites.checks import connect_address
 
 CONNECTION = "site"
-"""What the server's own SuperLink is called in the configuration of Flower's command line."""
+"""What the one SuperLink is called in the configuration of Flower's command line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +113,22 @@ def node_config(site_file: Path, pid: int) -> str:
     return f'site="{path}" supernode-pid={pid}'
 
 
-def flower_config(site: ServerSite) -> str:
-    """The configuration of Flower's command line (config.toml in flower_home) that reaches this site's SuperLink as CONNECTION."""
-    way = f"root-certificates = {_toml(site.tls.ca)}" if site.tls else "insecure = true"
+def flower_config(address: Address, ca: str | None) -> str:
+    """The configuration of Flower's command line (config.toml in FLWR_HOME) that reaches a SuperLink as CONNECTION. ca: None for plaintext."""
+    way = f"root-certificates = {_toml(ca)}" if ca else "insecure = true"
     return (
-        f'[superlink]\ndefault = "{CONNECTION}"\n\n'
-        f"[superlink.{CONNECTION}]\naddress = {_toml(str(connect_address(site)))}\n{way}\n"
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = {_toml(str(address))}\n{way}\n'
     )
+
+
+def answer_in(said: str) -> dict[str, Any]:
+    """The JSON object that a command of Flower's wrote, whatever it wrote in front of it; empty where there is none."""
+    start = said.find("{")
+    try:
+        answer = json.loads(said[start:]) if start >= 0 else {}
+    except ValueError:
+        return {}
+    return answer if isinstance(answer, dict) else {}
 
 
 def flower_home(work_dir: str) -> Path:

@@ -45,6 +45,8 @@ def _saves_root(site: str, ssh: str | None) -> str:
     root = held.get("saves_root") if isinstance(held, dict) else None
     if not isinstance(root, str):
         raise UserError(f"{site} names no saves_root: give the YAML of the server's site")
+    if root.startswith("~/"):  # the home there, not here
+        root = _output('printf %s "$HOME"', ssh, "the home folder cannot be read") + root[1:]
     return posixpath.join(posixpath.dirname(site), root)
 
 

@@ -24,7 +24,7 @@ class NotHttpError(Exception):
 
 
 def clock_ahead(address: Address, context: ssl.SSLContext | None, timeout: float) -> float | None:
-    """Gives by how many seconds the server's clock is ahead of ours, None where it does not say.
+    """Gives by how many seconds the server's clock is ahead of ours, None where it does not say, or not as HTTP has it.
 
     context: None for plaintext. Raises OSError where nobody answers, NotHttpError.
     """
@@ -36,7 +36,10 @@ def clock_ahead(address: Address, context: ssl.SSLContext | None, timeout: float
         raise NotHttpError(str(error)) from error
     finally:
         connection.close()
-    return (parsedate_to_datetime(date) - datetime.now(UTC)).total_seconds() if date else None
+    try:
+        return (parsedate_to_datetime(date or "") - datetime.now(UTC)).total_seconds()
+    except (ValueError, TypeError):  # no date, or one without its zone
+        return None
 
 
 def knows_key(address: Address, context: ssl.SSLContext, key: ec.EllipticCurvePrivateKey, timeout: float) -> bool | str:

@@ -17,14 +17,15 @@ def run_node(site_file: Path, *, only_print: bool = False) -> None:
     """
     site = read_site(site_file, ClientSite)
     command = supernode_command(site, site_file, os.getpid())
-    tell(command.shown())
     if only_print:
+        tell(command.shown())
         return
     missing = site.data.missing()
     if missing:
         tell(f"client {site.client_id}: {missing}; until then the server refuses this client")
     with nothing_started():
         check_client(site)
+    tell(command.shown())
     with alone_in(site.work_dir), asked_to_stop() as stop:
         child = Child(command)
         try:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,25 @@ from pathlib import Path
 from fedunlearn.config.sites import ServerSite
 from fedunlearn.errors import UserError
 from fedunlearn.files import write_json
-from fedunlearn.sites.commands import Command, register_command, unregister_command
+from fedunlearn.sites.commands import Command, answer_in, register_command, unregister_command
+from fedunlearn.sites.keys import client_keys
 from fedunlearn.sites.running import Stop, tell
 
 _CALL_TIMEOUT = 60.0
 ALREADY = "already in use"
+NAMED = re.compile(r"^client(\d{1,9})\.pub$")
+
+
+def registry_path(site: ServerSite) -> Path:
+    """The registry's file, beside the SuperLink's database."""
+    return site.database_path.with_name(f"{site.database_path.name}.keys.json")
+
+
+def _read(path: Path) -> dict[str, int]:
+    if not path.is_file():
+        return {}
+    held: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))
+    return held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +43,14 @@ class Registry:
     @classmethod
     def opened(cls, site: ServerSite, site_file: Path) -> "Registry":
         """The registry of the site's database; one without its database speaks of another and is taken away."""
-        database = site.database_path
-        path = database.with_name(f"{database.name}.keys.json")
-        if not database.exists():
+        path = registry_path(site)
+        if not site.database_path.exists():
             path.unlink(missing_ok=True)
         return cls(site=site, site_file=site_file, path=path)
 
     def sync(self, keys: Sequence[Path], stop: Stop) -> None:
         """Tells the SuperLink the keys it lacks, and takes from it those that are gone. Raises UserError where it refuses one."""
-        known, wanted = self._read(), {_key(path): path for path in keys}
+        known, wanted = _read(self.path), {_key(path): path for path in keys}
         for key in [key for key in known if key not in wanted]:
             self._call(unregister_command(self.site, self.site_file, known[key]))
             del known[key]
@@ -48,12 +62,6 @@ class Registry:
             known[key] = int(str(self._call(register_command(self.site, self.site_file, path))["node-id"]))
             self._write(known)
             tell(f"server: {path.name} may connect")
-
-    def _read(self) -> dict[str, int]:
-        if not self.path.is_file():
-            return {}
-        held: dict[str, int] = json.loads(self.path.read_text(encoding="utf-8"))
-        return held
 
     def _write(self, known: Mapping[str, int]) -> None:
         write_json(self.path, known)
@@ -75,7 +83,7 @@ class Registry:
             raise UserError(
                 f"server: `{command.shown()}` gave no answer in {_CALL_TIMEOUT:.0f} s: is the SuperLink overloaded?"
             ) from error
-        answer = _json(done.stdout)
+        answer = answer_in(done.stdout)
         if answer.get("success") is True:
             return answer
         said = str(answer.get("error-message") or (done.stderr or done.stdout).strip())[-500:]
@@ -87,15 +95,15 @@ class Registry:
         raise UserError(f"server: {command.name} {command.argv[3]} failed: {said}")
 
 
+def clients_by_node(site: ServerSite) -> dict[int, int]:
+    """Gives the client of every node whose key lies as client<id>.pub in the site's folder of keys; a key of another name is anybody's. Empty without keys."""
+    if site.client_keys is None:
+        return {}
+    nodes = _read(registry_path(site))
+    named = {path: NAMED.match(path.name) for path in client_keys(site.client_keys)}
+    return {nodes[key]: int(said[1]) for path, said in named.items() if said and (key := _key(path)) in nodes}
+
+
 def _key(path: Path) -> str:
     """Type and key, without the comment."""
     return " ".join(path.read_text(encoding="ascii", errors="replace").split()[:2])
-
-
-def _json(text: str) -> dict[str, object]:
-    begin = text.find("{")
-    try:
-        answer = json.loads(text[begin:]) if begin >= 0 else {}
-    except ValueError:
-        return {}
-    return answer if isinstance(answer, dict) else {}

@@ -1,6 +1,5 @@
 """The SuperLink's lines about nodes it does not let in, in words: it names them by their public key alone."""
 
-import ast
 import re
 from collections.abc import Callable, Mapping
 
@@ -15,18 +14,20 @@ def retelling(names: Mapping[bytes, str]) -> Callable[[str], str]:
 
     names: public key as Flower sends it -> the name of its file in client_keys.
     """
+    shown = {repr(key): name for key, name in names.items()}  # as the line has it, which anybody can have sent
 
     def retell(line: str) -> str:
         if _WITHOUT_KEY in line:
             return "server: a node without a registered key was refused"
         found = _REFUSED.search(line)
-        return _of_key(int(found[1]), ast.literal_eval(found[2]), found[3], names) or line if found else line
+        if not found:
+            return line
+        return _of_key(int(found[1]), shown.get(found[2], "a key that is not in client_keys"), found[3]) or line
 
     return retell
 
 
-def _of_key(code: int, key: bytes, reason: str, names: Mapping[bytes, str]) -> str:
-    name = names.get(key, "a key that is not in client_keys")
+def _of_key(code: int, name: str, reason: str) -> str:
     if code == INTERVAL_REFUSED:
         return f"server: a node with {name} asked whether it may connect: yes"
     if code == ACTIVATION_FAILED and "could not be activated" in reason:

@@ -90,7 +90,8 @@ class Child:
         for raw in self._process.stdout:
             line = raw.decode(errors="replace").rstrip("\n")
             self.lines.append(line)
-            tell(self._retell(line))
+            with suppress(OSError):  # nobody hears us any more: the process must not wait at a full pipe for that
+                tell(self._retell(line))
 
 
 def _end_with_parent() -> Callable[[], None] | None:

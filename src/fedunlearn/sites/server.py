@@ -47,15 +47,18 @@ def run_server(site_file: Path, *, only_print: bool = False) -> None:
     site = read_site(site_file, ServerSite)
     superlink, superexec = superlink_command(site, site_file), superexec_command(site, site_file)
     keys = client_keys(site.client_keys) if site.client_keys else []
-    for command in (superlink, superexec, *(register_command(site, site_file, key) for key in keys)):
+    commands = (superlink, superexec, *(register_command(site, site_file, key) for key in keys))
+    if not only_print:
+        with nothing_started():
+            check_server(site)
+    for command in commands:
         tell(command.shown())
     if only_print:
         return
-    with nothing_started():
-        check_server(site)
-    write_bytes(flower_home(site.work_dir) / "config.toml", flower_config(site).encode())
-    registry = Registry.opened(site, site_file)
     with alone_in(site.work_dir), asked_to_stop() as stop:
+        config = flower_config(connect_address(site), site.tls.ca if site.tls else None)
+        write_bytes(flower_home(site.work_dir) / "config.toml", config.encode())
+        registry = Registry.opened(site, site_file)
         running = [_Kept(superlink, "runs go on", retelling(names_by_key(keys)))]
         try:
             _wait_until_up(site, running[0].child, stop)

@@ -122,8 +122,8 @@ def test_a_node_whose_policy_forbids_the_model_is_refused_by_name_and_the_others
     paths[2].write_text(paths[2].read_text().replace("policy.yaml", "narrow.yaml"))
     run = run_deployed(folder, submitted(pocket, "finetune", "ft"), ThinGrid(paths))
     called = (run / "roll_call.json").read_text()
-    assert "this node's policy does not allow model 'pocket-base'; it allows ['another']" in called
-    assert "client 2 is not there" in called
+    assert "failed: client 2: this node's policy does not allow model 'pocket-base'; it allows ['another']" in called
+    assert "is not there" not in called  # a client that told why it takes no part is told once
     assert [[client["client_id"] for client in line["clients"]] for line in history(run)] == [[0, 1, 3]] * 2
 
 
@@ -131,8 +131,17 @@ def test_a_node_without_its_data_is_refused_by_name_and_the_others_go_on(nodes, 
     folder, paths = nodes
     paths[1].write_text(paths[1].read_text().replace(str(pocket.data), str(folder / "gone")))
     run = run_deployed(folder, submitted(pocket, "finetune", "ft"), ThinGrid(paths))
-    assert f"data.tofu_path='{folder / 'gone'}' is no folder on this machine" in (run / "roll_call.json").read_text()
+    called = (run / "roll_call.json").read_text()
+    assert f"failed: client 1: data.tofu_path='{folder / 'gone'}' is no folder on this machine" in called
     assert len(history(run)) == 2
+
+
+def test_a_site_with_a_number_that_the_run_does_not_have_is_told(nodes, pocket):
+    folder, paths = nodes
+    paths[3].write_text(paths[3].read_text().replace("client_id: 3", "client_id: 7"))
+    run = run_deployed(folder, submitted(pocket, "finetune", "ft"), ThinGrid(paths))
+    called = (run / "roll_call.json").read_text()
+    assert "failed: client 7: the run has clients 0 to 3 only: correct this node's client_id" in called
 
 
 def test_more_steps_than_the_policy_allows_are_not_made(tmp_path, pocket):

@@ -47,7 +47,7 @@ def test_runs_are_looked_for_under_saves_root(server, pocket):
         ("partition.path=/etc/passwd", "partition.path='/etc/passwd' names nothing on the server"),
         ("retain_logs_path=/etc/passwd", "retain_logs_path='/etc/passwd' names nothing on the server"),
         ("model.model_args.lora_model_path=/tmp", "lora_model_path='/tmp' names nothing on the server"),
-        ("model.tokenizer_args.pretrained_model_name_or_path=/tmp", "is a file of one machine, which nodes have not: leave it null"),
+        ("model.tokenizer_args.pretrained_model_name_or_path=/tmp", "is a file of one machine, which nodes do not have: leave it null"),
     ],
 )  # fmt: skip
 def test_any_other_path_is_refused_by_name(server, pocket, override, said):

@@ -130,6 +130,31 @@ def test_what_a_worker_does_not_do_is_told(node, head, told):
     assert node.worker.pid == pid
 
 
+def test_a_task_that_came_behind_the_word_to_end_is_done(node):
+    worker = node.worker
+    worker.suspend()
+    with connected(node) as first, connected(node) as second:
+        send_frame(first, Frame({"do": "end"}), SOON)
+        send_frame(second, node.frame(1), SOON)
+        worker.resume()
+        assert "content" in receive_frame(second, SOON).head
+    worker.wait(20)
+    assert node.says_the_same(1)
+
+
+def test_a_policy_that_was_changed_holds_from_the_next_message_on(node):
+    worker, policy = node.worker, node.path.parent / "policy.yaml"
+    before = policy.read_text()
+    assert node.says_the_same(1)
+    policy.write_text(before.replace("max_steps: 1000", "max_steps: 1"))
+    try:
+        assert "this client's policy allows 1 (policy: max_steps)" in node.answer(1).error.reason
+    finally:
+        policy.write_text(before)
+    assert node.says_the_same(1)
+    assert node.worker == worker
+
+
 # --- users
 
 
@@ -175,7 +200,8 @@ def idle(tmp_path, pocket):
     """A worker, in this process, that nobody has asked."""
     (path,) = write_sites(tmp_path, pocket, clients=1)
     site = client_site(path)
-    return Worker(site=replace(site, worker=replace(site.worker, idle_minutes=0.002)), address=tmp_path / "w.sock")
+    soon = replace(site, worker=replace(site.worker, idle_minutes=0.002))
+    return Worker(site=soon, site_path=path, address=tmp_path / "w.sock")
 
 
 def test_who_comes_while_the_socket_is_taken_away_is_heard(idle, monkeypatch):

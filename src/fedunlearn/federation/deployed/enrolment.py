@@ -20,12 +20,12 @@ MODES = ("train", "unlearn")
 KEPT_RUNS = 32
 OURS = ("fedunlearn.", "flwr.serverapp.strategy.")
 HERE = {"_target_": "fedunlearn.config.launcher.LocalLauncher"}
-FILES_OF_ONE_MACHINE = (
+_FILES = (
     ("data", "alternates_path"),
     ("data", "idk_path"),
     ("model", "tokenizer_args", "pretrained_model_name_or_path"),
 )
-OBJECTS = (("model",), ("model", "model_args"), ("partition",), ("launcher",))
+_OBJECTS = (("model",), ("model", "model_args"), ("partition",), ("launcher",))
 
 
 @dataclass(frozen=True)
@@ -120,20 +120,26 @@ def localised(site: ClientSite, config: Mapping[str, Any], folder: Path) -> dict
 
 
 def _shape_faults(config: Mapping[str, Any]) -> Iterator[str]:
-    for keys in OBJECTS:
-        if not isinstance(value_at(config, keys), Mapping):
+    for keys in _OBJECTS:
+        if not isinstance(_value_at(config, keys), Mapping):
             yield f"the server's config has no {'.'.join(keys)}"
 
 
 def _file_faults(config: Mapping[str, Any]) -> Iterator[str]:
-    for keys in FILES_OF_ONE_MACHINE:
-        named = value_at(config, keys)
+    for key, named in files_of_one_machine(config):
+        yield f"the server's config names the file {key}={str(named)[:200]!r}, which only it has: leave it null"
+
+
+def files_of_one_machine(config: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """Gives each key of a config that names a file which other machines cannot have, with what it names."""
+    for keys in _FILES:
+        named = _value_at(config, keys)
         if named is not None and (keys[-1], named) != ("idk_path", "builtin"):
-            yield f"the server's config names the file {'.'.join(keys)}={str(named)[:200]!r}, which only it has: leave it null"
+            yield ".".join(keys), named
 
 
 def _model_faults(site: ClientSite, config: Mapping[str, Any]) -> Iterator[str]:
-    named = value_at(config, ("model", "model_args", "pretrained_model_name_or_path"))
+    named = _value_at(config, ("model", "model_args", "pretrained_model_name_or_path"))
     allowed = list(site.policy.models)
     if str(config.get("mode")) not in MODES:
         yield f"the server asks for mode={str(config.get('mode'))[:200]!r}; a node trains and unlearns"
@@ -169,7 +175,7 @@ def _targets(value: object) -> Iterator[str]:
             yield from _targets(inner)
 
 
-def value_at(config: Mapping[str, Any], keys: tuple[str, ...]) -> object:
+def _value_at(config: Mapping[str, Any], keys: tuple[str, ...]) -> object:
     """The value of a key, block by block; None where there is none."""
     value: object = config
     for key in keys:

@@ -21,7 +21,7 @@ from fedunlearn.federation.deployed.frames import ClosedError, Frame, FrameError
 from fedunlearn.files import write_json
 
 MODULE = "fedunlearn.federation.deployed.worker"
-SECONDS_BETWEEN_LOOKS, SECONDS_TO_END = 0.05, 10.0
+SECONDS_BETWEEN_LOOKS, SECONDS_TO_END, SECONDS_TO_REAP = 0.05, 10.0, 1.0
 LONGEST_SOCKET, LONGEST_WORDS = 103, 4096
 ROOM = 1.5
 """Memory that a base takes over its files: the same weights cast to float32 need up to twice, mapped ones less; activations come on top."""
@@ -238,6 +238,8 @@ def _wait_for(process: psutil.Process) -> None:
     with suppress(psutil.NoSuchProcess):
         while process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < end:
             time.sleep(SECONDS_BETWEEN_LOOKS)
+    with suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
+        process.wait(SECONDS_TO_REAP)  # our own child's zombie goes with this, once its last thread has ended
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from flwr.app import Context
@@ -24,6 +25,7 @@ from fedunlearn.federation.site import reads_reference, set_threads
 from fedunlearn.files import canonical_json
 from fedunlearn.records.rounds import RoundResult
 from fedunlearn.reporting.run_folder import run_path
+from fedunlearn.sites.registry import clients_by_node
 
 Carry = Callable[[Mapping[str, Any]], None]
 Stage = Callable[[Mapping[str, Any], Carry], Mapping[str, Any]]
@@ -52,8 +54,8 @@ def make_submitted_app(stage: Stage) -> ServerApp:
 
 
 def tell(kind: str, value: object) -> None:
-    """Writes one line that `launcher=superlink` reads in the run's log."""
-    sys.stdout.write(f"{TOLD}{canonical_json({kind: value})}\n")
+    """Writes one line that `launcher=superlink` reads in the run's log; it begins anew, whatever stands in front of it."""
+    sys.stdout.write(f"\n{TOLD}{canonical_json({kind: value})}\n")
     sys.stdout.flush()
 
 
@@ -94,7 +96,13 @@ def carry(grid: Grid, site: ServerSite, plain: Mapping[str, Any]) -> None:
     set_threads(run)
     folder = run_path(run)
     content = pack_brief(brief_of(site, run, plain, folder))
-    run_rounds(grid, run, folder, reads_reference(run), Nodes(content=content, tell=_tell_round))
+    run_rounds(
+        grid,
+        run,
+        folder,
+        reads_reference(run),
+        Nodes(content=content, keys=partial(clients_by_node, site), tell=_tell_round),
+    )
 
 
 def _tell_round(result: RoundResult) -> None:

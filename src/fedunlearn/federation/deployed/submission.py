@@ -13,7 +13,7 @@ from fedunlearn.data.ownership import FILE as PARTITION
 from fedunlearn.data.requests import FILE as REQUEST
 from fedunlearn.errors import UserError
 from fedunlearn.federation.deployed.brief import Brief
-from fedunlearn.federation.deployed.enrolment import FILES_OF_ONE_MACHINE, value_at
+from fedunlearn.federation.deployed.enrolment import files_of_one_machine
 from fedunlearn.federation.start import load_start
 from fedunlearn.models.source import resolve_source
 
@@ -56,9 +56,8 @@ def _own_faults(site: ServerSite, plain: Mapping[str, Any]) -> Iterator[str]:
     wanted = "muse_path" if plain["muse_path"] is not None else "tofu_path"
     if getattr(site.data, wanted) is None:
         yield f"{wanted}={plain[wanted]!r}: the server's site YAML names no data.{wanted}"
-    for keys in FILES_OF_ONE_MACHINE:
-        if value_at(plain, keys) not in (None, "builtin"):
-            yield f"{'.'.join(keys)}={value_at(plain, keys)!r} is a file of one machine, which nodes have not: leave it null"
+    for key, named in files_of_one_machine(plain):
+        yield f"{key}={named!r} is a file of one machine, which nodes do not have: leave it null"
 
 
 def _with_run(places: "_Places", plain: Mapping[str, Any], block: str, key: str) -> dict[str, Any]:

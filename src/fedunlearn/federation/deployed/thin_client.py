@@ -42,9 +42,11 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def _answer(kind: str, message: Message, context: Context) -> Message:
     """Gives the worker's reply, or an error reply that says in words what was in its way. Never raises: Flower keeps no reason of what is raised."""
+    who = ""
     try:
         site_path = _site_path(context)
         site = read_site(site_path, ClientSite)
+        who = f"client {site.client_id}: " if kind == "query" else ""  # in a round the server knows whom it asked
         enrolment = _enrolled(kind, site, context.run_id, message)
         keeper = Keeper(
             site=site,
@@ -55,16 +57,16 @@ def _answer(kind: str, message: Message, context: Context) -> Message:
         )
         return Message(_ask(keeper, enrolment, kind, message), reply_to=message)
     except _RefusedError as fault:
-        return _error(message, fault.code, str(fault))
+        return _error(message, fault.code, f"{who}{fault}")
     except (UserError, ValueError) as fault:
-        return _error(message, CLIENT_RAISED, str(fault))
+        return _error(message, CLIENT_RAISED, f"{who}{fault}")
     except LateError as fault:
-        return _error(message, CLIENT_TIMEOUT, str(fault))
+        return _error(message, CLIENT_TIMEOUT, f"{who}{fault}")
     except GoneError as fault:
-        return _error(message, CLIENT_DIED, str(fault))
+        return _error(message, CLIENT_DIED, f"{who}{fault}")
     except Exception as fault:
         log.exception("a %s message could not be answered", kind)
-        return _error(message, CLIENT_RAISED, f"{type(fault).__name__}: {fault}")
+        return _error(message, CLIENT_RAISED, f"{who}{type(fault).__name__}: {fault}")
 
 
 class _RefusedError(Exception):

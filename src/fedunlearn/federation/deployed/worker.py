@@ -24,7 +24,7 @@ import psutil
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedunlearn.config.sites import ClientSite, read_site
+from fedunlearn.config.sites import ClientSite, Policy, read_site
 from fedunlearn.errors import UserError
 from fedunlearn.federation.client_app import make_client_app
 from fedunlearn.federation.deployed.enrolment import Enrolment
@@ -54,18 +54,23 @@ KINDS = ("query", "train", "evaluate")
 
 @dataclass(frozen=True, kw_only=True)
 class Worker:
-    """What one worker serves: every run of its node that has its base. address: its socket."""
+    """What one worker serves: every run of its node that has its base. site: as it was at the start; site_path: its YAML. address: its socket."""
 
     site: ClientSite
+    site_path: Path
     address: Path
 
     def serve(self) -> None:
-        """Answers one connection after another until nothing came for worker.idle_minutes, or it is asked to end."""
+        """Answers one connection after another until nothing came for worker.idle_minutes, or it is asked to end; then those that had come by then."""
         with self._listening() as door:
-            for there in self._visitors(door):
-                with there:
-                    if not self._serve_one(there):
-                        return
+            while (there := _accepted(door, 60 * self.site.worker.idle_minutes)) is not None:
+                if not self._serve_one(there):
+                    break
+            else:
+                log.info("nothing came for %g minutes: this worker ends", self.site.worker.idle_minutes)
+            self.address.unlink(missing_ok=True)
+            while (there := _accepted(door, 0.0)) is not None:
+                self._serve_one(there)
 
     @contextmanager
     def _listening(self) -> Iterator[socket.socket]:
@@ -82,27 +87,19 @@ class Worker:
             finally:
                 self.address.unlink(missing_ok=True)
 
-    def _visitors(self, door: socket.socket) -> Iterator[socket.socket]:
-        """Every connection, until the last; who came while the socket was taken away is heard too."""
-        while (there := _accepted(door, 60 * self.site.worker.idle_minutes)) is not None:
-            yield there
-        log.info("nothing came for %g minutes: this worker ends", self.site.worker.idle_minutes)
-        self.address.unlink(missing_ok=True)
-        while (there := _accepted(door, 0.0)) is not None:
-            yield there
-
-    def _serve_one(self, there: socket.socket) -> bool:
-        """Answers one frame; whether the worker goes on. What is no frame costs the sender its answer, and nothing else."""
-        try:
-            _check_peer(there)
-            asked = receive_frame(there, PATIENCE)
-        except (FrameError, OSError) as error:
-            log.warning("no frame of ours: %s", error)
-            return True
-        if asked.head.get("do") == "end":
-            return False
-        with suppress(OSError):  # who has its answer may hang up
-            send_frame(there, self._answer(there, asked), PATIENCE)
+    def _serve_one(self, visitor: socket.socket) -> bool:
+        """Answers one frame and hangs up; whether the worker goes on. What is no frame costs the sender its answer, and nothing else."""
+        with visitor as there:
+            try:
+                _check_peer(there)
+                asked = receive_frame(there, PATIENCE)
+            except (FrameError, OSError) as error:
+                log.warning("no frame of ours: %s", error)
+                return True
+            if asked.head.get("do") == "end":
+                return False
+            with suppress(OSError):  # who has its answer may hang up
+                send_frame(there, self._answer(there, asked), PATIENCE)
         return True
 
     def _answer(self, there: socket.socket, asked: Frame) -> Frame:
@@ -110,9 +107,10 @@ class Worker:
             kind, enrolment = _kind_of(asked.head), self._enrolment(asked.head)
             config = enrolment.read_config()
             content = unpack_content(asked.head.get("content"), asked.blobs)
-            self._check_policy(config, kind)
+            policy = read_site(self.site_path, ClientSite).policy  # its owner may have changed it since
+            _check_policy(policy, config, kind)
             with _ending_with(there):
-                reply = self._call(config, kind, content)
+                reply = self._call(config, kind, content, policy.max_steps)
             if reply.has_error():
                 return _fault(reply.error.code, reply.error.reason or "")
             described, blobs = pack_content(reply.content)
@@ -126,12 +124,8 @@ class Worker:
             log.exception("a message could not be answered")
             return _fault(CLIENT_RAISED, f"{type(error).__name__}: {error}")
 
-    def _check_policy(self, config: Mapping[str, Any], kind: str) -> None:
-        if kind == "evaluate" and config["mode"] == "unlearn" and not self.site.policy.score_forget_rows:
-            raise UserError("this node's policy does not let forget rows be scored (policy: score_forget_rows=false)")
-
-    def _call(self, config: Mapping[str, Any], kind: str, content: RecordDict) -> Message:
-        app = make_client_app(json.dumps(config, sort_keys=True), self.site.policy.max_steps)
+    def _call(self, config: Mapping[str, Any], kind: str, content: RecordDict, max_steps: int) -> Message:
+        app = make_client_app(json.dumps(config, sort_keys=True), max_steps)
         context = Context(1, NODE, {"partition-id": self.site.client_id, "num-partitions": 1}, RecordDict(), {})
         message = Message(content, NODE, kind)
         message.metadata.__dict__["_message_id"] = "asked"
@@ -143,6 +137,11 @@ class Worker:
         if not RUN_ID.fullmatch(name) or not enrolment.exists:
             raise UserError(f"run {name[:40]!r} is unknown to this node")
         return enrolment
+
+
+def _check_policy(policy: Policy, config: Mapping[str, Any], kind: str) -> None:
+    if kind == "evaluate" and config["mode"] == "unlearn" and not policy.score_forget_rows:
+        raise UserError("this node's policy does not let forget rows be scored (policy: score_forget_rows=false)")
 
 
 def _kind_of(head: Mapping[str, Any]) -> str:
@@ -229,7 +228,7 @@ def main(site_path: str, key: str, supernode: int) -> None:
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     threading.Thread(target=_end_with_supernode, args=(supernode,), daemon=True).start()
     site = read_site(site_path, ClientSite)
-    Worker(site=site, address=Path(site.work_dir) / f"worker-{key}.sock").serve()
+    Worker(site=site, site_path=Path(site_path), address=Path(site.work_dir) / f"worker-{key}.sock").serve()
 
 
 if __name__ == "__main__":

@@ -14,15 +14,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import fedunlearn
 from fedunlearn.config.launcher import SuperlinkLauncher
 from fedunlearn.errors import UserError
 from fedunlearn.federation.deployed.brief import CONFIG_KEY, TOLD
+from fedunlearn.sites.commands import CONNECTION, answer_in, flower_config
 
 log = logging.getLogger(__name__)
-CONNECTION = "here"
 SECONDS_BETWEEN_LOOKS, SECONDS_FOR_A_COMMAND = 2.0, 60.0
 FLWR = [sys.executable, "-c", "from flwr.cli.app import app; app()"]
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "NO_COLOR": "1", "COLUMNS": "200"}
@@ -58,8 +58,7 @@ def submit(launcher: SuperlinkLauncher, plain: Mapping[str, Any]) -> Mapping[str
         try:
             return _follow(connection, run_id)
         except KeyboardInterrupt as stop:
-            connection.command("stop", str(run_id), CONNECTION)
-            raise KeyboardInterrupt(f"run {run_id} was stopped at the server; {GO_ON}") from stop
+            raise KeyboardInterrupt(connection.stop(run_id)) from stop
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class _Connection:
         answer = self.command(
             "run", str(bundle), CONNECTION, "--run-config", str(self.home / "run.toml"), "--format", "json"
         )
-        found = _json(answer)
+        found = answer_in(answer)
         if not found.get("success") or "run-id" not in found:
             raise UserError(
                 f"launcher=superlink: the SuperLink at {self.launcher.address} did not take the run: {_words(answer)}"
@@ -90,9 +89,16 @@ class _Connection:
 
     def status(self, run_id: int) -> str:
         """The run's status as Flower says it; empty where the SuperLink does not answer."""
-        found = _json(self.command("ls", CONNECTION, "--run-id", str(run_id), "--format", "json"))
+        found = answer_in(self.command("ls", CONNECTION, "--run-id", str(run_id), "--format", "json"))
         runs = found.get("runs") or [{}]
         return str(runs[0].get("status", ""))
+
+    def stop(self, run_id: int) -> str:
+        """Stops a run at the server; says what came of it."""
+        answer = self.command("stop", str(run_id), CONNECTION, "--format", "json")
+        if answer_in(answer).get("success") is True:
+            return f"run {run_id} was stopped at the server; {GO_ON}"
+        return f"run {run_id} could not be stopped at the server ({_words(answer)}): it may go on there"
 
     def command(self, *words: str) -> str:
         """Gives what a command of Flower's wrote."""
@@ -135,13 +141,8 @@ class _Connection:
 def _connection(launcher: SuperlinkLauncher) -> Iterator[_Connection]:
     with tempfile.TemporaryDirectory(prefix="fedunlearn-") as folder:
         home = Path(folder)
-        certificates = (
-            "insecure = true"
-            if launcher.root_certificates is None
-            else f"root-certificates = {json.dumps(str(Path(launcher.root_certificates).resolve()), ensure_ascii=False)}"
-        )
-        config = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{launcher.address}"\n{certificates}\n'
-        (home / "config.toml").write_text(config, encoding="utf-8")
+        ca = None if launcher.root_certificates is None else str(Path(launcher.root_certificates).resolve())
+        (home / "config.toml").write_text(flower_config(launcher.superlink, ca), encoding="utf-8")
         yield _Connection(launcher, home)
 
 
@@ -161,11 +162,10 @@ class _Follower:
 
     def hear(self, line: str) -> None:
         """Takes one line of the log."""
-        _, marker, told = line.partition(TOLD)
-        if not marker:
+        if not line.startswith(TOLD):  # elsewhere in a line it may be the words of a client, which the server logs
             log.debug("server: %s", line.rstrip())
             return
-        for kind, value in _json(told).items():
+        for kind, value in answer_in(line.removeprefix(TOLD)).items():
             self._take(kind, value)
 
     def _take(self, kind: str, value: Any) -> None:
@@ -229,16 +229,6 @@ def _told_round(line: Mapping[str, Any]) -> str:
     return "; ".join([told, *dropped])
 
 
-def _json(text: str) -> dict[str, Any]:
-    """The JSON object that a text is, or holds as its last lines; empty where there is none."""
-    start: int | Literal[-1] = text.find("{")
-    try:
-        found = json.loads(text[start:]) if start >= 0 else {}
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _words(text: str) -> str:
     """What a command said, as one line."""
-    return " ".join(str(_json(text).get("error-message") or text).split())[:500] or "it said nothing"
+    return " ".join(str(answer_in(text).get("error-message") or text).split())[:500] or "it said nothing"
