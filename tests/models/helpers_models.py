@@ -8,7 +8,8 @@ from helpers_eval import LLAMA3_ARGS, tiny_llama
 from peft import PeftModel
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from fedunlearn.config.model import LoraArgs, ModelArgs, ModelConfig
+from fedunlearn.config.lora import LoraArgs
+from fedunlearn.config.model import ModelArgs, ModelConfig
 from fedunlearn.models.initial import draw_fresh
 from fedunlearn.models.lora import attach_lora
 from fedunlearn.models.lora_config import lora_config_of

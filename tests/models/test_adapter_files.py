@@ -21,7 +21,7 @@ from fedunlearn.records.adapter import Adapter, hash_tensors
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OTHER_PROCESS = """
 import json, sys
-from fedunlearn.config.model import LoraArgs
+from fedunlearn.config.lora import LoraArgs
 from fedunlearn.models.lora_config import lora_config_of, plain_config
 args = LoraArgs(r=4, lora_alpha=8.0, target_modules=tuple(json.loads(sys.argv[1])))
 print(json.dumps(plain_config(lora_config_of(args, None, "base")), indent=2, sort_keys=True))

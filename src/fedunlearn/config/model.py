@@ -3,42 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fedunlearn.config.lora import LoraArgs
 from fedunlearn.errors import UserError
-from fedunlearn.limits import LARGEST, SMALLEST
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraArgs:
-    """What PEFT's LoraConfig is made of; null = take it from the adapter that is loaded.
-
-    r: rank. lora_alpha: the update is scaled by lora_alpha / r (use_rslora: by its root). target_modules: module names or
-    `all-linear`. lora_dropout always comes from here, never from a loaded adapter.
-    """
-
-    r: int | None
-    lora_alpha: float | None
-    target_modules: tuple[str, ...] | str | None
-    lora_dropout: float = 0.0
-    use_rslora: bool | None = None
-    bias: Literal["none"] = "none"
-    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
-
-    def __post_init__(self) -> None:
-        if self.r is not None and self.r < 1:
-            raise UserError(
-                f"model.model_args.lora_config.r={self.r} is no rank: a whole number from 1, or null for a loaded adapter's"
-            )
-        if self.lora_alpha is not None and not SMALLEST <= self.lora_alpha <= LARGEST:
-            raise UserError(f"model.model_args.lora_config.lora_alpha={self.lora_alpha} must lie between 1e-6 and 1e6")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"model.model_args.lora_config.lora_dropout={self.lora_dropout} must lie in [0, 1)")
-        names = self.target_modules
-        if isinstance(names, tuple) and (not names or len(set(names)) != len(names)):
-            raise UserError(
-                f"model.model_args.lora_config.target_modules={list(names)} must name each module once, and at least one"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

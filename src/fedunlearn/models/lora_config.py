@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from peft import LoraConfig, PeftConfig
 
-from fedunlearn.config.model import LoraArgs
+from fedunlearn.config.lora import LoraArgs, given
 from fedunlearn.errors import UserError
 from fedunlearn.records.adapter import Adapter
 
@@ -35,15 +35,7 @@ def lora_config_of(args: LoraArgs, loaded: Adapter | None, base_name: str) -> Lo
                     for key in missing
                 )
             )
-        targets = args.target_modules if isinstance(args.target_modules, str) else list(args.target_modules or ())
-        config = LoraConfig(
-            r=args.r,
-            lora_alpha=args.lora_alpha,
-            target_modules=targets,
-            use_rslora=bool(args.use_rslora),
-            bias=args.bias,
-            task_type=args.task_type,
-        )
+        config = LoraConfig(**given(args))
     else:
         check_agreement(args, loaded.peft_config)
         config = PeftConfig.from_peft_type(**dict(loaded.peft_config))

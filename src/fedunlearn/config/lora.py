@@ -1,0 +1,147 @@
+"""The record of `model.model_args.lora_config`: PEFT's own names, and why some of them are refused."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Literal
+
+from fedunlearn.errors import UserError
+from fedunlearn.limits import LARGEST, SMALLEST
+
+Preset = Literal["fast", "balanced", "high"]
+PRESET_DROPOUT: Mapping[Preset, float] = MappingProxyType({"fast": 0.1, "balanced": 0.1, "high": 0.05})
+INITIALISATIONS = re.compile(r"gaussian|orthogonal|olora|pissa|pissa_niter_[1-9]\d{0,2}")
+AT = "model.model_args.lora_config."
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraArgs:
+    """What PEFT's LoraConfig is made of, under PEFT's names; null = take it from the adapter that is loaded, or PEFT's default.
+
+    r: rank. lora_alpha: the update is scaled by lora_alpha / r (use_rslora: by its root). target_modules: module names, `attention`, `mlp`,
+    `all-linear` or a regular expression; exclude_modules: names among them that are left out. target_parameters: fused experts by name, as PEFT has it.
+    layers_to_transform: numbers of the layers that get an adapter, layers_pattern: what the list of layers is called. rank_pattern, alpha_pattern: module
+    name or pattern -> its own rank or alpha. use_dora: magnitudes apart (arXiv:2402.09353). init_lora_weights: true (A uniform, B zero), gaussian, orthogonal,
+    pissa, pissa_niter_N (arXiv:2404.02948), olora (arXiv:2406.01775). bias: the base's biases that are trained too; lora_bias: one beside every B.
+    modules_to_save: modules trained whole, which travel with the adapter. fan_in_fan_out: whether weights are stored [in, out]; null: looked at, layer by layer.
+    lora_dropout always comes from here, never from a loaded adapter. preset: whose values these are where `lora=` chose one.
+    """
+
+    r: int | None
+    lora_alpha: float | None
+    target_modules: tuple[str, ...] | str | None
+    lora_dropout: float = 0.0
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    init_lora_weights: bool | str | None = None
+    bias: Literal["none", "all", "lora_only"] | None = None
+    lora_bias: bool | None = None
+    modules_to_save: tuple[str, ...] | None = None
+    exclude_modules: tuple[str, ...] | str | None = None
+    layers_to_transform: tuple[int, ...] | int | None = None
+    layers_pattern: tuple[str, ...] | str | None = None
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    target_parameters: tuple[str, ...] | None = None
+    fan_in_fan_out: bool | None = None
+    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
+    preset: Preset | None = None
+
+    def __post_init__(self) -> None:
+        faults = [fault for holds, fault in (*self._number_rules(), *self._name_rules()) if not holds]
+        if faults:
+            raise UserError(*faults)
+
+    def _number_rules(self) -> list[tuple[bool, str]]:
+        ranks = {f"rank_pattern[{name!r}]": rank for name, rank in (self.rank_pattern or {}).items()}
+        alphas = {f"alpha_pattern[{name!r}]": alpha for name, alpha in (self.alpha_pattern or {}).items()}
+        layers = self.layers_to_transform
+        listed = (layers,) if isinstance(layers, int) else layers
+        return [
+            *(
+                (rank is None or rank >= 1, f"{AT}{key}={rank} is no rank: a whole number from 1, or null for a loaded adapter's")
+                for key, rank in {"r": self.r, **ranks}.items()
+            ),
+            *(
+                (alpha is None or SMALLEST <= alpha <= LARGEST, f"{AT}{key}={alpha} must lie between 1e-6 and 1e6")
+                for key, alpha in {"lora_alpha": self.lora_alpha, **alphas}.items()
+            ),
+            (0 <= self.lora_dropout < 1, f"{AT}lora_dropout={self.lora_dropout} must lie in [0, 1)"),
+            (
+                listed is None or (bool(listed) and min(listed) >= 0 and len(set(listed)) == len(listed)),
+                f"{AT}layers_to_transform={layers} must name layers by number, from 0, each once, and at least one; null: all",
+            ),
+            (
+                self.layers_pattern is None or layers is not None,
+                f"{AT}layers_pattern={self.layers_pattern!r} beside layers_to_transform=null: it says where layers are numbered; give both or neither",
+            ),
+        ]  # fmt: skip
+
+    def _name_rules(self) -> list[tuple[bool, str]]:
+        initial = self.init_lora_weights
+        return [
+            *(
+                (
+                    not isinstance(names, tuple) or (bool(names) and len(set(names)) == len(names)),
+                    f"{AT}{key}={list(names or ())} must name each module once, and at least one",
+                )
+                for key, names in self._lists().items()
+            ),
+            (
+                initial is None or initial is True or (isinstance(initial, str) and INITIALISATIONS.fullmatch(initial) is not None),
+                f"{AT}init_lora_weights={initial!r} is not understood; allowed: true, gaussian, orthogonal, pissa, pissa_niter_N, olora "
+                "(false would begin away from the base; eva, corda, loftq, lora_ga and mica read data or a quantised base before the first round)",
+            ),
+            (
+                not (self.use_dora and initial not in (None, True, "gaussian")),
+                f"{AT}use_dora=true beside init_lora_weights={initial!r}: the magnitudes are those of the base's own weights; leave it at true or gaussian",
+            ),
+        ]  # fmt: skip
+
+    def _lists(self) -> dict[str, tuple[str, ...] | str | None]:
+        return {
+            "target_modules": self.target_modules,
+            "modules_to_save": self.modules_to_save,
+            "exclude_modules": self.exclude_modules,
+            "target_parameters": self.target_parameters,
+        }
+
+
+def given(args: LoraArgs) -> dict[str, object]:
+    """Gives what is not null, lists as lists: what PEFT's LoraConfig is called with. Without the preset's name."""
+    values = {field.name: getattr(args, field.name) for field in fields(args) if field.name != "preset"}
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in values.items() if value is not None
+    }
+
+
+REFUSED: Mapping[str, str] = MappingProxyType(
+    {
+        "peft_type": "adapters are LoRA; AdaLoRA has keys of its own: leave it out",
+        "auto_mapping": "PEFT writes it for itself: leave it out",
+        "peft_version": "PEFT writes it for itself: leave it out",
+        "base_model_name_or_path": "the base is model.model_args.pretrained_model_name_or_path: leave it out",
+        "revision": "give the folder of that revision as model.model_args.pretrained_model_name_or_path",
+        "inference_mode": "a run's adapter is trained, an evaluation's is not, whatever it says: leave it out",
+        "megatron_config": "clients hold a transformers model, no Megatron one: leave it out",
+        "megatron_core": "clients hold a transformers model, no Megatron one: leave it out",
+        "trainable_token_indices": "rows of an embedding are no factors that could be averaged by client: name the whole module in modules_to_save",
+        "loftq_config": "it changes the base by what a quantiser left; quantise by model.model_args.quantization",
+        "eva_config": "it reads a client's data before the first round, and clients would begin apart: choose init_lora_weights=pissa",
+        "corda_config": "it reads a client's data before the first round, and clients would begin apart: choose init_lora_weights=pissa",
+        "lora_ga_config": "it reads a client's data before the first round, and clients would begin apart: choose init_lora_weights=pissa",
+        "velora_config": "it changes how activations are stored, not the adapter: set trainer.args.gradient_checkpointing=true",
+        "alora_invocation_tokens": "an adapter that acts from a token on only cannot answer for the rows before it: leave it out",
+        "use_qalora": "it pools inputs by groups of a quantised base, and factors change shape: leave it out",
+        "qalora_group_size": "it pools inputs by groups of a quantised base, and factors change shape: leave it out",
+        "monteclora_config": "it samples factors, and what is averaged would be noise: leave it out",
+        "layer_replication": "it builds another base, and the base's fingerprint would be another's: leave it out",
+        "runtime_config": "it only says where PEFT computes: leave it out",
+        "use_bdlora": "its factors are blocks, which no reducer here knows: leave it out",
+        "arrow_config": "it routes between finished adapters, and nothing of it is trained: leave it out",
+        "kasa_config": "it truncates the base's own weights, which stay as they are stored: choose init_lora_weights=pissa",
+        "ensure_weight_tying": "a head tied to its embedding is refused as a target: leave it out",
+    }
+)
+"""Keys of PEFT's LoraConfig that no run takes, each with the reason and the way out."""
