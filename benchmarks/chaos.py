@@ -16,6 +16,7 @@ victim each launcher's runs begin. Exit code 1 where one does not hold.
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
+from threading import Event
 
 from killing.attack import attack
 from killing.field import Field, opened
@@ -38,27 +40,34 @@ OF = 20
 def all_attacks(place: Path, names: list[str], runs: int, seed: int, processes: int) -> Iterator[Attacked]:
     """Builds the stage, runs each launcher undisturbed, then attacks; results come as they are done.
 
-    Runs that share a federation come one after the other, beside those of other launchers.
+    Runs that share a federation come one after the other, beside those of other launchers. Whoever stops asking waits for the runs under way, and for no more.
     """
+    stop = Event()
     stage = Stage.build(place)
     numbers = {name: range(-(-LAUNCHERS[name].share * runs // OF)) for name in names}
     with ThreadPoolExecutor(processes) as pool:
-        jobs = [pool.submit(_in_turn, stage, name, numbers[name], seed) for name in names if LAUNCHERS[name].deployed]
+        jobs = [
+            pool.submit(_in_turn, stage, name, numbers[name], seed, stop) for name in names if LAUNCHERS[name].deployed
+        ]
         alone = [Field(name=name, stage=stage) for name in names if not LAUNCHERS[name].deployed]
         whole = {field.name: pool.submit(_undisturbed, field) for field in alone}
         jobs += [pool.submit(_alone, field, whole, number, seed) for field in alone for number in numbers[field.name]]
-        for job in as_completed(jobs):
-            yield from job.result()
+        try:
+            for job in as_completed(jobs):
+                yield from job.result()
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
 
 
 def _undisturbed(field: Field) -> Undisturbed:
     return undisturbed(field.stage, field.place(None), *field.overrides)
 
 
-def _in_turn(stage: Stage, name: str, numbers: range, seed: int) -> list[Attacked]:
+def _in_turn(stage: Stage, name: str, numbers: range, seed: int, stop: Event) -> list[Attacked]:
     with opened(stage, name) as field:
         than = _undisturbed(field)
-        return [attack(field, than, number, seed) for number in numbers]
+        return [attack(field, than, number, seed) for number in numbers if not stop.is_set()]
 
 
 def _alone(field: Field, whole: "Mapping[str, Future[Undisturbed]]", number: int, seed: int) -> list[Attacked]:
@@ -89,6 +98,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2, help="runs at a time")
     parser.add_argument("--launchers", nargs="+", choices=list(LAUNCHERS), default=list(LAUNCHERS))
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the federation ends with us
     began, done = time.monotonic(), list[Attacked]()
     with tempfile.TemporaryDirectory(prefix="chaos-") as place:
         for one in all_attacks(Path(place), args.launchers, args.runs, args.seed, args.processes):

@@ -144,7 +144,7 @@ def start_node(site: Path) -> Running:
 
 
 class FederationHere:
-    """A SuperLink and its nodes. folder: of the trial's files; data, model: of all machines; spare: sites, with keys of their own, whose nodes are not started; policy: changes to
+    """A SuperLink and its nodes. folder: of the trial's files; data, model: of all machines; spare: sites whose nodes are not started, with keys that are no client's; policy: changes to
     every node's; saves: the server's folder of runs, where it is not below `folder`.
     """
 
@@ -162,6 +162,9 @@ class FederationHere:
         self.folder = trial(folder, clients=clients + spare, models={MODEL: str(model)}, data=str(data))
         self.saves = saves or folder / "server" / "saves"
         edit(folder / "server" / "server.yaml", saves_root=str(self.saves))
+        keys = self.folder / "server" / "client_keys"
+        for client in range(clients, clients + spare):
+            (keys / f"client{client}.pub").rename(keys / f"spare{client}.pub")
         for client in range(clients + spare):
             edit(self.policy_of(client), **(policy or {}))
         self.nodes: dict[int, Running] = {}

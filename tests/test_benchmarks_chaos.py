@@ -141,6 +141,6 @@ def test_it_runs_and_its_exit_code_says_whether_all_hold():
     assert faults_of([name for name, launcher in LAUNCHERS.items() if not launcher.deployed], 600) == []
 
 
-@pytest.mark.deployment
+@pytest.mark.slow
 def test_it_runs_over_real_processes():
     assert faults_of(["superlink"], 1500) == []

@@ -80,7 +80,7 @@ def test_rounds_below_one_are_refused():
     assert "--rounds 0 must be at least 1" in done.stderr
 
 
-@pytest.mark.deployment
+@pytest.mark.slow
 def test_the_story_over_superlink_is_launcher_locals():
     command = [*COMMAND, "--story", "--rounds", "1", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500, check=False)

@@ -147,7 +147,7 @@ def taken(port: int) -> bool:
 def test_the_trial_on_one_machine(tmp_path_factory):
     """Every command as it stands but for fewer rounds; with a loopback of its own where that can be had."""
     home = checkout(tmp_path_factory.mktemp("t") / "h")
-    lines, running = [line for line in LINES if not line.machine], []
+    lines, running, told = [line for line in LINES if not line.machine], [], ""
     with ExitStack() as stack:
         before = [] if why_none() else stack.enter_context(Hosts(0)).at(0)
         if not before and any(map(taken, (8000, 9094, 9095))):
@@ -163,7 +163,9 @@ def test_the_trial_on_one_machine(tmp_path_factory):
                 one.wait_for("the SuperLink is up" if "superlink" in line.words[1] else "SuperNode ID", 120)
             else:
                 assert one.process.wait(400) == 0, one.text()
-        assert "client 0: 1 worker ended" in one.text()
+                told += one.text()
+        assert "client 0: 1 worker ended" in told
+        assert "client1-data: 100 of 200 rows" in told
         assert (home / "results" / "npo" / "adapter" / "adapter_model.safetensors").is_file()
         assert (home / "trial" / "server" / "saves" / "finetune" / "ft" / "done.json").is_file()
         assert [one.end() for one in reversed(running)] == [0, 0, 0]

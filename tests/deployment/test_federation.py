@@ -226,6 +226,13 @@ def test_a_second_node_of_a_client_that_is_there_is_refused_by_name(federation, 
     assert "says that it is client 0, which is there already as node" in said
 
 
+def test_a_node_that_says_another_client_s_id_is_refused_by_its_key(federation, tuned, changed):
+    changed(1, federation.site_of(1), client_id=2)
+    text = done(submit(federation, "finetune", "poses", "trainer.federated.min_clients=2"))
+    assert "round 2: clients [0, 2]," in text
+    assert "a node with the key of client 1 says that it is client 2: correct client_id" in " ".join(text.split())
+
+
 def test_a_client_whose_task_raises_is_dropped_by_name_in_each_round(federation, tuned, changed):
     changed(1, federation.policy_of(1), max_steps=1)
     text = done(submit(federation, "finetune", "raises", "trainer.federated.min_clients=2"))
