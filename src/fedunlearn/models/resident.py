@@ -30,7 +30,7 @@ from fedunlearn.models.lora_config import lora_config_of, plain_config
 from fedunlearn.models.ranks import module_scales, scales_in
 from fedunlearn.models.sidecar import put_sidecar
 from fedunlearn.models.source import ModelSource, find_base
-from fedunlearn.records.adapter import Adapter, Tensors, Weights
+from fedunlearn.records.adapter import Adapter, Weights
 
 log = logging.getLogger(__name__)
 PROBE_ROWS, PROBE_LENGTH, PROBE_IDS = 4, 16, 64
@@ -182,18 +182,14 @@ def _start(
         sidecar = draw_fresh(held.model, begin.seed, begin.initial)
     elif stacked:
         draw_fresh(held.model, begin.seed)
-        back = plain_scaled(read_tensors(held.model) | _plain(loaded), module_scales(held.model), by=-1)
-        write_tensors(held.model, read_tensors(held.model) | back)
+        whole = {**read_tensors(held.model), **{name: loaded.tensors[name] for name in plain_of(loaded.tensors)}}
+        write_tensors(held.model, {**whole, **plain_scaled(whole, module_scales(held.model), by=-1)})
         sidecar = unit_scaled(loaded)
     else:
         write_tensors(held.model, loaded.tensors)
         sidecar = {}
     put_sidecar(held.model, sidecar, ACTIVE)
     return replace(held, start=Adapter(read_tensors(held.model), plain, held.fingerprint, sidecar))
-
-
-def _plain(adapter: Adapter) -> Tensors:
-    return {name: adapter.tensors[name] for name in plain_of(adapter.tensors)}
 
 
 def _prove(made: Resident, probe: Probe | None, source: ModelSource) -> None:

@@ -57,5 +57,7 @@ def _widened(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 def stored_values(model: PeftModel) -> Mapping[str, torch.Tensor]:
     """Gives the base's own values of the saved modules, under the names that the adapter has for them."""
     return {
-        f"{path}.{key}": tensor for path, module in saved_modules(model) for key, tensor in module.original_module.state_dict().items()
+        f"{path}.{key}": tensor
+        for path, module in saved_modules(model)
+        for key, tensor in module.original_module.state_dict().items()
     }

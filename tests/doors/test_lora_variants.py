@@ -1,0 +1,161 @@
+"""Every variant through a whole federation: fine-tuned, unlearned from that run, gone on with after a stop, and loaded by PEFT alone."""
+
+import logging
+
+import pytest
+import torch
+from helpers_runs import adapter_bytes, adapter_tensors, finetune, history, tiny, unlearn
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from fedunlearn.doors.prepare import prepare
+from fedunlearn.errors import UserError
+from fedunlearn.federation import rounds
+from fedunlearn.models.adapter_files import load_adapter
+from fedunlearn.models.label_logits import label_logits
+from fedunlearn.models.resident import release, resident
+from fedunlearn.models.source import resolve_source
+
+LORA = "++model.model_args.lora_config."
+BASE = "model.model_args.pretrained_model_name_or_path="
+KL = ("method=npo", "method.retain=kl", "trainer.federated.num_rounds=1")
+VARIANTS = {
+    "dora": (LORA + "use_dora=true",),
+    "biases": (LORA + "bias=all", LORA + "lora_bias=true"),
+    "saved": (LORA + "modules_to_save=[lm_head]",),
+    "pissa": (LORA + "init_lora_weights=pissa",),
+}
+IDS = torch.arange(24).reshape(2, 12) + 5
+
+
+@pytest.fixture(scope="module")
+def gpt2(pocket, tmp_path_factory):
+    """A GPT-2 of two narrow layers with biases that are not zero, and the pocket's tokenizer."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(pocket.model)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=512, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def overrides_of(name, gpt2):
+    on_gpt2 = (f"{BASE}{gpt2}", LORA + "target_modules=[c_attn,c_fc]") if name == "biases" else ()
+    return (*VARIANTS[name], *on_gpt2)
+
+
+@pytest.fixture(scope="module", params=sorted(VARIANTS))
+def tuned(request, pocket, gpt2, tmp_path_factory):
+    """Its name, its base, its saves folder, and a run of two rounds of that variant."""
+    saves = tmp_path_factory.mktemp(request.param) / "saves"
+    run = finetune(pocket, saves, "ft", *overrides_of(request.param, gpt2))
+    yield request.param, (gpt2 if request.param == "biases" else pocket.model), saves, run
+    release()
+
+
+def by_peft(base, run):
+    """Logits of the result, loaded by PEFT alone."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        return PeftModel.from_pretrained(model, run / "adapter").eval()(input_ids=IDS).logits
+
+
+def by_us(pocket, saves, run):
+    """Logits of the result, loaded and proven by us."""
+    null = [LORA + f"{key}=null" for key in ("r", "lora_alpha", "target_modules", "bias")]
+    config = tiny(pocket, saves, "unlearn", "look", f"{BASE}{run}", *null).run
+    source = resolve_source(config.model.model_args, saves)
+    made = resident(config.model, source, seed=0, max_length=256, pocket_dir=saves)
+    everywhere = torch.ones_like(IDS, dtype=torch.bool)
+    with torch.no_grad():
+        return label_logits(made.model, IDS, torch.ones_like(IDS), everywhere).reshape(*IDS.shape, -1)
+
+
+def same_logits(pocket, saves, base, run):
+    theirs, ours = by_peft(base, run), by_us(pocket, saves, run)
+    return float((theirs - ours).abs().max() / theirs.abs().max())
+
+
+def plain_names(run):
+    return {name for name in adapter_tensors(run) if not name.endswith((".lora_A.weight", ".lora_B.weight"))}
+
+
+def test_it_moves_all_that_it_trains_and_plain_peft_says_the_same(pocket, tuned):
+    name, base, saves, run = tuned
+    start, result = load_file(run / "start" / "adapter_model.safetensors"), adapter_tensors(run)
+    if name != "pissa":  # whose result is a stack
+        assert start.keys() == result.keys()
+        assert all(not torch.equal(start[key], tensor) for key, tensor in result.items())
+    assert len(plain_names(run)) == {"dora": 14, "biases": 13 + 4, "saved": 1, "pissa": 0}[name]
+    assert all(client["reason"] == "" for line in history(run) for client in line["clients"])
+    assert same_logits(pocket, saves, base, run) < 1e-5
+
+
+def test_unlearning_goes_on_from_it_and_moves_it(pocket, tuned, caplog):
+    """NPO sums rows under the reference, KL runs it beside the trained adapter: both must find it whole."""
+    name, base, saves, run = tuned
+    null = [LORA + "init_lora_weights=null"] if name == "pissa" else []
+    again = [value for value in VARIANTS[name] if "init" not in value]
+    targets = [LORA + "target_modules=null"]
+    with caplog.at_level(logging.WARNING):
+        done = unlearn(pocket, saves, run, "un", *again, *null, *targets, *KL)
+    assert "does not give the logits" not in caplog.text
+    before, after = adapter_tensors(run), adapter_tensors(done)
+    changed = {key for key in after if key not in before or not torch.equal(before[key], after[key])}
+    assert changed >= plain_names(done)
+    assert len(changed) == len(after) if name != "pissa" else changed
+    assert same_logits(pocket, saves, base, done) < 1e-5
+
+
+def test_a_stopped_run_goes_on_bit_equal(pocket, tuned, gpt2, tmp_path, monkeypatch):
+    name, _, _, run = tuned
+    real = rounds.save_checkpoint
+
+    def stop(folder, checkpoint, *rest):
+        real(folder, checkpoint, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rounds, "save_checkpoint", stop)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(pocket, tmp_path, "ft", *overrides_of(name, gpt2))
+    monkeypatch.setattr(rounds, "save_checkpoint", real)
+    release()
+    resumed = finetune(pocket, tmp_path, "ft", *overrides_of(name, gpt2), "resume=true")
+    assert adapter_bytes(resumed) == adapter_bytes(run)
+
+
+def test_pissa_s_result_is_the_difference_at_twice_the_rank(pocket, saves):
+    run = finetune(pocket, saves, "ft", *VARIANTS["pissa"], "trainer.federated.num_rounds=1")
+    adapter, _ = load_adapter(run / "adapter")
+    assert adapter.peft_config["init_lora_weights"] is True
+    assert {t.shape[0] for name, t in adapter.tensors.items() if "lora_A" in name} == {8}
+
+
+def test_what_a_loaded_adapter_is_is_looked_at_where_the_yaml_leaves_it_null(pocket, tuned):
+    name, _, saves, run = tuned
+    refused = {"dora": "use_dora=true beside aggregation", "biases": "lora_bias, bias beside method Negation", "saved": "modules_to_save beside method Negation"}  # fmt: skip
+    if name not in refused:
+        pytest.skip("a side-car goes with every method")
+    asked = ["aggregation=flexlora"] if name == "dora" else ["method=negation"]
+    null = [LORA + f"{key}=null" for key in ("target_modules", "bias")]
+    with pytest.raises(UserError, match=refused[name]):
+        prepare(tiny(pocket, saves, "unlearn", "no", f"{BASE}{run}", *asked, *null))
+    assert not (saves / "unlearn" / "no").exists()
+
+
+def test_an_initialisation_beside_a_loaded_adapter_is_refused(pocket, saves):
+    run = finetune(pocket, saves, "ft", "trainer.federated.num_rounds=1")
+    with pytest.raises(
+        UserError,
+        match=r"init_lora_weights='pissa' beside the adapter .*, which brings its values along: set it to null",
+    ):
+        prepare(tiny(pocket, saves, "unlearn", "no", f"{BASE}{run}", *VARIANTS["pissa"]))
