@@ -117,6 +117,10 @@ def _dora(c: Combination, variant: Variant, method: OwnSteps | None) -> list[tup
             f"{at} beside partition.ranks or lora_alphas: magnitudes belong to the norm of one rank and scale; leave them null",
         ),
         (
+            not variant.lora_bias,
+            f"{at} beside lora_bias=true: PEFT has no layer of both; set lora_bias=false, or use_dora=false",
+        ),
+        (
             method is None,
             f"{at} beside method {method and method.name}, a server-side one, which works on products: {why}; choose a local method, or use_dora=false",
         ),
@@ -146,6 +150,10 @@ def _initial(c: Combination, variant: Variant) -> list[tuple[bool, str]]:
             not ((of_base or variant.initial == "orthogonal") and c.ranks_differ),
             f"{at} beside partition.ranks or lora_alphas: the factors begin with a product that is made up for at rank r, and a client of another rank or scale would begin away "
             "from the base; leave them null, or choose init_lora_weights=true or gaussian",
+        ),
+        (
+            variant.initial in ("None", "True") or not variant.lora_bias,
+            f"{at} beside lora_bias=true: PEFT knows LoRA's own biases with init_lora_weights=true alone; set that, or lora_bias=false",
         ),
         (
             not of_base or c.sidecar_rank is None,

@@ -51,12 +51,13 @@ def _keep_biases(model: PeftModel, asked: str) -> None:
         return
     own = {name: p for name, p in model.named_parameters() if p.requires_grad and f".{ACTIVE}." not in name}
     at = f"model.model_args.lora_config.bias={asked!r}"
-    beside = [name for name, _ in saved_modules(model) if any(key.startswith(f"{name}.") for key in own)]
+    saved = (path for path, module in saved_modules(model) if any(k.endswith("bias") for k in module.state_dict()))
+    beside = [path.removeprefix("base_model.model.") for path in saved if asked == "all"]
     faults = [
         (bool(own), f"{at}: this base has no bias there, nothing more would be trained; set it to none"),
         (
             not beside,
-            f"{at} beside modules_to_save={[name.rpartition('.')[2] for name in beside]}, whose bias is trained with it: set bias=lora_only, or leave that module out",
+            f"{at} beside modules_to_save={beside}, whose bias is trained with it: set bias=lora_only, or leave that module out",
         ),
         (
             all(parameter.dtype == torch.float32 for parameter in own.values()),
