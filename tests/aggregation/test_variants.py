@@ -106,7 +106,9 @@ def test_each_refusal_says_why_and_how_on(variant, changed, method, said):
     assert len(faults) == 1
     assert re.match(said, faults[0])
     assert re.search(r"choose |leave |set ", faults[0])
-    assert not variant_faults(preset("fedit"), dataclasses.replace(variant, lora_bias=False, initial="True", experts=False), None)
+    assert not variant_faults(
+        preset("fedit"), dataclasses.replace(variant, lora_bias=False, initial="True", experts=False), None
+    )
 
 
 @pytest.mark.parametrize("variant", [Variant(bias=True), Variant(modules_to_save=True), Variant(experts=True), PISSA])
@@ -116,7 +118,9 @@ def test_methods_that_average_as_fine_tuning_did_go_with_all_but_dora(variant):
 
 def test_robust_weights_and_flower_s_strategies_go_with_plain_tensors():
     for changed in ({"robust": "Krum", "reweighs": True}, {"strategy": "flwr.X", "foreign": True, "sends_mean": False}):
-        assert not variant_faults(preset("fedit", **changed), Variant(bias=True, modules_to_save=True, lora_bias=True), None)
+        assert not variant_faults(
+            preset("fedit", **changed), Variant(bias=True, modules_to_save=True, lora_bias=True), None
+        )
 
 
 class TestReading:
@@ -124,7 +128,9 @@ class TestReading:
         defaults = {"use_dora": False, "lora_bias": False, "bias": "none", "modules_to_save": None, "init_lora_weights": True, "target_parameters": []}  # fmt: skip
         assert variant_of(defaults) == Variant()
         assert variant_of(dict.fromkeys(defaults)) == dataclasses.replace(Variant(), initial="None")
-        assert not variant_faults(preset("flora", ranks_differ=True), variant_of(dict.fromkeys(defaults)), PRODUCT_METHOD)
+        assert not variant_faults(
+            preset("flora", ranks_differ=True), variant_of(dict.fromkeys(defaults)), PRODUCT_METHOD
+        )
 
     def test_each_key_arrives(self):
         config = {"use_dora": True, "lora_bias": True, "bias": "lora_only", "modules_to_save": ["lm_head"], "init_lora_weights": "olora", "target_parameters": ["mlp.experts.down_proj"]}  # fmt: skip

@@ -110,7 +110,11 @@ class TestOfTheBase:
         generator = torch.Generator().manual_seed(1)
         moved = {name: t + 0.05 * torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
         write_tensors(model, moved)
-        config = {**model.peft_config[ACTIVE].to_dict(), "target_modules": list(TARGETS[kind]), "task_type": "CAUSAL_LM"}
+        config = {
+            **model.peft_config[ACTIVE].to_dict(),
+            "target_modules": list(TARGETS[kind]),
+            "task_type": "CAUSAL_LM",
+        }
         config = {key: getattr(value, "value", value) for key, value in config.items() if key != "runtime_config"}
         stack, _ = export(Adapter(moved, config, None, sidecar), "exact")
         assert {t.shape[0] for name, t in stack.tensors.items() if name.endswith(A)} == {8}
@@ -120,7 +124,10 @@ class TestOfTheBase:
         assert apart(some_logits(model), some_logits(tiny_base(kind))) > 1e-3
 
     def test_a_rank_that_no_module_has_is_refused(self):
-        with pytest.raises(UserError, match=r"init_lora_weights=pissa with rank 40 of module '.*', whose sides are 32 and 64: its weight has 32 directions at most"):
+        with pytest.raises(
+            UserError,
+            match=r"init_lora_weights=pissa with rank 40 of module '.*', whose sides are 32 and 64: its weight has 32 directions at most",
+        ):
             fresh("llama", "pissa", r=40)
 
 
@@ -144,7 +151,10 @@ class TestDrawn:
         assert apart(some_logits(model), some_logits(tiny_base(kind))) < 1e-5
 
     def test_orthogonal_wants_an_even_rank(self):
-        with pytest.raises(UserError, match=r"init_lora_weights=orthogonal with rank 3 of module '.*'; choose an even r|: it gives one half.*choose an even r"):
+        with pytest.raises(
+            UserError,
+            match=r"init_lora_weights=orthogonal with rank 3 of module '.*'; choose an even r|: it gives one half.*choose an even r",
+        ):
             fresh("llama", "orthogonal", r=3)
 
     def test_rslora_with_matching_alpha_is_plain_lora(self, kind):
@@ -167,7 +177,9 @@ class TestDora:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_magnitudes_are_peft_s_but_for_the_rounding_of_a_bfloat16_base(self, kind, dtype):
         model = attached(kind, dtype, use_dora=True)
-        theirs = get_peft_model(tiny_base(kind, dtype), LoraConfig(r=4, use_dora=True, target_modules=list(TARGETS[kind])))
+        theirs = get_peft_model(
+            tiny_base(kind, dtype), LoraConfig(r=4, use_dora=True, target_modules=list(TARGETS[kind]))
+        )
         wanted = {name: t for name, t in get_peft_model_state_dict(theirs).items() if "magnitude" in name}
         found = read_tensors(model)
         assert len(wanted) == len(found) // 3

@@ -43,7 +43,11 @@ def moved(model, seed):
 
 def frozen_of(model):
     """Every parameter of the base that the adapter does not train."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad and REFERENCE not in name}
+    return {
+        name: p.detach().clone()
+        for name, p in model.named_parameters()
+        if not p.requires_grad and REFERENCE not in name
+    }
 
 
 def backward(model):
@@ -153,22 +157,32 @@ class TestSavedModules:
             attached("llama", modules_to_save=("lm_head", "score"))
 
     def test_modules_of_modules_on_a_bfloat16_base_are_refused(self):
-        with pytest.raises(UserError, match=r"modules_to_save: .*mlp' holds other modules.*name single layers, or set torch_dtype=float32"):
+        with pytest.raises(
+            UserError,
+            match=r"modules_to_save: .*mlp' holds other modules.*name single layers, or set torch_dtype=float32",
+        ):
             attached("llama", torch.bfloat16, target_modules=("q_proj",), modules_to_save=("mlp",))
 
 
 class TestBiases:
     @pytest.mark.parametrize("asked", ["all", "lora_only"])
     def test_a_base_without_any_is_refused(self, asked):
-        with pytest.raises(UserError, match=rf"bias='{asked}': this base has no bias there, nothing more would be trained; set it to none"):
+        with pytest.raises(
+            UserError,
+            match=rf"bias='{asked}': this base has no bias there, nothing more would be trained; set it to none",
+        ):
             attached("llama", bias=asked)
 
     def test_a_base_in_bfloat16_is_refused(self):
-        with pytest.raises(UserError, match=r"bias='all' on a base in torch\.bfloat16: .*set torch_dtype=float32, or bias=none"):
+        with pytest.raises(
+            UserError, match=r"bias='all' on a base in torch\.bfloat16: .*set torch_dtype=float32, or bias=none"
+        ):
             attached("gpt2", torch.bfloat16, bias="all")
 
     def test_one_that_a_saved_module_has_too_is_refused(self):
-        with pytest.raises(UserError, match=r"bias='all' beside modules_to_save=\['transformer.ln_f'\], whose bias is trained with it"):
+        with pytest.raises(
+            UserError, match=r"bias='all' beside modules_to_save=\['transformer.ln_f'\], whose bias is trained with it"
+        ):
             attached("gpt2", bias="all", modules_to_save=("ln_f",))
 
     def test_which_are_trained(self):

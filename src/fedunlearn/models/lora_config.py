@@ -12,7 +12,7 @@ PLAIN: Mapping[str, tuple[object, ...]] = {
     "target_parameters": (None, []),
     "trainable_token_indices": (None, []),
     "layer_replication": (None, []),
-    "init_lora_weights": (True, False, "gaussian"),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 }
 """Values of a PEFT config that leave an adapter plain LoRA over an untouched base: other initialisations rewrite the base's weights."""
 
