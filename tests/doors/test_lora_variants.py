@@ -159,3 +159,29 @@ def test_an_initialisation_beside_a_loaded_adapter_is_refused(pocket, saves):
         match=r"init_lora_weights='pissa' beside the adapter .*, which brings its values along: set it to null",
     ):
         prepare(tiny(pocket, saves, "unlearn", "no", f"{BASE}{run}", *VARIANTS["pissa"]))
+
+
+SLOWLY = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("fedit", "ffa", "rolora", "flexlora", "fedrot", "hetlora")
+]
+
+
+@pytest.mark.parametrize("preset", ["flora", "fedex", "fedsvd", *SLOWLY])
+def test_pissa_under_every_aggregation_exports_what_the_federation_ended_with(pocket, saves, preset):
+    """The side-car takes out what the factors began with; whatever became of them, the result moves a little, and PEFT alone says the same."""
+    run = finetune(pocket, saves, "ft", *VARIANTS["pissa"], f"aggregation={preset}", "trainer.federated.num_rounds=1")
+    assert same_logits(pocket, saves, pocket.model, run) < 1e-5
+    assert all(client["reason"] == "" for line in history(run) for client in line["clients"])
+    base = AutoModelForCausalLM.from_pretrained(pocket.model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        away = (by_peft(pocket.model, run) - base(input_ids=IDS).logits).abs().max()
+    assert 1e-3 < float(away) < 20
+    release()
+
+
+def test_the_best_rank_r_of_a_pissa_result_is_plain_lora(pocket, saves):
+    last = ("trainer.federated.num_rounds=1", "aggregation.export_rank=r")
+    run = finetune(pocket, saves, "ft", *VARIANTS["pissa"], *last)
+    adapter, _ = load_adapter(run / "adapter")
+    assert {t.shape[0] for name, t in adapter.tensors.items() if "lora_A" in name} == {4}
+    assert same_logits(pocket, saves, pocket.model, run) < 1e-5
