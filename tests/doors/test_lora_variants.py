@@ -1,6 +1,8 @@
 """Every variant through a whole federation: fine-tuned, unlearned from that run, gone on with after a stop, and loaded by PEFT alone."""
 
+import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from fedunlearn.doors.prepare import prepare
 from fedunlearn.errors import UserError
 from fedunlearn.federation import rounds
-from fedunlearn.models.adapter_files import load_adapter
+from fedunlearn.federation.block_store import BlockStore
+from fedunlearn.federation.site import Site
+from fedunlearn.federation.start import BEGAN, START
+from fedunlearn.models.adapter_files import load_adapter, save_adapter
 from fedunlearn.models.label_logits import label_logits
 from fedunlearn.models.resident import release, resident
 from fedunlearn.models.source import resolve_source
@@ -185,3 +190,66 @@ def test_the_best_rank_r_of_a_pissa_result_is_plain_lora(pocket, saves):
     adapter, _ = load_adapter(run / "adapter")
     assert {t.shape[0] for name, t in adapter.tensors.items() if "lora_A" in name} == {4}
     assert same_logits(pocket, saves, pocket.model, run) < 1e-5
+
+
+def test_clients_of_another_process_begin_with_what_they_are_sent(pocket, saves, tuned):
+    """They compute no SVD of their own, and give the same bits."""
+    name, _, _, run = tuned
+    if name != "pissa":
+        pytest.skip("nothing of the others is computed from the base's weights but norms")
+    apart = finetune(
+        pocket, saves, "ft", *VARIANTS[name], "launcher.isolate=true", "trainer.federated.round_timeout=300"
+    )
+    assert adapter_bytes(apart) == adapter_bytes(run)
+
+
+class TestGoingOnElsewhere:
+    """A run that began with another SVD's factors of the same base: signs of its singular vectors may differ."""
+
+    def begun(self, pocket, saves):
+        """A run that stopped before its first round, and what it began with."""
+        prepared = prepare(tiny(pocket, saves, "finetune", "ft", *VARIANTS["pissa"]))
+        return prepared.folder, prepared.start
+
+    def put(self, folder, adapter):
+        """Makes it what the run began with."""
+        began = json.loads((folder / BEGAN).read_text())
+        save_adapter(folder / START, adapter.replace(adapter.tensors, {}))
+        began["sidecar"] = [BlockStore(folder / "sidecar").keep(adapter.sidecar)]
+        (folder / BEGAN).write_text(json.dumps(began))
+
+    def test_it_goes_on_with_its_own(self, pocket, saves):
+        folder, start = self.begun(pocket, saves)
+        turned = {name: -tensor for name, tensor in start.tensors.items()}
+        other = start.replace(turned, {name: -tensor for name, tensor in start.sidecar.items()})
+        self.put(folder, other)
+        again = prepare(tiny(pocket, saves, "finetune", "ft", *VARIANTS["pissa"], "resume=true"))
+        assert again.start == other != start
+
+    def test_factors_that_their_side_car_does_not_take_out_are_refused(self, pocket, saves):
+        folder, start = self.begun(pocket, saves)
+        self.put(folder, start.replace({name: 1.01 * tensor for name, tensor in start.tensors.items()}))
+        with pytest.raises(UserError, match="is not the adapter that the model now names"):
+            prepare(tiny(pocket, saves, "finetune", "ft", *VARIANTS["pissa"], "resume=true"))
+
+
+def test_a_client_whose_adapter_lacks_a_saved_module_is_left_out_by_name(pocket, saves, monkeypatch):
+    head, real = "base_model.model.lm_head.weight", Site.work
+
+    def work(self, task, *rest):
+        done = real(self, task, *rest)
+        kept = {name: tensor for name, tensor in done.tensors.items() if task.client_id != 2 or name != head}
+        return replace(done, tensors=kept)
+
+    monkeypatch.setattr(Site, "work", work)
+    few = ("trainer.federated.num_rounds=1", "trainer.federated.min_clients=3", "trainer.federated.max_retries=0")
+    run = finetune(pocket, saves, "ft", *VARIANTS["saved"], *few)
+    told = {client["client_id"]: (client["reason"], client["detail"]) for client in history(run)[0]["clients"]}
+    assert told[2] == ("missing_key", head)
+    assert [told[client][0] for client in (0, 1, 3)] == ["", "", ""]
+
+
+def test_a_module_that_the_base_lacks_is_refused_before_anything_is_written(pocket, saves):
+    with pytest.raises(UserError, match=r"modules_to_save: 'score' matches no module of this base"):
+        prepare(tiny(pocket, saves, "finetune", "no", LORA + "modules_to_save=[score]"))
+    assert not saves.exists()

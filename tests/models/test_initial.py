@@ -19,7 +19,7 @@ from fedunlearn.models.lora import attach_lora
 from fedunlearn.models.lora_config import lora_config_of
 from fedunlearn.models.resident import release, take_probe
 from fedunlearn.models.sidecar import put_sidecar
-from fedunlearn.records.adapter import A, B, Adapter
+from fedunlearn.records.adapter import A, Adapter, B
 
 KINDS = sorted(TARGETS)
 OF_BASE = ("pissa", "pissa_niter_8", "olora")

@@ -1,5 +1,8 @@
 """What an adapter has beside factors: magnitudes, biases, saved modules; trained alone, held apart for the reference, given back to the base."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from helpers_adapters import apart
@@ -200,3 +203,13 @@ def test_values_of_another_variant_do_not_fit():
     with pytest.raises(UserError, match=r"tensor 'base_model\.model\.lm_head\.weight' stands on one side only"):
         write_tensors(saved, read_tensors(plain))
     assert ACTIVE in saved.peft_config
+
+
+def test_what_is_remembered_of_the_base_keeps_no_model_alive():
+    model = attached("gpt2", bias="all")
+    hold_reference(model, Weights(moved(model, 2)))
+    draw_fresh(model, 0, "pissa")
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None

@@ -218,7 +218,7 @@ def _begins_at_base(kept: Adapter, start: Adapter) -> bool:
 
 def _check_variant(run: TrainRun, start: Adapter) -> None:
     """Raises UserError where a loaded adapter is of a kind that this run would average wrongly: the yaml may leave its keys null."""
-    faults = run.variant_faults(variant_of(start.peft_config))
+    faults = run.variant_faults(replace(variant_of(start.peft_config), initial="True"))  # what it began with is past
     if faults:
         raise UserError(*faults)
 
@@ -321,8 +321,10 @@ def find_inputs(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> Inputs:
 
 
 def at_model(run: R, path: str) -> R:
-    """The run with another model in its model's place: a base, an adapter or a run."""
-    args = replace(run.model.model_args, pretrained_model_name_or_path=path, lora_model_path=None)
+    """The run with another model in its model's place: a base, an adapter or a run. An initialisation stays behind: adapters bring their values along."""
+    lora = run.model.model_args.lora_config
+    lora = None if lora is None else replace(lora, init_lora_weights=None)
+    args = replace(run.model.model_args, pretrained_model_name_or_path=path, lora_model_path=None, lora_config=lora)
     return replace(run, model=replace(run.model, model_args=args))
 
 
