@@ -108,7 +108,7 @@ def reduce_round(choices: Choices, cohort: Cohort, weights: ModuleWeights | None
     for module in modules_of(cohort.adapter):
         own = weighting if weights is None else _own_weighting(cohort, weights[module.name])
         _reduce_module(choices, cohort, module, own, moment, tally)
-    tally.mean |= _plain_means(cohort, weighting)
+    tally.mean |= _plain_means(choices.reducer, cohort, weighting)
     names = tally.mean if not choices.gauge.keeps_place else _trained_names(tally.mean, cohort)
     exact = tally.exact**0.5
     return Reduced(
@@ -152,13 +152,11 @@ def _reduce_module(
         tally.carried |= {module.b: left.left.float(), module.a: left.right.float()}
 
 
-def _plain_means(cohort: Cohort, weighting: Weighting) -> Iterator[tuple[str, torch.Tensor]]:
+def _plain_means(reducer: Reducer, cohort: Cohort, weighting: Weighting) -> Iterator[tuple[str, torch.Tensor]]:
     """Gives the mean of every plain tensor, entry by entry, float64, the old one's share included."""
     for name in plain_of(cohort.adapter):
-        total = cohort.adapter[name].double() * weighting.old
-        for share, client in zip(weighting.clients, sorted(cohort.weights), strict=True):
-            total += cohort.read(client, name).double() * share
-        yield name, total
+        tensors = (cohort.read(client, name) for client in sorted(cohort.weights))  # one by one: a saved head is large
+        yield name, reducer.reduce_plain(tensors, weighting.clients, cohort.adapter[name], weighting.old)
 
 
 def _into_sidecar(

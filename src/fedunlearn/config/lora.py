@@ -118,7 +118,7 @@ def given(args: LoraArgs) -> dict[str, object]:
 
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
-        "peft_type": "adapters are LoRA; AdaLoRA has keys of its own: leave it out",
+        "peft_type": "adapters are LoRA; AdaLoRA's clients would each prune singular values of their own, and the mean of adapters pruned apart is neither's: leave it out",
         "auto_mapping": "PEFT writes it for itself: leave it out",
         "peft_version": "PEFT writes it for itself: leave it out",
         "base_model_name_or_path": "the base is model.model_args.pretrained_model_name_or_path: leave it out",

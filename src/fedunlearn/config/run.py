@@ -6,7 +6,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fedunlearn.aggregation.base import ServerOptimizer
-from fedunlearn.aggregation.combinations import Combination, combination_faults
+from fedunlearn.aggregation.combinations import (
+    Combination,
+    Variant,
+    combination_faults,
+    variant_faults,
+    variant_of,
+)
 from fedunlearn.aggregation.fedavg import FedAvg
 from fedunlearn.aggregation.fedprox import FedProx
 from fedunlearn.aggregation.flower import FlowerStrategy
@@ -18,9 +24,11 @@ from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.config.launcher import Launcher
 from fedunlearn.config.ledger import LedgerConfig
 from fedunlearn.config.lm_eval import LmEvalConfig
+from fedunlearn.config.lora import given
 from fedunlearn.config.model import ModelConfig
 from fedunlearn.config.requests import RequestConfig
 from fedunlearn.config.server import AggregationConfig, GateConfig
+from fedunlearn.config.server_choices import combination_of, own_steps
 from fedunlearn.config.trainer import TrainerConfig
 from fedunlearn.errors import UserError
 from fedunlearn.methods.base import Method, Unlearner
@@ -69,6 +77,8 @@ class TrainRun:
     def __post_init__(self) -> None:
         faults = [fault for holds, fault in (*self._rules(), *self._client_rules()) if not holds]
         faults += combination_faults(self._combination())
+        lora = self.model.model_args.lora_config
+        faults += [] if lora is None else self.variant_faults(variant_of(given(lora)))
         faults += self.protocol.faults(self.trainer.federated.num_rounds)
         if self.server_method is not None:
             faults += self.server_method.faults(self.trainer.federated.num_rounds)
@@ -127,24 +137,12 @@ class TrainRun:
         """Whether clients have LoRA ranks or scales of their own."""
         return self.partition.ranks is not None or self.partition.lora_alphas is not None
 
+    def variant_faults(self, variant: Variant) -> list[str]:
+        """Gives a sentence for everything of this run beside which such an adapter would be wrong."""
+        return variant_faults(self._combination(), variant, own_steps(self.server_method))
+
     def _combination(self) -> Combination:
-        chosen, foreign = self.aggregation, isinstance(self.strategy, FlowerStrategy)
-        return Combination(
-            weights=chosen.weights,
-            mask=chosen.mask,
-            reducer=chosen.reducer,
-            residual=chosen.residual,
-            gauge=chosen.gauge,
-            strategy=self.strategy.target
-            if isinstance(self.strategy, FlowerStrategy)
-            else type(self.strategy).__name__,
-            moments=not isinstance(self.strategy, FlowerStrategy) and bool(self.strategy.moment_names),
-            sends_mean=not isinstance(self.strategy, FlowerStrategy) and self.strategy.sends_mean,
-            foreign=foreign,
-            robust=type(self.robust).__name__,
-            reweighs=self.robust.reads_gram,
-            ranks_differ=self.ranks_differ,
-        )
+        return combination_of(self.aggregation, self.strategy, self.robust, ranks_differ=self.ranks_differ)
 
     def _client_rules(self) -> list[tuple[bool, str]]:
         federated = self.trainer.federated

@@ -133,7 +133,10 @@ def changed(composed: ComposedConfig, changes: Mapping[str, object]) -> Composed
 
 
 def model_from(plain: Mapping[str, object], path: str) -> dict[str, object]:
-    """Gives the config's model, loaded from another path: a run, an adapter or a base."""
+    """Gives the config's model, loaded from another path: a run, an adapter or a base. An initialisation stays behind: adapters bring their values along."""
     model = cast("Mapping[str, Mapping[str, object]]", plain["model"])
     args = {**model["model_args"], "pretrained_model_name_or_path": path, "lora_model_path": None}
+    lora = cast("Mapping[str, object] | None", args.get("lora_config"))
+    if lora is not None and lora.get("init_lora_weights") is not None:
+        args["lora_config"] = {**lora, "init_lora_weights": None}
     return {**model, "model_args": args}

@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
+from fedunlearn.aggregation.combinations import variant_of
 from fedunlearn.aggregation.factors import modules_of
 from fedunlearn.aggregation.flower import FlowerStrategy
 from fedunlearn.config.run import EvalRun, TrainRun
@@ -36,10 +39,12 @@ from fedunlearn.files import settle_below, write_json
 from fedunlearn.methods.base import Method
 from fedunlearn.methods.tokens import Need
 from fedunlearn.models.adapter_files import saved_hash
+from fedunlearn.models.export import unit_scaled
 from fedunlearn.models.hidden_states import num_blocks
+from fedunlearn.models.initial import from_base
 from fedunlearn.models.resident import Resident, resident
 from fedunlearn.models.source import ModelSource, resolve_source
-from fedunlearn.records.adapter import Adapter
+from fedunlearn.records.adapter import Adapter, B
 from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.records.partition import OwnedRows, Partition
 from fedunlearn.records.requests import Request
@@ -122,10 +127,8 @@ def prepare(composed: ComposedConfig) -> Prepared:
     make_folder(run, composed.plain, composed.text, fill)
     if run.resume:
         settle_below(folder)
-    if run.resume and load_start(folder).adapter != start:
-        raise UserError(
-            f"{str(folder / START)!r} is not the adapter that the model now names: the run it came from was made anew; overwrite=true starts anew"
-        )
+    if run.resume:
+        start = _kept_start(run, folder, start, source)
     return Prepared(
         run=run,
         folder=folder,
@@ -144,7 +147,7 @@ def _loaded(
     made = load_model(run, source)
     if made.start is None:
         raise ValueError("a federated run has an adapter")
-    for check in (_check_ranks, _check_sides, _check_export):
+    for check in (_check_variant, _check_ranks, _check_sides, _check_export):
         check(run, made.start)
     _check_method(run, made, data, owned)
     for rows in owned:
@@ -186,6 +189,38 @@ def _check_data(run: TrainRun, inputs: Inputs, partition: Partition, request: Re
         log.warning(
             "the adapter %s came without a partition: one is made anew by %s", source.adapter, dict(partition.scheme)
         )
+
+
+def _kept_start(run: TrainRun, folder: Path, start: Adapter, source: ModelSource) -> Adapter:
+    """Gives what the run began with, as it lies in its folder. start: what the model gives now. Raises UserError where the two are not the same.
+
+    Factors of the base's own weights (pissa, olora) may differ in what another machine's SVD leaves open: there they must be those of this base, with the
+    side-car that takes their product out again.
+    """
+    kept, lora = load_start(folder).adapter, run.model.model_args.lora_config
+    drawn = source.adapter is None and lora is not None and from_base(lora.init_lora_weights)
+    if kept == start or (drawn and _begins_at_base(kept, start)):
+        return kept
+    raise UserError(
+        f"{str(folder / START)!r} is not the adapter that the model now names: the run it came from was made anew; overwrite=true starts anew"
+    )
+
+
+def _begins_at_base(kept: Adapter, start: Adapter) -> bool:
+    same = kept.base_fingerprint == start.base_fingerprint and kept.peft_config == start.peft_config
+    if not same or kept.tensors.keys() != start.tensors.keys():
+        return False
+    folded = unit_scaled(kept)
+    return folded.keys() == kept.sidecar.keys() and all(
+        torch.allclose(kept.sidecar[name], -folded[name] if name.endswith(B) else folded[name]) for name in folded
+    )
+
+
+def _check_variant(run: TrainRun, start: Adapter) -> None:
+    """Raises UserError where a loaded adapter is of a kind that this run would average wrongly: the yaml may leave its keys null."""
+    faults = run.variant_faults(replace(variant_of(start.peft_config), initial="True"))  # what it began with is past
+    if faults:
+        raise UserError(*faults)
 
 
 def _check_ranks(run: TrainRun, start: Adapter) -> None:
@@ -286,8 +321,10 @@ def find_inputs(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> Inputs:
 
 
 def at_model(run: R, path: str) -> R:
-    """The run with another model in its model's place: a base, an adapter or a run."""
-    args = replace(run.model.model_args, pretrained_model_name_or_path=path, lora_model_path=None)
+    """The run with another model in its model's place: a base, an adapter or a run. An initialisation stays behind: adapters bring their values along."""
+    lora = run.model.model_args.lora_config
+    lora = None if lora is None else replace(lora, init_lora_weights=None)
+    args = replace(run.model.model_args, pretrained_model_name_or_path=path, lora_model_path=None, lora_config=lora)
     return replace(run, model=replace(run.model, model_args=args))
 
 

@@ -9,7 +9,7 @@ from typing import cast
 
 from rich.console import Console
 
-from fedunlearn.aggregation.factors import side_by_side
+from fedunlearn.aggregation.factors import plain_of, side_by_side
 from fedunlearn.config.probe import BESIDE, CASTS, MEASURED, UTILITY, Attack, ProbeRun
 from fedunlearn.config.run import TrainRun
 from fedunlearn.data.chat import ChatFormat, EncodedRow
@@ -110,7 +110,11 @@ class Prober:
         """Raises UserError for a path that names nothing, an adapter that is damaged, and for `difference` where it is none."""
         folder = self.source(path).adapter
         if folder is not None:
-            load_adapter(folder)
+            plain = plain_of(load_adapter(folder)[0].tensors)
+            if plain and "difference" in self.run.probe.attacks:
+                raise UserError(
+                    f"probe.attacks has difference, which compares products, and {path!r} has tensors that are none (first: {plain[0]!r}): leave it out"
+                )
         elif "difference" in self.run.probe.attacks:
             raise UserError(
                 f"probe.attacks has difference, and {path!r} is no adapter, of which two are compared: leave it out"

@@ -71,9 +71,8 @@ class Site:
         run = self.run
         pocket_dir = Path(run.paths.pocket_dir)
         source = resolve_source(run.model.model_args, pocket_dir)
-        return resident(
-            run.model, source, seed=run.trainer.args.seed, max_length=run.data.max_length, pocket_dir=pocket_dir
-        )
+        seed, max_length = run.trainer.args.seed, run.data.max_length
+        return resident(run.model, source, seed=seed, max_length=max_length, pocket_dir=pocket_dir, sent=True)
 
     @cached_property
     def data(self) -> Benchmark:

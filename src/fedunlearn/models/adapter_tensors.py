@@ -6,6 +6,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from fedunlearn.errors import UserError
+from fedunlearn.models.base_biases import held_biases
 from fedunlearn.models.experts import expert_views
 from fedunlearn.records.adapter import Tensors
 
@@ -13,8 +14,12 @@ ACTIVE = "default"
 
 
 def live_tensors(model: PeftModel, name: str = ACTIVE) -> dict[str, torch.Tensor]:
-    """Gives an adapter's own tensors, in name order; they share storage with the model's parameters. Fused experts are views, a pair each."""
-    return _apart(model, _state(model, name))
+    """Gives an adapter's own tensors, in name order; they share storage with the model's parameters. Fused experts are views, a pair each.
+
+    The base's biases that are trained act for one adapter at a time: those of another are what is held for it.
+    """
+    held = {} if name == ACTIVE else held_biases(model, name)
+    return _apart(model, {**_state(model, name), **held})
 
 
 def live_parameters(model: PeftModel) -> dict[str, nn.Parameter]:

@@ -9,7 +9,10 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+from fedunlearn.errors import UserError
 from fedunlearn.models.adapter_tensors import ACTIVE, live_parameters, write_tensors
+from fedunlearn.models.base_biases import biases_of, keep_stored, stored_biases
+from fedunlearn.models.saved_modules import check_saved, saved_modules, widen_saved
 from fedunlearn.models.sidecar import put_sidecar, use_sidecar
 from fedunlearn.models.targets import check_targets
 from fedunlearn.records.adapter import Weights
@@ -21,26 +24,55 @@ REFERENCE = "reference"
 def attach_lora(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """Wraps a base without adapter in PeftModel, once; its values are drawn by initial.draw_fresh or written by write_tensors.
 
-    Adapters are float32 whatever the base is. Raises UserError for a target that matches no module, ValueError where the base
-    has an adapter already.
+    Adapters are float32 whatever the base is. Raises UserError for a target or a saved module that matches nothing, and for biases that
+    cannot be trained; ValueError where the base has an adapter already.
     """
     if hasattr(base, "peft_config"):
         raise ValueError("the base has an adapter already: a second wrap would train a new adapter over the old")
     check_targets(base, config.target_modules)
     config = copy.copy(config)
     config.base_model_name_or_path = base.name_or_path  # PEFT's own opinion; what is saved is the name of the source
+    config.init_lora_weights = True  # PEFT's pissa and olora would write into the base: initial.draw_fresh does without
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
+        warnings.filterwarnings("ignore", "`lora_bias=True` was passed")  # merging is ours
         model: PeftModel = get_peft_model(base, config)
+    check_saved(model, config.modules_to_save)
+    widen_saved(model, ACTIVE)
+    _keep_biases(model, config.bias)
     check_trainable(model)
     model.eval()
     return model
 
 
+def _keep_biases(model: PeftModel, asked: str) -> None:
+    """Remembers the base's biases that are trained. Raises UserError where there are none to train, or none that can be."""
+    if asked == "none":
+        return
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad and f".{ACTIVE}." not in name}
+    at = f"model.model_args.lora_config.bias={asked!r}"
+    saved = (path for path, module in saved_modules(model) if any(k.endswith("bias") for k in module.state_dict()))
+    beside = [path.removeprefix("base_model.model.") for path in saved if asked == "all"]
+    faults = [
+        (bool(own), f"{at}: this base has no bias there, nothing more would be trained; set it to none"),
+        (
+            not beside,
+            f"{at} beside modules_to_save={beside}, whose bias is trained with it: set bias=lora_only, or leave that module out",
+        ),
+        (
+            all(parameter.dtype == torch.float32 for parameter in own.values()),
+            f"{at} on a base in {model.dtype}: the base's own biases are trained, and steps of a usual learning rate are lost in its 8 bits; set torch_dtype=float32, or bias=none",
+        ),
+    ]
+    if not all(holds for holds, _ in faults):
+        raise UserError(*(fault for holds, fault in faults if not holds))
+    keep_stored(model, own)
+
+
 def check_trainable(model: PeftModel) -> None:
-    """Asserts our own invariant: the trainable parameters are exactly the active adapter's."""
+    """Asserts our own invariant: the trainable parameters are exactly the active adapter's, the biases of the base that it trains among them."""
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    wanted = {name for name, _ in model.named_parameters() if f".{ACTIVE}." in name}
+    wanted = {name for name, _ in model.named_parameters() if f".{ACTIVE}." in name} | stored_biases(model).keys()
     assert trainable == wanted, sorted(trainable ^ wanted)[:3]
     assert trainable, "no trainable adapter parameter"
 
@@ -48,9 +80,11 @@ def check_trainable(model: PeftModel) -> None:
 def hold_reference(model: PeftModel, weights: Weights) -> None:
     """Puts a frozen second adapter with these values on the one base (made on first use); the active adapter stays as it is."""
     if REFERENCE not in model.peft_config:
-        config = PeftConfig.from_peft_type(**model.peft_config[ACTIVE].to_dict())
-        with torch.random.fork_rng():
+        config = PeftConfig.from_peft_type(**{**model.peft_config[ACTIVE].to_dict(), "bias": "none"})
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`lora_bias=True` was passed")
             model.add_adapter(REFERENCE, config)
+        widen_saved(model, REFERENCE)
         model.set_adapter(ACTIVE)
     write_tensors(model, weights.factors, REFERENCE)
     put_sidecar(model, weights.sidecar, REFERENCE)
@@ -69,7 +103,7 @@ def reference_active(model: PeftModel) -> Iterator[None]:
     use_sidecar(model, REFERENCE)
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), biases_of(model, REFERENCE):
             yield
     finally:
         model.set_adapter(ACTIVE)

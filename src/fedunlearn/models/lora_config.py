@@ -9,14 +9,10 @@ from fedunlearn.errors import UserError
 from fedunlearn.records.adapter import Adapter
 
 PLAIN: Mapping[str, tuple[object, ...]] = {
-    "use_dora": (False,),
-    "lora_bias": (False,),
-    "modules_to_save": (None, []),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, []),
     "layer_replication": (None, []),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian"),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 }
 """Values of a PEFT config that leave an adapter plain LoRA over an untouched base: other initialisations rewrite the base's weights."""
 

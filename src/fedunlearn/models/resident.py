@@ -12,6 +12,8 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
+from fedunlearn.aggregation.factors import plain_of
+from fedunlearn.config.lora import LoraArgs
 from fedunlearn.config.model import ModelConfig
 from fedunlearn.data.chat import ChatFormat
 from fedunlearn.errors import UserError
@@ -19,13 +21,13 @@ from fedunlearn.files import canonical_json
 from fedunlearn.models.adapter_files import Probe, load_adapter, stacked_of
 from fedunlearn.models.adapter_tensors import ACTIVE, read_tensors, write_tensors
 from fedunlearn.models.base import choose_device, load_base, load_tokenizer
-from fedunlearn.models.export import Stacked, unit_scaled
+from fedunlearn.models.export import Stacked, plain_scaled, unit_scaled
 from fedunlearn.models.fingerprint import fingerprint_base
-from fedunlearn.models.initial import draw_fresh
+from fedunlearn.models.initial import KEY, draw_fresh, from_base
 from fedunlearn.models.label_logits import label_logits
 from fedunlearn.models.lora import attach_lora
 from fedunlearn.models.lora_config import lora_config_of, plain_config
-from fedunlearn.models.ranks import scales_in
+from fedunlearn.models.ranks import module_scales, scales_in
 from fedunlearn.models.sidecar import put_sidecar
 from fedunlearn.models.source import ModelSource, find_base
 from fedunlearn.records.adapter import Adapter, Weights
@@ -74,8 +76,12 @@ def numbers_name(made: Resident, weights: Weights, bf16: bool) -> str:
 _held: dict[tuple[object, ...], Resident] = {}
 
 
-def resident(config: ModelConfig, source: ModelSource, *, seed: int, max_length: int, pocket_dir: Path) -> Resident:
+def resident(
+    config: ModelConfig, source: ModelSource, *, seed: int, max_length: int, pocket_dir: Path, sent: bool = False
+) -> Resident:
     """Gives this process's model with its start adapter in place.
+
+    sent: what training begins with comes over the wire, so that nothing is computed from the base's weights (pissa, olora): a fresh start is drawn.
 
     The base is loaded where none is held or another was; an old one is let go first, so there is never a second. The start
     adapter is that of `source`, proven, or a fresh one whose A is drawn from `seed`. A stacked adapter (models.export) becomes the
@@ -87,6 +93,9 @@ def resident(config: ModelConfig, source: ModelSource, *, seed: int, max_length:
     _check_base(loaded, source)
     known = loaded if loaded is None or stacked is None else _as_it_was(loaded, stacked)
     lora = lora_config_of(args.lora_config, known, source.base_name) if args.lora_config and args.use_lora else None
+    initial = _initial(args.lora_config, loaded, source)
+    if lora is not None and loaded is None:
+        lora.init_lora_weights = True  # the base stays as it is: what is saved must not have PEFT change it
     plain = None if lora is None else plain_config(lora)
     bare = replace(
         args,
@@ -101,7 +110,8 @@ def resident(config: ModelConfig, source: ModelSource, *, seed: int, max_length:
         _held[key] = _load(config, source, lora, max_length, pocket_dir)
     if lora is None:
         return _held[key]
-    made = _start(_held[key], loaded, stacked is not None, seed, plain or {})
+    begin = Beginning(seed=seed, initial=True if sent and from_base(initial) else initial)
+    made = _start(_held[key], loaded, stacked is not None, begin, plain or {})
     if loaded is not None:
         _prove(made, probe, source)
     return made
@@ -147,12 +157,37 @@ def _as_it_was(loaded: Adapter, stacked: Stacked) -> Adapter:
     return Adapter(loaded.tensors, config, loaded.base_fingerprint)
 
 
-def _start(held: Resident, loaded: Adapter | None, stacked: bool, seed: int, plain: Mapping[str, object]) -> Resident:
-    sidecar = unit_scaled(loaded) if loaded is not None and stacked else {}
-    if loaded is None or stacked:
-        draw_fresh(held.model, seed)
+@dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """What a fresh adapter is made of. initial: see initial.draw_fresh."""
+
+    seed: int
+    initial: bool | str
+
+
+def _initial(args: LoraArgs | None, loaded: Adapter | None, source: ModelSource) -> bool | str:
+    """The initialisation of fresh factors; a loaded adapter needs none. Raises UserError where both are asked for."""
+    asked = None if args is None else args.init_lora_weights
+    if loaded is not None and asked not in (None, True):
+        raise UserError(
+            f"{KEY}={asked!r} beside the adapter {str(source.adapter)!r}, which brings its values along: set it to null, or leave the adapter out"
+        )
+    return True if asked is None else asked
+
+
+def _start(
+    held: Resident, loaded: Adapter | None, stacked: bool, begin: Beginning, plain: Mapping[str, object]
+) -> Resident:
+    if loaded is None:
+        sidecar = draw_fresh(held.model, begin.seed, begin.initial)
+    elif stacked:
+        draw_fresh(held.model, begin.seed)
+        whole = {**read_tensors(held.model), **{name: loaded.tensors[name] for name in plain_of(loaded.tensors)}}
+        write_tensors(held.model, {**whole, **plain_scaled(whole, module_scales(held.model), by=-1)})
+        sidecar = unit_scaled(loaded)
     else:
         write_tensors(held.model, loaded.tensors)
+        sidecar = {}
     put_sidecar(held.model, sidecar, ACTIVE)
     return replace(held, start=Adapter(read_tensors(held.model), plain, held.fingerprint, sidecar))
 

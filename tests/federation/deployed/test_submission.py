@@ -5,9 +5,13 @@ from pathlib import Path
 import pytest
 from helpers_deployed import MODEL, submitted, write_sites
 
+from fedunlearn.config.parse import parse_config
 from fedunlearn.config.sites import ServerSite, read_site
+from fedunlearn.doors.compose import ComposedConfig
+from fedunlearn.doors.prepare import prepare
 from fedunlearn.errors import UserError
-from fedunlearn.federation.deployed.submission import at_server
+from fedunlearn.federation.deployed.submission import at_server, brief_of
+from fedunlearn.models.resident import release
 
 
 @pytest.fixture
@@ -63,3 +67,22 @@ def test_all_faults_are_told_at_once(server, pocket):
         at_server(server, plain)
     assert len(caught.value.faults) == 3
     assert "muse_path='muse': the server's site YAML names no data.muse_path" in caught.value.faults
+
+
+def test_nodes_are_told_what_the_adapter_is_made_of(server, pocket):
+    """A node attaches the adapter from the brief alone: every key that gives it a tensor, or takes one, is the start's own."""
+    lora = "++model.model_args.lora_config."
+    wanted = {
+        "use_dora": True,
+        "modules_to_save": ["lm_head"],
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [1],
+    }
+    asked = (f"{lora}use_dora=true", f"{lora}modules_to_save=[lm_head]", f"{lora}target_modules=[q_proj]", f"{lora}layers_to_transform=[1]")  # fmt: skip
+    plain = at_server(server, submitted(pocket, "finetune", "x", *asked))
+    prepared = prepare(ComposedConfig(plain=plain, text="", run=parse_config(plain)))
+    args = plain["model"]["model_args"]
+    forgotten = {**plain, "model": {**plain["model"], "model_args": {**args, "lora_config": {**args["lora_config"], **dict.fromkeys(wanted)}}}}  # fmt: skip
+    told = brief_of(server, prepared.run, forgotten, prepared.folder).config["model"]["model_args"]["lora_config"]
+    assert {key: told[key] for key in wanted} == wanted
+    release()

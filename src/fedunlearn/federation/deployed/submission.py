@@ -18,7 +18,22 @@ from fedunlearn.federation.start import load_start
 from fedunlearn.models.source import resolve_source
 
 MODEL = "pretrained_model_name_or_path"
-OF_THE_ADAPTER = ("r", "lora_alpha", "target_modules", "use_rslora")
+OF_THE_ADAPTER = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "use_rslora",
+    "use_dora",
+    "bias",
+    "lora_bias",
+    "modules_to_save",
+    "exclude_modules",
+    "target_parameters",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+)
 
 
 def at_server(site: ServerSite, plain: Mapping[str, Any]) -> dict[str, Any]:
