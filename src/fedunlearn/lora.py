@@ -10,6 +10,7 @@ they would subtract, and the base would not come back.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from fedunlearn.models import switch as switching
 from fedunlearn.models.adapter_files import load_adapter, save_adapter
 from fedunlearn.models.adapter_tensors import ACTIVE, write_tensors
 from fedunlearn.models.belongs import check_belongs
+from fedunlearn.models.fingerprint import fingerprint_base
 from fedunlearn.models.initial import draw_fresh
 from fedunlearn.models.lora import attach_lora
 from fedunlearn.models.lora_config import lora_config_of
@@ -115,7 +117,10 @@ def save(model: PeftModel, folder: str | Path, name: str = ACTIVE) -> None:
     place = Path(folder).expanduser()
     if place.exists():
         raise UserError(f"folder={str(place)!r} is there already: name one that is to be made")
-    save_adapter(place, adapter_of(model, name))
+    found, base = adapter_of(model, name), Path(_name_of(model)).expanduser()
+    if found.base_fingerprint is None and (base / "config.json").is_file():
+        found = replace(found, base_fingerprint=fingerprint_base(base))
+    save_adapter(place, found)
 
 
 def merge(model: PeftModel, keep_on: torch.device | str | None = None) -> CastLoss:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from fedunlearn.aggregation.factors import side_by_side
 from fedunlearn.errors import UserError, did_you_mean
 from fedunlearn.models.adapter_tensors import ACTIVE, live_tensors, write_tensors
+from fedunlearn.models.lora_config import plain_config
 from fedunlearn.models.merge import is_merged
 from fedunlearn.models.sidecar import put_sidecar, use_sidecar
 from fedunlearn.records.adapter import Adapter, B, Tensors
@@ -114,7 +115,7 @@ def origin_of(model: PeftModel, name: str) -> Adapter:
     """Gives an adapter as it stands in the model: a copy of its numbers, its config, base and side-car. Raises UserError where it is not there."""
     held = _held(model)
     _check_known(model, [name])
-    known = held.origins.get(name) or Adapter({}, model.peft_config[name].to_dict(), None)
+    known = held.origins.get(name) or Adapter({}, plain_config(model.peft_config[name]), None)
     live = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in live_tensors(model, name).items()}
     return Adapter(live, known.peft_config, known.base_fingerprint, held.sidecars.get(name, {}))
 
