@@ -50,7 +50,9 @@ def adapter_of(kind: str, seed: int = 1, sidecar: tuple[int, ...] = (), size: fl
     targets = TARGETS.get(kind, {"target_modules": PROJECTIONS})
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **targets, **lora})
     config.base_model_name_or_path = "base"
-    model = get_peft_model(base_of(kind), config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = get_peft_model(base_of(kind), config)
     generator = torch.Generator().manual_seed(seed)
     own = {n: t + size * torch.randn(t.shape, generator=generator) for n, t in read_tensors(model).items()}
     own = {n: t.abs() if "magnitude" in n else t for n, t in own.items()}
