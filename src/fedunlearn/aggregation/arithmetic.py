@@ -6,13 +6,13 @@ output (the bias beside a B), averaged where it stands for a value of the base (
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fedunlearn.aggregation.factors import Module, modules_of, plain_of, read_factors, scales_of
 from fedunlearn.aggregation.gauges.svd import balanced
-from fedunlearn.aggregation.product import LowRank, inner_products, product_of, squared_norm, truncated_svd, update_of, weighted_sum
+from fedunlearn.aggregation.product import SMALLEST, LowRank, inner_products, product_of, squared_norm, truncated_svd, update_of, weighted_sum
 from fedunlearn.errors import UserError
 from fedunlearn.records.adapter import Adapter, Tensors
 
@@ -154,6 +154,8 @@ def _whole(adapters: Sequence[Adapter], weights: Sequence[float], module: Module
 def _best(whole: LowRank, rank: int) -> LowRank:
     """The best approximation of that rank; a direction without weight keeps a row of A, so that it can still be learnt."""
     svd = truncated_svd(whole, min(rank, whole.rank, whole.left.shape[0], whole.right.shape[1]))
+    rounding = SMALLEST * float(whole.left.norm() * whole.right.norm())  # what is left where terms cancel
+    svd = replace(svd, s=torch.where(svd.s > rounding, svd.s, torch.zeros_like(svd.s)))
     spare = whole.right[: len(svd.s)]
     if svd.is_zero:
         return LowRank(torch.zeros_like(svd.u), spare)
