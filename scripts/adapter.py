@@ -2,7 +2,7 @@
 
 python scripts/adapter.py summary config.json --r 8 --targets c_attn
 python scripts/adapter.py merge saves/unlearn/npo --to merged --dtype bf16 --keep
-python scripts/adapter.py add 1*saves/finetune/ft -- -0.5*saves/unlearn/npo --to sum
+python scripts/adapter.py add saves/finetune/ft saves/unlearn/npo --weights 1 -0.5 --to sum
 """
 
 import sys

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -38,7 +39,8 @@ def parser() -> argparse.ArgumentParser:
     diff = one("diff", "two adapters, module by module", "first", base=False)
     diff.add_argument("second", type=Path)
     add = one("add", "a weighted sum of adapters as one adapter", None, to=True, base=False)
-    add.add_argument("terms", nargs="+", metavar="[WEIGHT*]ADAPTER", help="as in 0.5*saves/unlearn/npo; a weight below 0 after --")
+    add.add_argument("adapters", nargs="+", type=Path, metavar="ADAPTER")
+    add.add_argument("--weights", nargs="+", type=float, metavar="W", help="one for each, in order; 1 each where they are not given")
     add.add_argument("--rank", type=int, help="the best approximation of that rank; without it the sum is exact, of rank sum r")
     scale = one("scale", "an adapter times a number", "adapter", to=True, base=False)
     scale.add_argument("--by", type=float, required=True, metavar="FACTOR")
@@ -71,7 +73,7 @@ def serve(args: argparse.Namespace) -> None:
 
     found = _ANSWERS[args.verb](args)
     if args.json:
-        print(json.dumps(asdict(found), indent=2, allow_nan=False))  # noqa: T201
+        sys.stdout.write(json.dumps(asdict(found), indent=2, allow_nan=False) + "\n")
     else:
         show(found)
     faults_of(found)
@@ -133,7 +135,7 @@ def _diff(args: argparse.Namespace) -> object:
 def _add(args: argparse.Namespace) -> object:
     from fedunlearn.doors.adapter_arithmetic import add_into_folder
 
-    return add_into_folder(args.terms, args.rank, args.to)
+    return add_into_folder(args.adapters, args.weights, args.rank, args.to)
 
 
 def _scale(args: argparse.Namespace) -> object:

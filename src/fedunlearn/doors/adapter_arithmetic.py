@@ -50,13 +50,11 @@ def tell_difference(first: Path, second: Path) -> Difference:
     )
 
 
-def add_into_folder(terms: Sequence[str], rank: int | None, to: Path) -> Written:
-    """Writes the weighted sum of adapters. terms: `[WEIGHT*]FOLDER`, weight 1 where none stands. rank: None for the exact product."""
+def add_into_folder(adapters: Sequence[Path], weights: Sequence[float] | None, rank: int | None, to: Path) -> Written:
+    """Writes the weighted sum of adapters. weights: None for 1 each. rank: None for the exact product."""
     place = new_folder(to)
-    if rank is not None and rank < 1:
-        raise UserError(f"--rank {rank} is no rank: a whole number from 1, or leave it out for the exact sum")
-    pairs = [_term(term) for term in terms]
-    found = added([read_adapter(path)[1] for _, path in pairs], [weight for weight, _ in pairs], rank)
+    _check_rank(rank)
+    found = added([read_adapter(path)[1] for path in adapters], weights or [1.0] * len(adapters), rank)
     return _write(place, found.adapter, None if rank is None else found.error)
 
 
@@ -68,25 +66,19 @@ def scale_into_folder(adapter: Path, factor: float, to: Path) -> Written:
 
 def export_into_folder(adapter: Path, rank: int | None, to: Path, args: BaseArgs) -> Written:
     """Writes an adapter (a run's, a round's with its side-car, a foreign one) as one PEFT folder that carries its base's fingerprint; rank: its best approximation."""
+    _check_rank(rank)
     place, named = new_folder(to), on_base(adapter, args)
     known = {**named.adapter.peft_config, "base_model_name_or_path": named.base_name}
     whole = Adapter(named.adapter.tensors, known, fingerprint_base(named.base))
     if rank is None:
         return _write(place, whole)
-    if rank < 1:
-        raise UserError(f"--rank {rank} is no rank: a whole number from 1, or leave it out for all of it")
     found = added([whole], [1.0], rank)
     return _write(place, found.adapter, found.error)
 
 
-def _term(term: str) -> tuple[float, Path]:
-    weight, star, folder = term.partition("*")
-    if not star or Path(term).expanduser().exists():
-        return 1.0, Path(term)
-    try:
-        return float(weight), Path(folder)
-    except ValueError as error:
-        raise UserError(f"{term!r}: {weight!r} is no weight; write WEIGHT*FOLDER, as in 0.5*saves/unlearn/npo") from error
+def _check_rank(rank: int | None) -> None:
+    if rank is not None and rank < 1:
+        raise UserError(f"--rank {rank} is no rank: a whole number from 1, or leave it out for all of it")
 
 
 def _write(place: Path, adapter: Adapter, error: float | None = None) -> Written:

@@ -1,14 +1,10 @@
 """The public functions for LoRA from Python, as a user calls them."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parent / "models"))
 from helpers_adapters import apart
 from helpers_families import FAMILIES, adapter_of, base_of, base_tensors
 from helpers_models import lora_args, some_logits
