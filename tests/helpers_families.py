@@ -61,4 +61,6 @@ def adapter_of(kind: str, seed: int = 1, sidecar: tuple[int, ...] = (), size: fl
 
 def base_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all that is not an adapter's, by name."""
-    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n and "modules_to_save" not in n}
+    return {
+        n: p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n and "modules_to_save" not in n
+    }

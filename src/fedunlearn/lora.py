@@ -55,7 +55,12 @@ def load(folder: str | Path) -> Adapter:
 
 
 def apply(
-    model: PreTrainedModel | PeftModel, adapter: Adapter | str | Path, name: str = ACTIVE, *, base_folder: str | Path | None = None, trust_base: bool = False
+    model: PreTrainedModel | PeftModel,
+    adapter: Adapter | str | Path,
+    name: str = ACTIVE,
+    *,
+    base_folder: str | Path | None = None,
+    trust_base: bool = False,
 ) -> PeftModel:
     """Puts an adapter, frozen, onto a base, where it acts, or beside those that a base has already, where it waits for switch.
 

@@ -138,7 +138,9 @@ class TestAdded:
         one, two = made(1, more=plain), made(2, more=plain)
         found = added([one, two], [0.25, 0.75]).adapter
         for name in plain:
-            assert torch.allclose(found.tensors[HEAD + name], 0.25 * one.tensors[HEAD + name] + 0.75 * two.tensors[HEAD + name])
+            assert torch.allclose(
+                found.tensors[HEAD + name], 0.25 * one.tensors[HEAD + name] + 0.75 * two.tensors[HEAD + name]
+            )
 
 
 class TestScaled:
@@ -187,7 +189,9 @@ class TestApart:
     def test_a_small_difference_keeps_its_digits(self):
         """A change of one in ten million of B, which a difference of Gram matrices would lose."""
         one = made(1, names=("m.q",))
-        moved = one.replace({n: t.double() * (1 + 1e-7) if "lora_B" in n else t.double() for n, t in one.tensors.items()})
+        moved = one.replace(
+            {n: t.double() * (1 + 1e-7) if "lora_B" in n else t.double() for n, t in one.tensors.items()}
+        )
         same = one.replace({n: t.double() for n, t in one.tensors.items()})
         assert apart(same, moved)[0].relative == pytest.approx(1e-7, rel=1e-6)
         (none,) = apart(one, one)
@@ -232,9 +236,9 @@ class TestRefused:
 
     def test_other_bases(self):
         one = made(1)
-        with pytest.raises(UserError, match="belong to different bases .*another, print"):
+        with pytest.raises(UserError, match=r"belong to different bases .*another, print"):
             added([one, Adapter(one.tensors, one.peft_config, "another")], [1.0, 1.0])
-        with pytest.raises(UserError, match="name different bases .*base, else"):
+        with pytest.raises(UserError, match=r"name different bases .*base, else"):
             added([one, Adapter(one.tensors, {**one.peft_config, "base_model_name_or_path": "else"}, None)], [1.0, 1.0])
         unknown = added([one, Adapter(one.tensors, one.peft_config, None)], [1.0, 1.0])
         assert unknown.adapter.base_fingerprint is None
@@ -248,7 +252,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("weights", [[1.0], [float("nan"), 1.0]])
     def test_weights(self, weights):
-        with pytest.raises(UserError, match="give one for each|weight nan is no finite number"):
+        with pytest.raises(UserError, match=r"give one for each|weight nan is no finite number"):
             added([made(1), made(2)], weights)
         with pytest.raises(UserError, match="weight inf"):
             scaled(made(1), float("inf"))

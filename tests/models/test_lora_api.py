@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
 from helpers_adapters import apart
 from helpers_families import FAMILIES, adapter_of, base_of, base_tensors
 from helpers_models import lora_args, some_logits
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from fedunlearn import lora
 from fedunlearn.errors import UserError
@@ -31,7 +30,9 @@ def bases(tmp_path_factory):
 def own(kind, folder, seed=1, **lora):
     """An adapter that says it belongs on that base."""
     found = adapter_of(kind, seed, **lora)
-    return Adapter(found.tensors, {**found.peft_config, "base_model_name_or_path": str(folder)}, fingerprint_base(folder))
+    return Adapter(
+        found.tensors, {**found.peft_config, "base_model_name_or_path": str(folder)}, fingerprint_base(folder)
+    )
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -119,7 +120,9 @@ class TestAnotherBase:
         folder = tmp_path / "other"
         base_of("llama", seed=9).save_pretrained(folder)
         base = loaded(folder)
-        with pytest.raises(UserError, match=rf"belongs to another base .*its fingerprint is {fingerprint_base(bases['llama'])}"):
+        with pytest.raises(
+            UserError, match=rf"belongs to another base .*its fingerprint is {fingerprint_base(bases['llama'])}"
+        ):
             lora.apply(base, own("llama", bases["llama"]))
         assert not hasattr(base, "peft_config")
         lora.apply(base, own("llama", bases["llama"]), trust_base=True)
@@ -153,5 +156,3 @@ def test_refusals(bases, tmp_path):
         lora.load_state_dict(model, lora.state_dict(model))
     with pytest.raises(UserError, match="no adapter 'x'"):
         lora.load_state_dict(model, {}, "x")
-
-

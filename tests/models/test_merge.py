@@ -54,7 +54,9 @@ def test_the_plain_model_gives_the_same_logits(kind, lora):
     model = put_adapter(base_of(kind), adapter_of(kind, **lora))
     wanted = some_logits(model)
     plain, _ = merged_base(model, torch.float32)
-    assert not any("lora_" in name or "base_layer" in name or "modules_to_save" in name for name, _ in plain.named_modules())
+    assert not any(
+        "lora_" in name or "base_layer" in name or "modules_to_save" in name for name, _ in plain.named_modules()
+    )
     assert apart(some_logits(plain), wanted) < 1e-5
 
 
@@ -136,7 +138,9 @@ class TestRefused:
         layer = base.model.layers[0].self_attn.q_proj.base_layer
         layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
         before = base_tensors(model)
-        with pytest.raises(UserError, match=r"layers.0.self_attn.q_proj.*not merged into a quantised base; load the base in bfloat16"):
+        with pytest.raises(
+            UserError, match=r"layers.0.self_attn.q_proj.*not merged into a quantised base; load the base in bfloat16"
+        ):
             merge(model)
         assert all(t.equal(before[n]) for n, t in base_tensors(model).items() if t.dtype == torch.float32)
 

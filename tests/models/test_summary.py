@@ -7,7 +7,14 @@ from transformers import GPT2Config, LlamaConfig
 
 from fedunlearn.config.lora import LoraArgs
 from fedunlearn.errors import UserError
-from fedunlearn.models.summary import by_kind, meta_base, read_config, summarise_adapter, summarise_base, summarise_fresh
+from fedunlearn.models.summary import (
+    by_kind,
+    meta_base,
+    read_config,
+    summarise_adapter,
+    summarise_base,
+    summarise_fresh,
+)
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8, "dtype": "bfloat16"}
@@ -79,7 +86,12 @@ def test_what_is_trained_beside_factors():
     bias = summarise_fresh(meta_base(CONFIGS["gpt2"]), lora(4, "c_attn", bias="lora_only"), "base")
     assert bias.trainable == 2 * 4 * (32 + 96) + 2 * 96
     assert bias.frozen == bias.total - 2 * 96
-    assert summarise_adapter(adapter_of("gpt2", target_modules=["c_attn"], bias="lora_only"), meta_base(CONFIGS["gpt2"]), "base") == bias
+    assert (
+        summarise_adapter(
+            adapter_of("gpt2", target_modules=["c_attn"], bias="lora_only"), meta_base(CONFIGS["gpt2"]), "base"
+        )
+        == bias
+    )
 
 
 def test_nothing_is_allocated():

@@ -62,7 +62,10 @@ def test_three_adapters_switched_a_hundred_times_cost_nothing_and_each_is_itself
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_several_at_once_are_the_weighted_sum_in_the_base(kind):
-    adapters, weights = [adapter_of(kind, 1, sidecar=(3,)), adapter_of(kind, 2, lora_alpha=3, sidecar=(1, 2))], [0.5, -2.0]
+    adapters, weights = (
+        [adapter_of(kind, 1, sidecar=(3,)), adapter_of(kind, 2, lora_alpha=3, sidecar=(1, 2))],
+        [0.5, -2.0],
+    )
     model = with_all(kind, adapters)
     switch_to(model, {"a0": 0.5, "a1": -2.0})
     assert acting(model) == {"a0": 0.5, "a1": -2.0}
@@ -130,7 +133,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("name", ["first", "a", "two words", "", "1st", "x.y"])
     def test_names_of_adapters(self, model, name):
-        with pytest.raises(UserError, match="adapter name|already"):
+        with pytest.raises(UserError, match=r"adapter name|already"):
             put_adapter(model, adapter_of("llama"), name)
 
     def test_magnitudes_are_no_sum(self, model):
@@ -170,7 +173,7 @@ class TestRefused:
         odd = Adapter(wide.tensors, {**wide.peft_config, "r": 3}, None)
         model = base_of("llama") if first else put_adapter(base_of("llama"), adapter_of("llama"))
         names, wanted = [n for n, _ in model.named_parameters()], some_logits(model)
-        with pytest.raises(UserError, match="has shape .* this model wants"):
+        with pytest.raises(UserError, match=r"has shape .* this model wants"):
             put_adapter(model, odd, "odd")
         assert [n for n, _ in model.named_parameters()] == names
         assert torch.equal(some_logits(model), wanted)
@@ -178,7 +181,7 @@ class TestRefused:
 
     def test_targets_of_another_architecture(self):
         model = base_of("gpt2")
-        with pytest.raises(UserError, match="does not fit this base: .*q_proj"):
+        with pytest.raises(UserError, match=r"does not fit this base: .*q_proj"):
             put_adapter(model, adapter_of("llama"))
         put_adapter(model, adapter_of("gpt2"))
 

@@ -12,7 +12,16 @@ import torch
 
 from fedunlearn.aggregation.factors import Module, modules_of, plain_of, read_factors, scales_of
 from fedunlearn.aggregation.gauges.svd import balanced
-from fedunlearn.aggregation.product import SMALLEST, LowRank, inner_products, product_of, squared_norm, truncated_svd, update_of, weighted_sum
+from fedunlearn.aggregation.product import (
+    SMALLEST,
+    LowRank,
+    inner_products,
+    product_of,
+    squared_norm,
+    truncated_svd,
+    update_of,
+    weighted_sum,
+)
 from fedunlearn.errors import UserError
 from fedunlearn.records.adapter import Adapter, Tensors
 
@@ -67,7 +76,9 @@ def added(adapters: Sequence[Adapter], weights: Sequence[float], rank: int | Non
     pairs = {m: whole if rank is None else _best(whole, rank) for m, whole in wholes.items()}
     config = _config(adapters, pairs)
     rows = max(pair.rank for pair in pairs.values()) if config.get("target_parameters") else 0
-    stored = {m: (_padded(p.left, rows).float(), _padded(p.right.T, rows).T.float().contiguous()) for m, p in pairs.items()}
+    stored = {
+        m: (_padded(p.left, rows).float(), _padded(p.right.T, rows).T.float().contiguous()) for m, p in pairs.items()
+    }
     tensors = {name: t for m, (b, a) in stored.items() for name, t in ((m.b, b), (m.a, a))}
     tensors |= {name: _plain(adapters, weights, name) for name in plain_of({n: n for a in adapters for n in a.tensors})}
     prints = {a.base_fingerprint for a in adapters}
@@ -86,14 +97,21 @@ def apart(first: Adapter, second: Adapter) -> tuple[Apart, ...]:
 def pooled(found: Sequence[Apart], name: str) -> Apart:
     """Gives all of them as one long vector."""
     inner = sum((one.cosine or 0.0) * one.first * one.second for one in found)
-    norms = [math.sqrt(sum(getattr(one, key) ** 2 for one in found)) for key in ("first", "second", "difference")]
-    return _apart(name, *norms, inner)
+    first, second, difference = (
+        math.sqrt(sum(norm**2 for norm in norms))
+        for norms in zip(*((o.first, o.second, o.difference) for o in found), strict=True)
+    )
+    return _apart(name, first, second, difference, inner)
 
 
 def config_differences(first: Mapping[str, object], second: Mapping[str, object]) -> dict[str, tuple[object, object]]:
     """Gives every key in which two PEFT configs differ, with both values; lists that stand for sets are compared as such."""
     keys = sorted({*first, *second})
-    return {key: (first.get(key), second.get(key)) for key in keys if _comparable(first.get(key)) != _comparable(second.get(key))}
+    return {
+        key: (first.get(key), second.get(key))
+        for key in keys
+        if _comparable(first.get(key)) != _comparable(second.get(key))
+    }
 
 
 def _comparable(value: object) -> object:
@@ -109,9 +127,13 @@ def _check(adapters: Sequence[Adapter], weights: Sequence[float], averages: bool
         if adapter.sidecar:
             faults.append("an adapter with a side-car beside it is summed when it is exported as one PEFT folder")
         if adapter.peft_config.get("peft_type", "LORA") != "LORA":
-            faults.append(f"peft_type={adapter.peft_config['peft_type']!r}: only LoRA adapters are products that can be summed")
+            faults.append(
+                f"peft_type={adapter.peft_config['peft_type']!r}: only LoRA adapters are products that can be summed"
+            )
         odd = [(name, why) for name in plain_of(adapter.tensors) if (why := _no_sum(name, averages, adapters))]
-        faults += [f"{name} {why}" + (f" (and {len(odd) - 1} tensors more)" if len(odd) > 1 else "") for name, why in odd[:1]]
+        faults += [
+            f"{name} {why}" + (f" (and {len(odd) - 1} tensors more)" if len(odd) > 1 else "") for name, why in odd[:1]
+        ]
     faults += _other_bases(adapters)
     if faults:
         raise UserError(*dict.fromkeys(faults))
@@ -135,19 +157,29 @@ def _no_sum(name: str, averages: bool, adapters: Sequence[Adapter]) -> str:
 def _other_bases(adapters: Sequence[Adapter]) -> list[str]:
     prints = sorted({str(a.base_fingerprint) for a in adapters if a.base_fingerprint is not None})
     if len(prints) > 1:
-        return [f"the adapters belong to different bases (fingerprints {', '.join(prints)}): only adapters of one base have a sum"]
+        return [
+            f"the adapters belong to different bases (fingerprints {', '.join(prints)}): only adapters of one base have a sum"
+        ]
     names = sorted({str(a.peft_config.get("base_model_name_or_path")) for a in adapters})
     if len(names) > 1 and any(a.base_fingerprint is None for a in adapters):
-        return [f"the adapters name different bases ({', '.join(names)}), and not all carry a fingerprint: correct base_model_name_or_path in adapter_config.json"]
+        return [
+            f"the adapters name different bases ({', '.join(names)}), and not all carry a fingerprint: correct base_model_name_or_path in adapter_config.json"
+        ]
     return []
 
 
 def _whole(adapters: Sequence[Adapter], weights: Sequence[float], module: Module) -> LowRank:
-    having = [(adapter, weight) for adapter, weight in zip(adapters, weights, strict=True) if module.a in adapter.tensors]
-    parts = [product_of(read_factors(a.tensors, module, scales_of(a.peft_config, a.tensors)[module.name])) for a, _ in having]
+    having = [
+        (adapter, weight) for adapter, weight in zip(adapters, weights, strict=True) if module.a in adapter.tensors
+    ]
+    parts = [
+        product_of(read_factors(a.tensors, module, scales_of(a.peft_config, a.tensors)[module.name])) for a, _ in having
+    ]
     sizes = {(part.left.shape[0], part.right.shape[1]) for part in parts}
     if len(sizes) > 1:
-        raise UserError(f"{module.name} has another size in each adapter ({', '.join(map(str, sorted(sizes)))}): they belong to different bases")
+        raise UserError(
+            f"{module.name} has another size in each adapter ({', '.join(map(str, sorted(sizes)))}): they belong to different bases"
+        )
     return weighted_sum([weight for _, weight in having], parts)
 
 
@@ -185,7 +217,12 @@ def _plain(adapters: Sequence[Adapter], weights: Sequence[float], name: str) -> 
 def _config(adapters: Sequence[Adapter], pairs: Mapping[Module, LowRank]) -> dict[str, object]:
     """PEFT's config of the sum: scale 1, ranks that differ by a pattern that names each module (with experts all are padded to one rank, for PEFT tells theirs by r alone)."""
     known = [adapter.peft_config for adapter in adapters]
-    config = {**known[0], "use_rslora": False, "init_lora_weights": True, "lora_bias": any(c.get("lora_bias") for c in known)}
+    config = {
+        **known[0],
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "lora_bias": any(c.get("lora_bias") for c in known),
+    }
     parameters = sorted({str(name) for c in known for name in _listed(c.get("target_parameters"))})
     if any(_comparable(c.get(key)) != _comparable(known[0].get(key)) for c in known for key in WHERE):
         config |= dict.fromkeys(WHERE)
@@ -217,7 +254,11 @@ def _error(wholes: Mapping[Module, LowRank], stored: Mapping[Module, tuple[torch
 
 
 def _product_apart(module: Module, both: Sequence[Adapter], scales: Sequence[Mapping[str, float]]) -> Apart:
-    having = [read_factors(a.tensors, module, s[module.name]) for a, s in zip(both, scales, strict=True) if module.a in a.tensors]
+    having = [
+        read_factors(a.tensors, module, s[module.name])
+        for a, s in zip(both, scales, strict=True)
+        if module.a in a.tensors
+    ]
     if len(having) == 1:
         own = math.sqrt(squared_norm(product_of(having[0])))
         first, second = (own, 0.0) if module.a in both[0].tensors else (0.0, own)
@@ -234,10 +275,19 @@ def _plain_apart(name: str, first: Tensors, second: Tensors) -> Apart:
     one = next(tensors[name] for tensors in (first, second) if name in tensors)
     old, new = (tensors.get(name, torch.zeros_like(one)).double() for tensors in (first, second))
     if old.shape != new.shape:
-        raise UserError(f"{name} has another shape in each adapter ({tuple(old.shape)}, {tuple(new.shape)}): they belong to different bases")
+        raise UserError(
+            f"{name} has another shape in each adapter ({tuple(old.shape)}, {tuple(new.shape)}): they belong to different bases"
+        )
     return _apart(name, float(old.norm()), float(new.norm()), float((new - old).norm()), float((old * new).sum()))
 
 
 def _apart(name: str, first: float, second: float, difference: float, inner: float) -> Apart:
     cosine = max(-1.0, min(1.0, inner / (first * second))) if first > 0 and second > 0 else None
-    return Apart(name=name, first=first, second=second, difference=difference, relative=difference / first if first > 0 else None, cosine=cosine)
+    return Apart(
+        name=name,
+        first=first,
+        second=second,
+        difference=difference,
+        relative=difference / first if first > 0 else None,
+        cosine=cosine,
+    )

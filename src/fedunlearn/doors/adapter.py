@@ -19,7 +19,9 @@ GROUPS = ("all-linear", "attention", "mlp")
 
 def parser() -> argparse.ArgumentParser:
     """Gives the command line's parser; building it imports no torch."""
-    made = argparse.ArgumentParser(description="Adapters as files: count, merge, compare, add, verify.", allow_abbrev=False)
+    made = argparse.ArgumentParser(
+        description="Adapters as files: count, merge, compare, add, verify.", allow_abbrev=False
+    )
     verbs = made.add_subparsers(dest="verb", required=True, metavar="VERB")
     one = partial(_verb, verbs)
     summary = one("summary", "parameters and sizes of an adapter, a run, a model or a bare config.json", "path")
@@ -29,10 +31,14 @@ def parser() -> argparse.ArgumentParser:
     summary.add_argument("--rslora", action="store_true", help="scale by the root of r")
     merge = one("merge", "an adapter into its base: a full model", "adapter", to=True)
     merge.add_argument("--dtype", choices=["fp32", "bf16"], help="of the model; the base's own where it is not given")
-    merge.add_argument("--keep", action="store_true", help="keep what is overwritten, so that unmerge can give the base back")
+    merge.add_argument(
+        "--keep", action="store_true", help="keep what is overwritten, so that unmerge can give the base back"
+    )
     unmerge = one("unmerge", "the base out of a merged model, bit by bit", "merged", to=True, base=False)
     unmerge.add_argument("--adapter", type=Path, help="must be the one that was merged")
-    export = one("export", "an adapter, or a round with its side-car, as one PEFT folder or a full model", "adapter", to=True)
+    export = one(
+        "export", "an adapter, or a round with its side-car, as one PEFT folder or a full model", "adapter", to=True
+    )
     export.add_argument("--as", dest="kind", choices=["peft", "model"], default="peft")
     export.add_argument("--rank", type=int, help="its best approximation of that rank (peft)")
     export.add_argument("--dtype", choices=["fp32", "bf16"], help="of the model (model)")
@@ -40,8 +46,12 @@ def parser() -> argparse.ArgumentParser:
     diff.add_argument("second", type=Path)
     add = one("add", "a weighted sum of adapters as one adapter", None, to=True, base=False)
     add.add_argument("adapters", nargs="+", type=Path, metavar="ADAPTER")
-    add.add_argument("--weights", nargs="+", type=float, metavar="W", help="one for each, in order; 1 each where they are not given")
-    add.add_argument("--rank", type=int, help="the best approximation of that rank; without it the sum is exact, of rank sum r")
+    add.add_argument(
+        "--weights", nargs="+", type=float, metavar="W", help="one for each, in order; 1 each where they are not given"
+    )
+    add.add_argument(
+        "--rank", type=int, help="the best approximation of that rank; without it the sum is exact, of rank sum r"
+    )
     scale = one("scale", "an adapter times a number", "adapter", to=True, base=False)
     scale.add_argument("--by", type=float, required=True, metavar="FACTOR")
     one("negate", "an adapter times -1", "adapter", to=True, base=False)
@@ -52,15 +62,23 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def _verb(verbs: Any, name: str, told: str, first: str | None, *, to: bool = False, base: bool = True) -> argparse.ArgumentParser:
+def _verb(
+    verbs: Any, name: str, told: str, first: str | None, *, to: bool = False, base: bool = True
+) -> argparse.ArgumentParser:
     made: argparse.ArgumentParser = verbs.add_parser(name, help=told, description=told, allow_abbrev=False)
     if first is not None:
         made.add_argument(first, type=Path)
     if to:
         made.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="folder to be made")
     if base:
-        made.add_argument("--base", help="the base, where it is not what the adapter names: a folder, a hub id, pocket:SEED")
-        made.add_argument("--trust-base", action="store_true", help="the base is the adapter's, whatever it is called and whatever its fingerprint")
+        made.add_argument(
+            "--base", help="the base, where it is not what the adapter names: a folder, a hub id, pocket:SEED"
+        )
+        made.add_argument(
+            "--trust-base",
+            action="store_true",
+            help="the base is the adapter's, whatever it is called and whatever its fingerprint",
+        )
         made.add_argument("--pocket", type=Path, default=Path("saves/pocket"), help="folder of the built pocket models")
         made.add_argument("--device", default="cpu", choices=["auto", "cpu", "cuda"])
     made.add_argument("--json", action="store_true", help="print JSON in place of a table")
@@ -94,7 +112,12 @@ def _lora(args: argparse.Namespace) -> "LoraArgs | None":
     if args.r is None or args.targets is None:
         raise UserError("an adapter that is to be needs --r and --targets (and --alpha, 2 r where it is not given)")
     named = args.targets[0] if len(args.targets) == 1 and args.targets[0] in GROUPS else tuple(args.targets)
-    return LoraArgs(r=args.r, lora_alpha=2.0 * args.r if args.alpha is None else args.alpha, target_modules=named, use_rslora=args.rslora)
+    return LoraArgs(
+        r=args.r,
+        lora_alpha=2.0 * args.r if args.alpha is None else args.alpha,
+        target_modules=named,
+        use_rslora=args.rslora,
+    )
 
 
 def _summary(args: argparse.Namespace) -> object:
@@ -120,7 +143,9 @@ def _export(args: argparse.Namespace) -> object:
     from fedunlearn.errors import UserError
 
     if args.kind == "model" and args.rank is not None:
-        raise UserError("--rank beside --as model: a full model holds all of the adapter; export as peft with --rank first, then that as model")
+        raise UserError(
+            "--rank beside --as model: a full model holds all of the adapter; export as peft with --rank first, then that as model"
+        )
     if args.kind == "peft" and args.dtype is not None:
         raise UserError("--dtype beside --as peft: an adapter keeps its own dtype; leave it out, or give --as model")
     return _merge(args) if args.kind == "model" else export_into_folder(args.adapter, args.rank, args.to, _base(args))

@@ -49,7 +49,8 @@ def _card(folder: Path, adapter: Adapter, run: Path | None) -> Card:
         name=folder.parent.name if result else folder.name,
         adapter=adapter,
         run={} if run is None else _object(run / "config.json"),
-        versions=provenance.get("versions") or versions([name for name in PACKAGES if name in ("fedunlearn", "torch", "transformers", "peft")]),
+        versions=provenance.get("versions")
+        or versions([name for name in PACKAGES if name in ("fedunlearn", "torch", "transformers", "peft")]),
         git_commit=provenance.get("git_commit"),
         hashes=provenance.get("hashes", {}),
         account=_object(run / DONE).get("account", {}) if run is not None and result and (run / DONE).is_file() else {},
@@ -69,7 +70,9 @@ def _object(path: Path) -> dict[str, Any]:
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{str(path)!r} of the adapter's run cannot be read ({error}): copy the run's folder again, or the adapter alone out of it") from error
+        raise UserError(
+            f"{str(path)!r} of the adapter's run cannot be read ({error}): copy the run's folder again, or the adapter alone out of it"
+        ) from error
     if not isinstance(read, dict):
         raise UserError(f"{str(path)!r} of the adapter's run is no JSON object: copy the run's folder again")
     return read

@@ -6,7 +6,15 @@ from pathlib import Path
 import torch
 
 from fedunlearn.config.model import Dtype
-from fedunlearn.doors.adapter_named import BaseArgs, few_logits, largest_difference, load, new_folder, on_base, read_adapter
+from fedunlearn.doors.adapter_named import (
+    BaseArgs,
+    few_logits,
+    largest_difference,
+    load,
+    new_folder,
+    on_base,
+    read_adapter,
+)
 from fedunlearn.errors import UserError
 from fedunlearn.models.belongs import check_whole, stored_dtype
 from fedunlearn.models.merge import CastLoss, merged_base
@@ -46,7 +54,9 @@ def merge_into_folder(adapter: Path, to: Path, dtype: str | None, keep: bool, ar
     own = stored_dtype(named.base)
     wanted = DTYPES[dtype] if dtype else own
     if keep and wanted != own:
-        raise UserError(f"--keep with --dtype {dtype}: the base is {own}, so every tensor is overwritten, and what is kept would be the whole base: leave one of them out")
+        raise UserError(
+            f"--keep with --dtype {dtype}: the base is {own}, so every tensor is overwritten, and what is kept would be the whole base: leave one of them out"
+        )
     model = put_adapter(load(named.base, own, args.device), named.adapter)
     before = few_logits(model)
     plain, loss = merged_base(model, getattr(torch, wanted))
@@ -61,5 +71,7 @@ def unmerge_into_folder(merged: Path, adapter: Path | None, to: Path) -> Unmerge
     if adapter is not None:
         found = read_adapter(adapter)[1].tensor_hash
         if found != origin.adapter_hash:
-            raise UserError(f"adapter={str(adapter)!r} is not what was merged into {str(merged)!r} (hash {found}; merged was {origin.adapter_hash})")
+            raise UserError(
+                f"adapter={str(adapter)!r} is not what was merged into {str(merged)!r} (hash {found}; merged was {origin.adapter_hash})"
+            )
     return Unmerged(folder=str(place), fingerprint=save_unmerged(place, merged.expanduser()))

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from fedunlearn.config.model import Dtype, ModelArgs
@@ -17,6 +19,7 @@ from fedunlearn.models.export import export
 from fedunlearn.models.source import adapter_folder, base_of_adapter, find_base
 from fedunlearn.records.adapter import Adapter
 
+Device = Literal["auto", "cpu", "cuda"]
 PROBE_ROWS, PROBE_LENGTH = 2, 12
 
 
@@ -37,7 +40,7 @@ class BaseArgs:
     base: str | None = None
     trust: bool = False
     pocket_dir: Path = Path("saves/pocket")
-    device: str = "cpu"
+    device: Device = "cpu"
 
 
 def read_adapter(path: Path) -> tuple[Path, Adapter]:
@@ -49,7 +52,9 @@ def read_adapter(path: Path) -> tuple[Path, Adapter]:
         return place, export(Adapter(own.tensors, own.peft_config, own.base_fingerprint, beside), "exact")[0]
     folder = adapter_folder(place, "adapter")
     if folder is None:
-        raise UserError(f"adapter={str(path)!r} is a full model, no adapter: name a PEFT folder, a run's folder or one of its rounds")
+        raise UserError(
+            f"adapter={str(path)!r} is a full model, no adapter: name a PEFT folder, a run's folder or one of its rounds"
+        )
     return folder, load_adapter(folder)[0]
 
 
@@ -58,7 +63,9 @@ def on_base(path: Path, args: BaseArgs) -> OnBase:
     folder, adapter = read_adapter(path)
     named = _named_base(folder, adapter)
     base_name = args.base or named
-    base = find_base(base_name, args.pocket_dir, "--base" if args.base else f"the base of {str(folder)!r}, base_model_name_or_path")
+    base = find_base(
+        base_name, args.pocket_dir, "--base" if args.base else f"the base of {str(folder)!r}, base_model_name_or_path"
+    )
     if not args.trust and (adapter.base_fingerprint is not None or base_name != named):
         check_belongs(adapter, base)
     return OnBase(folder=folder, adapter=adapter, base_name=base_name, base=base)
@@ -76,17 +83,17 @@ def new_folder(path: Path) -> Path:
     return path.expanduser()
 
 
-def load(base: Path, dtype: Dtype, device: str) -> PreTrainedModel:
+def load(base: Path, dtype: Dtype, device: Device) -> PreTrainedModel:
     """Loads a base, frozen. Raises UserError where it cannot be loaded."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {device!r}: auto, cpu or cuda")
-    return load_base(base, ModelArgs(pretrained_model_name_or_path=str(base), torch_dtype=dtype, use_lora=False, device=device))  # type: ignore[arg-type]
+    args = ModelArgs(pretrained_model_name_or_path=str(base), torch_dtype=dtype, use_lora=False, device=device)
+    return load_base(base, args)
 
 
 @torch.no_grad()
-def few_logits(model: torch.nn.Module) -> torch.Tensor:
+def few_logits(model: PreTrainedModel | PeftModel) -> torch.Tensor:
     """Gives logits of 2 fixed rows of 12 ids, float32 on the CPU."""
-    ids = torch.arange(PROBE_ROWS * PROBE_LENGTH).reshape(PROBE_ROWS, PROBE_LENGTH) * 7919 % int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    ids = torch.arange(PROBE_ROWS * PROBE_LENGTH).reshape(PROBE_ROWS, PROBE_LENGTH) * 7919 % vocabulary
     device = next(model.parameters()).device
     logits: torch.Tensor = model(input_ids=ids.to(device)).logits
     return logits.float().cpu()

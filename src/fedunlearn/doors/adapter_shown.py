@@ -56,11 +56,19 @@ def _(found: Written) -> None:
 
 @show.register
 def _(found: Difference) -> None:
-    bases = {True: "the same base", False: "DIFFERENT BASES", None: "whether the base is the same is not known (a fingerprint is missing)"}
+    bases = {
+        True: "the same base",
+        False: "DIFFERENT BASES",
+        None: "whether the base is the same is not known (a fingerprint is missing)",
+    }
     config = Table("adapter_config.json", found.first, found.second)
     for key, (first, second) in found.config.items():
         config.add_row(key, str(first), str(second))
-    _say(bases[found.same_base], difference_table(found.modules, found.whole), *([config] if found.config else ["their configs say the same"]))
+    _say(
+        bases[found.same_base],
+        difference_table(found.modules, found.whole),
+        *([config] if found.config else ["their configs say the same"]),
+    )
 
 
 @show.register

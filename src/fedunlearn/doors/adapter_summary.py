@@ -11,7 +11,15 @@ from fedunlearn.doors.adapter_named import BaseArgs, read_adapter
 from fedunlearn.errors import UserError
 from fedunlearn.federation.checkpoint import FACTORS
 from fedunlearn.models.source import HUB_ID, adapter_folder, base_of_adapter
-from fedunlearn.models.summary import Summary, files_bytes, meta_base, read_config, summarise_adapter, summarise_base, summarise_fresh
+from fedunlearn.models.summary import (
+    Summary,
+    files_bytes,
+    meta_base,
+    read_config,
+    summarise_adapter,
+    summarise_base,
+    summarise_fresh,
+)
 
 
 def summarise(path: Path, lora: LoraArgs | None, args: BaseArgs) -> Summary:
@@ -26,7 +34,9 @@ def summarise(path: Path, lora: LoraArgs | None, args: BaseArgs) -> Summary:
         found = _of_config(read_config(place), str(path), lora)
         return replace(found, file_bytes=files_bytes(place))
     if lora is not None:
-        raise UserError(f"{str(path)!r} is an adapter, which has its own r, alpha and targets: leave --r, --alpha and --targets out, or name a base")
+        raise UserError(
+            f"{str(path)!r} is an adapter, which has its own r, alpha and targets: leave --r, --alpha and --targets out, or name a base"
+        )
     folder, adapter = read_adapter(place)
     base = args.base or str(adapter.peft_config.get("base_model_name_or_path") or base_of_adapter(folder))
     found = summarise_adapter(adapter, meta_base(_config_of(base, args)), base)
@@ -51,4 +61,6 @@ def _config_of(base: str, args: BaseArgs) -> PretrainedConfig:
             raise ValueError("no such folder")
         return AutoConfig.from_pretrained(base)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"the config of the base {base!r} cannot be read ({type(error).__name__}): give its config.json or folder with --base") from error
+        raise UserError(
+            f"the config of the base {base!r} cannot be read ({type(error).__name__}): give its config.json or folder with --base"
+        ) from error

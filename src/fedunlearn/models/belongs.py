@@ -18,10 +18,14 @@ def check_belongs(adapter: Adapter, base: Path) -> None:
     named = str(adapter.peft_config.get("base_model_name_or_path"))
     if adapter.base_fingerprint is not None:
         if not base.is_dir():
-            raise UserError(f"the base's own folder is not known ({str(base)!r} is none), so the adapter's fingerprint cannot be compared: give base_folder, or trust_base=true")
+            raise UserError(
+                f"the base's own folder is not known ({str(base)!r} is none), so the adapter's fingerprint cannot be compared: give base_folder, or trust_base=true"
+            )
         found = fingerprint_base(base)
         if found != adapter.base_fingerprint:
-            raise UserError(f"the adapter belongs to another base ({named!r}): its fingerprint is {adapter.base_fingerprint}, that of {str(base)!r} is {found}")
+            raise UserError(
+                f"the adapter belongs to another base ({named!r}): its fingerprint is {adapter.base_fingerprint}, that of {str(base)!r} is {found}"
+            )
     elif named != str(base) and Path(named).expanduser().resolve() != base.resolve():
         raise UserError(
             f"the adapter's adapter_config.json names another base, {named!r}, and it carries no fingerprint that would tell {str(base)!r} to be the same: "
@@ -38,7 +42,9 @@ def check_whole(base: Path) -> None:
         raise UserError(f"{str(file)!r} cannot be read ({error}): name a full model's folder as --base") from error
     if isinstance(config, dict) and config.get("quantization_config"):
         kind = config["quantization_config"].get("quant_method", "unknown")
-        raise UserError(f"the base {str(base)!r} is quantised ({kind}): an adapter is not merged into it; name the model it was quantised from as --base")
+        raise UserError(
+            f"the base {str(base)!r} is quantised ({kind}): an adapter is not merged into it; name the model it was quantised from as --base"
+        )
 
 
 def stored_dtype(base: Path) -> Dtype:

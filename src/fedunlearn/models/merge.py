@@ -104,7 +104,9 @@ def merge(model: PeftModel, keep_on: torch.device | str | None = None) -> CastLo
 def unmerge(model: PeftModel) -> None:
     """Puts the base's own tensors back, bit by bit, and lets adapters and side-car act again. Raises UserError for a model that merge did not merge."""
     if model not in _MERGED:
-        raise UserError("the model is not merged (or not by merge, which keeps what it overwrites): there is nothing to take back")
+        raise UserError(
+            "the model is not merged (or not by merge, which keeps what it overwrites): there is nothing to take back"
+        )
     _put_back(_MERGED.pop(model))
 
 
@@ -142,7 +144,9 @@ def _put_back(merged: _Merged) -> None:
 def _stored(change: _Change, dtype: torch.dtype) -> torch.Tensor:
     stored = change.after.to(dtype).contiguous()
     if not bool(stored.isfinite().all()):
-        raise UserError(f"{change.path}: merged it is not finite in {dtype}: the adapter is broken, or float16 too narrow for it; nothing was changed")
+        raise UserError(
+            f"{change.path}: merged it is not finite in {dtype}: the adapter is broken, or float16 too narrow for it; nothing was changed"
+        )
     return stored
 
 
@@ -160,12 +164,18 @@ def _check(model: PeftModel) -> None:
     faults = []
     for path, layer in layers:
         weight, kind = _target(layer), type(layer.get_base_layer()).__name__
-        if type(layer) not in (Linear, ParamWrapper) or type(weight) not in (nn.Parameter, torch.Tensor) or weight.dtype not in FLOATS:
+        if (
+            type(layer) not in (Linear, ParamWrapper)
+            or type(weight) not in (nn.Parameter, torch.Tensor)
+            or weight.dtype not in FLOATS
+        ):
             faults.append(
                 f"{path}: {kind} ({weight.dtype}) is no plain weight: an adapter is not merged into a quantised base; load the base in bfloat16 or float32"
             )
         elif weight is tied:
-            faults.append(f"{path}: its weight is the embedding's too, which merging would change: leave it out of target_modules")
+            faults.append(
+                f"{path}: its weight is the embedding's too, which merging would change: leave it out of target_modules"
+            )
         elif any(layer.lora_bias.get(name) for name in layer.active_adapters) and layer.get_base_layer().bias is None:
             faults.append(f"{path}: lora_bias=true, but {kind} has no bias to merge it into")
     if faults:
@@ -195,7 +205,7 @@ def _changes(model: PeftModel) -> Iterator[_Change]:
 
 def _linear(model: PeftModel, path: str, layer: Any, active: list[str]) -> torch.Tensor:
     """W + sum s B A + side-car; DoRA's rows of W + s B A brought to their magnitudes (arXiv:2402.09353, eq. 5)."""
-    weight = layer.get_base_layer().weight.double()
+    weight: torch.Tensor = layer.get_base_layer().weight.double()
     after = weight.T if layer.fan_in_fan_out else weight  # [d_out, d_in]
     for name in active:
         after = after + layer.lora_B[name].weight.double() @ layer.lora_A[name].weight.double() * layer.scaling[name]
@@ -207,10 +217,12 @@ def _linear(model: PeftModel, path: str, layer: Any, active: list[str]) -> torch
 
 
 def _experts(layer: Any, name: str) -> torch.Tensor:
-    """s B A of every expert, in the parameter's own shape; see models.experts for how PEFT lays the factors out."""
-    a, b = layer.lora_A[name].weight.double(), layer.lora_B[name].weight.double()
+    """The product s B A of every expert, in the parameter's own shape; see models.experts for how PEFT lays the factors out."""
+    scale = float(layer.scaling[name])
+    a: torch.Tensor = layer.lora_A[name].weight.double()
+    b: torch.Tensor = layer.lora_B[name].weight.double()
     if layer.get_param().dim() == 2:
-        return b @ a * layer.scaling[name]
+        return b @ a * scale
     a, b = a.view(layer.num_experts, -1, a.shape[1]), b.view(b.shape[0], -1, layer.num_experts)
-    product = torch.einsum("ore,eri->eoi", b, a) * layer.scaling[name]
+    product = torch.einsum("ore,eri->eoi", b, a) * scale
     return product if layer._did_swap_in_out_features else product.transpose(1, 2)

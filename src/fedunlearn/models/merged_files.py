@@ -41,7 +41,9 @@ class Origin:
     added: tuple[str, ...] = ()
 
 
-def save_merged(folder: Path, plain: PreTrainedModel, base: Path, base_name: str, adapter: Adapter, loss: CastLoss, keep: bool) -> Origin:
+def save_merged(
+    folder: Path, plain: PreTrainedModel, base: Path, base_name: str, adapter: Adapter, loss: CastLoss, keep: bool
+) -> Origin:
     """Writes a full model: weights, config, the base's tokenizer, and where it is from; keep: the tensors of the base that differ, too. All in one rename.
 
     Raises UserError where the folder exists, and where the disk is full.
@@ -52,10 +54,16 @@ def save_merged(folder: Path, plain: PreTrainedModel, base: Path, base_name: str
         try:
             plain.save_pretrained(place)
         except ValueError as error:  # its generation settings contradict each other
-            raise UserError(f"the merged model cannot be saved: {error}; mend generation_config.json in {str(base)!r}") from error
+            raise UserError(
+                f"the merged model cannot be saved: {error}; mend generation_config.json in {str(base)!r}"
+            ) from error
         _copy_beside(base, place)
         origin = Origin(
-            base=base_name, base_fingerprint=fingerprint_base(base), adapter_hash=adapter.tensor_hash, dtype=str(plain.dtype).removeprefix("torch."), loss=loss
+            base=base_name,
+            base_fingerprint=fingerprint_base(base),
+            adapter_hash=adapter.tensor_hash,
+            dtype=str(plain.dtype).removeprefix("torch."),
+            loss=loss,
         )
         if keep:
             kept, added = _replaced(base, place)
@@ -124,7 +132,9 @@ def _replaced(base: Path, merged: Path) -> tuple[dict[str, torch.Tensor], tuple[
 
 def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
     alike = (first.dtype, first.shape) == (second.dtype, second.shape)
-    return alike and torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (first, second)))  # -0 is not 0 here
+    return alike and torch.equal(
+        *(t.contiguous().reshape(-1).view(torch.uint8) for t in (first, second))
+    )  # -0 is not 0 here
 
 
 def _write_back(merged: Path, place: Path, added: tuple[str, ...]) -> None:
@@ -134,7 +144,9 @@ def _write_back(merged: Path, place: Path, added: tuple[str, ...]) -> None:
     homes |= {name: files[0].name for name in kept if name not in homes}
     for file in files:
         held: Tensors = dict(_tensors(file))
-        tensors = {name: kept[name] if name in kept else held[name] for name, home in homes.items() if home == file.name}
+        tensors = {
+            name: kept[name] if name in kept else held[name] for name, home in homes.items() if home == file.name
+        }
         safetensors.torch.save_file(tensors, place / file.name, metadata={"format": "pt"})
     if (merged / INDEX).is_file():
         size = sum((place / file.name).stat().st_size for file in files)
@@ -144,7 +156,9 @@ def _write_back(merged: Path, place: Path, added: tuple[str, ...]) -> None:
 def _files(folder: Path) -> list[Path]:
     """The files transformers would load."""
     if (folder / INDEX).is_file():
-        return sorted({folder / name for name in json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()})
+        return sorted(
+            {folder / name for name in json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()}
+        )
     return [folder / "model.safetensors"]
 
 

@@ -64,7 +64,9 @@ def read_config(path: Path) -> PretrainedConfig:
         kind = known.pop("model_type")
         return AutoConfig.for_model(kind, **known)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{str(file)!r} is no config.json of a model ({type(error).__name__}: {error}): name a model's folder or its config.json") from error
+        raise UserError(
+            f"{str(file)!r} is no config.json of a model ({type(error).__name__}: {error}): name a model's folder or its config.json"
+        ) from error
 
 
 def meta_base(config: PretrainedConfig) -> PreTrainedModel:
@@ -73,7 +75,9 @@ def meta_base(config: PretrainedConfig) -> PreTrainedModel:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             base: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"model_type={config.model_type!r}: no causal language model can be made of this config ({error})") from error
+        raise UserError(
+            f"model_type={config.model_type!r}: no causal language model can be made of this config ({error})"
+        ) from error
     return base.requires_grad_(False)
 
 
@@ -86,7 +90,13 @@ def summarise_base(base: PreTrainedModel, name: str) -> Summary:
         if list(module.parameters(recurse=False))
     ]
     return Summary(
-        base=name, total=total, trainable=0, frozen=total, modules=_without_tied(base, modules), base_bytes=_bytes(base), adapter_bytes=0
+        base=name,
+        total=total,
+        trainable=0,
+        frozen=total,
+        modules=_without_tied(base, modules),
+        base_bytes=_bytes(base),
+        adapter_bytes=0,
     )
 
 
@@ -107,7 +117,9 @@ def summarise_adapter(adapter: Adapter, base: PreTrainedModel, name: str) -> Sum
     bare = {path: re.sub(r"(\.base_layer)?(\.\d+)?$", "", path) for path in paths}
     for path in paths:
         if path not in known and bare[path] not in known:
-            raise UserError(f"the adapter's module {path!r} is none of {name!r}{did_you_mean(path, known)}: name the base it was trained on (--base)")
+            raise UserError(
+                f"the adapter's module {path!r} is none of {name!r}{did_you_mean(path, known)}: name the base it was trained on (--base)"
+            )
     total, values = _number(base.parameters()), dict(base.named_parameters())
     trained = [key for key in plain_of(adapter.tensors) if _of_base(key) in values]
     frozen = total - sum(adapter.tensors[key].numel() for key in trained if key.endswith(".bias"))
@@ -121,7 +133,14 @@ def by_kind(modules: Iterable[ModuleCount]) -> tuple[ModuleCount, ...]:
         name = LAYER.sub(".*", one.name)
         kinds.setdefault((name, one.shape, one.rank, one.scale, one.parameters), []).append(one)
     return tuple(
-        ModuleCount(name=str(key[0]), parameters=ones[0].parameters, shape=ones[0].shape, rank=ones[0].rank, scale=ones[0].scale, count=len(ones))
+        ModuleCount(
+            name=str(key[0]),
+            parameters=ones[0].parameters,
+            shape=ones[0].shape,
+            rank=ones[0].rank,
+            scale=ones[0].scale,
+            count=len(ones),
+        )
         for key, ones in kinds.items()
     )
 
@@ -144,7 +163,9 @@ def _wrapped(base: PreTrainedModel, args: LoraArgs, name: str) -> tuple[PeftMode
     return model, plain_config(config)
 
 
-def _of_adapter(tensors: Tensors, config: Mapping[str, object], name: str, total: int, frozen: int, size: int) -> Summary:
+def _of_adapter(
+    tensors: Tensors, config: Mapping[str, object], name: str, total: int, frozen: int, size: int
+) -> Summary:
     scales = scales_of(config, tensors)
     modules = [
         ModuleCount(
@@ -156,10 +177,19 @@ def _of_adapter(tensors: Tensors, config: Mapping[str, object], name: str, total
         )
         for m in modules_of(tensors)
     ]
-    modules += [ModuleCount(name=_of_base(key), parameters=tensors[key].numel(), shape=tuple(tensors[key].shape)) for key in plain_of(tensors)]
+    modules += [
+        ModuleCount(name=_of_base(key), parameters=tensors[key].numel(), shape=tuple(tensors[key].shape))
+        for key in plain_of(tensors)
+    ]
     trainable = sum(tensor.numel() for tensor in tensors.values())
     return Summary(
-        base=name, total=total, trainable=trainable, frozen=frozen, modules=tuple(modules), base_bytes=size, adapter_bytes=4 * trainable
+        base=name,
+        total=total,
+        trainable=trainable,
+        frozen=frozen,
+        modules=tuple(modules),
+        base_bytes=size,
+        adapter_bytes=4 * trainable,
     )
 
 

@@ -57,7 +57,7 @@ def put_adapter(model: PreTrainedModel | PeftModel, adapter: Adapter, name: str 
     except BaseException:
         made.unload() if first else made.delete_adapter(name)
         raise
-    held = _HELD.setdefault(made, _Held({active: 1.0 for active in made.active_adapters}))
+    held = _HELD.setdefault(made, _Held(dict.fromkeys(made.active_adapters, 1.0)))
     held.origins[name] = Adapter({}, adapter.peft_config, adapter.base_fingerprint)
     if adapter.sidecar:
         held.sidecars[name] = adapter.sidecar
@@ -116,12 +116,15 @@ def origin_of(model: PeftModel, name: str) -> Adapter:
     held = _held(model)
     _check_known(model, [name])
     known = held.origins.get(name) or Adapter({}, plain_config(model.peft_config[name]), None)
-    live = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in live_tensors(model, name).items()}
+    live = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in live_tensors(model, name).items()
+    }
     return Adapter(live, known.peft_config, known.base_fingerprint, held.sidecars.get(name, {}))
 
 
 def _held(model: PeftModel) -> _Held:
-    return _HELD.setdefault(model, _Held({active: 1.0 for active in model.active_adapters}))
+    return _HELD.setdefault(model, _Held(dict.fromkeys(model.active_adapters, 1.0)))
 
 
 def _check_name(model: nn.Module, name: str) -> None:
@@ -137,7 +140,9 @@ def _config(adapter: Adapter) -> PeftConfig:
     """PEFT's config for layers whose values are written afterwards."""
     known = dict(adapter.peft_config)
     if known.get("peft_type") != "LORA":
-        raise UserError(f"the adapter's peft_type={known.get('peft_type')!r} is not LORA: only LoRA adapters are understood")
+        raise UserError(
+            f"the adapter's peft_type={known.get('peft_type')!r} is not LORA: only LoRA adapters are understood"
+        )
     if known.get("init_lora_weights") not in KEEPS_BASE:
         raise UserError(
             f"the adapter's init_lora_weights={known['init_lora_weights']!r} belongs on a changed base: export it first as the difference to the original "
@@ -146,7 +151,9 @@ def _config(adapter: Adapter) -> PeftConfig:
     try:
         config = PeftConfig.from_peft_type(**{**known, "init_lora_weights": True, "inference_mode": True})
     except (TypeError, ValueError) as error:
-        raise UserError(f"adapter_config.json is not understood by this PEFT ({error}): save the adapter again with this version") from error
+        raise UserError(
+            f"adapter_config.json is not understood by this PEFT ({error}): save the adapter again with this version"
+        ) from error
     config.lora_dropout = 0.0 if config.target_parameters else config.lora_dropout
     return config
 
@@ -156,7 +163,9 @@ def _check_beside(model: PeftModel, config: PeftConfig) -> None:
         raise UserError("the model is merged: unmerge it before another adapter comes onto it")
     for other in (config, *model.peft_config.values()):
         if other.bias != "none":
-            raise UserError(f"bias={other.bias!r}: such an adapter changes the base's own biases, so no other can share its base: put it on one of its own")
+            raise UserError(
+                f"bias={other.bias!r}: such an adapter changes the base's own biases, so no other can share its base: put it on one of its own"
+            )
 
 
 def _attached(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str) -> PeftModel:
@@ -179,7 +188,9 @@ def _check_known(model: PeftModel, names: Mapping[str, float] | list[str]) -> No
         raise UserError("no adapter is named: name one at least (PEFT's disable_adapter() gives the bare base)")
     for name in names:
         if name not in model.peft_config:
-            raise UserError(f"there is no adapter {name!r} on this base{did_you_mean(name, model.peft_config)}; there are {', '.join(model.peft_config)}")
+            raise UserError(
+                f"there is no adapter {name!r} on this base{did_you_mean(name, model.peft_config)}; there are {', '.join(model.peft_config)}"
+            )
 
 
 def _check_sum(model: PeftModel, weights: Mapping[str, float]) -> None:
@@ -191,7 +202,9 @@ def _check_sum(model: PeftModel, weights: Mapping[str, float]) -> None:
         kinds = {"use_dora": config.use_dora, "modules_to_save": config.modules_to_save, "bias": config.bias != "none"}
         odd = [key for key, held in kinds.items() if held]
         if odd and (len(weights) > 1 or weight != 1.0):
-            faults.append(f"adapter {name!r} has {odd[0]}={getattr(config, odd[0])!r}, which is no sum: let it act alone, with weight 1")
+            faults.append(
+                f"adapter {name!r} has {odd[0]}={getattr(config, odd[0])!r}, which is no sum: let it act alone, with weight 1"
+            )
     if faults:
         raise UserError(*faults)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from fedunlearn.aggregation.arithmetic import Apart
 from fedunlearn.models.merge import CastLoss
@@ -15,7 +15,8 @@ SHOWN = 24
 def summary_table(found: Summary) -> Table:
     """Gives one line a kind of module: how many of them, shape, rank, scale, parameters altogether."""
     title = f"{found.base}: {found.total:,} parameters, {found.trainable:,} trainable ({found.trainable / found.total:.3%}), {found.frozen:,} frozen"
-    table = Table("module", "count", "d_out x d_in", "r", "scale", "parameters", title=title, caption=_sizes(found))
+    heads = ("count", "d_out x d_in", "r", "scale", "parameters")
+    table = Table(Column("module", overflow="fold"), *heads, title=title, caption=_sizes(found))
     for one in by_kind(found.modules):
         table.add_row(*_count_cells(one))
     return table
@@ -35,13 +36,22 @@ def mb(size: int) -> str:
 
 def _count_cells(one: ModuleCount) -> tuple[str, ...]:
     shape = "" if one.shape is None else " x ".join(map(str, one.shape))
-    return (one.name, str(one.count), shape, _or_dash(one.rank, "d"), _or_dash(one.scale, "g"), f"{one.parameters * one.count:,}")
+    return (
+        one.name,
+        str(one.count),
+        shape,
+        _or_dash(one.rank, "d"),
+        _or_dash(one.scale, "g"),
+        f"{one.parameters * one.count:,}",
+    )
 
 
 def difference_table(modules: Sequence[Apart], whole: Apart) -> Table:
     """Gives the whole, then the modules that lie farthest apart."""
     rest = len(modules) - SHOWN
-    table = Table("module", "||first||", "||second||", "||difference||", "relative", "cosine", caption=f"and {rest} modules more (--json has all)" if rest > 0 else None)  # fmt: skip
+    heads = ("first", "second", "apart", "relative", "cosine")
+    caption = "Frobenius norms of s B A" + (f"; and {rest} modules more (--json has all)" if rest > 0 else "")
+    table = Table(Column("module", overflow="fold"), *heads, caption=caption)
     for one in (whole, *sorted(modules, key=lambda one: -one.difference)[:SHOWN]):
         norms = (f"{value:.4g}" for value in (one.first, one.second, one.difference))
         table.add_row(one.name, *norms, _or_dash(one.relative, ".3%"), _or_dash(one.cosine, ".4f"))

@@ -8,8 +8,24 @@ from typing import Any
 from fedunlearn.aggregation.factors import modules_of
 from fedunlearn.records.adapter import Adapter
 
-LORA_KEYS = ("r", "lora_alpha", "target_modules", "target_parameters", "lora_dropout", "use_rslora", "use_dora", "bias", "modules_to_save")
-TRAINER_KEYS = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
+LORA_KEYS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "target_parameters",
+    "lora_dropout",
+    "use_rslora",
+    "use_dora",
+    "bias",
+    "modules_to_save",
+)
+TRAINER_KEYS = (
+    "learning_rate",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +52,16 @@ def _base(card: Card) -> str:
 
 
 def _front(card: Card) -> Iterator[str]:
-    tags = ["lora", *(["federated-learning", "machine-unlearning"] if card.run.get("mode") == "unlearn" else ["federated-learning"] if card.run else [])]
+    tags = [
+        "lora",
+        *(
+            ["federated-learning", "machine-unlearning"]
+            if card.run.get("mode") == "unlearn"
+            else ["federated-learning"]
+            if card.run
+            else []
+        ),
+    ]
     yield from ("---", f"base_model: {json.dumps(_base(card))}", "library_name: peft", "pipeline_tag: text-generation")
     yield from ("tags:", *(f"- {tag}" for tag in tags), "---", "", f"# {card.name}", "")
 
@@ -46,7 +71,9 @@ def _what(card: Card) -> Iterator[str]:
     parameters = sum(tensor.numel() for tensor in tensors.values())
     yield f"A LoRA adapter of {parameters:,} parameters in {len(modules_of(tensors))} modules, on the base `{_base(card)}`."
     yield from ("", "| LoRA | value |", "|---|---|")
-    yield from (f"| {key} | {_cell(config[key])} |" for key in LORA_KEYS if config.get(key) not in (None, False, [], {}))
+    yield from (
+        f"| {key} | {_cell(config[key])} |" for key in LORA_KEYS if config.get(key) not in (None, False, [], {})
+    )
 
 
 def _how(card: Card) -> Iterator[str]:
@@ -72,7 +99,10 @@ def _how(card: Card) -> Iterator[str]:
     yield from (f"| {key} | {_cell(value)} |" for key, value in rows.items() if value is not None)
     if card.account:
         spent = card.account
-        yield from ("", f"It cost {spent['num_steps']} optimiser steps, {spent['num_tokens'] + spent['num_reference_tokens']:,} tokens and {spent['seconds']:.1f} s of clients' work.")
+        yield from (
+            "",
+            f"It cost {spent['num_steps']} optimiser steps, {spent['num_tokens'] + spent['num_reference_tokens']:,} tokens and {spent['seconds']:.1f} s of clients' work.",
+        )
 
 
 def _figures(card: Card) -> Iterator[str]:
@@ -87,7 +117,11 @@ def _provenance(card: Card) -> Iterator[str]:
     rows = {
         "adapter (sha256 of its tensors)": card.adapter.tensor_hash,
         "base (fingerprint)": card.adapter.base_fingerprint,
-        **{key: value for key, value in card.hashes.items() if key in ("data", "partition", "request", "source") and value != "none"},
+        **{
+            key: value
+            for key, value in card.hashes.items()
+            if key in ("data", "partition", "request", "source") and value != "none"
+        },
         "git commit": card.git_commit,
         **card.versions,
     }
