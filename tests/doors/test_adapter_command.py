@@ -159,56 +159,58 @@ class TestMerge:
 
 
 class TestMergeRefused:
-    def refused(self, tmp_path, said, *words):
+    def refused(self, tmp_path, *words):
+        """The one sentence it is told by; nothing is written."""
         before = listing(tmp_path)
-        with pytest.raises(UserError, match=said) as caught:
+        with pytest.raises(UserError) as caught:
             call("merge", *words, "--to", tmp_path / "merged")
-        assert len(caught.value.faults) == 1
         assert listing(tmp_path) == before
+        (said,) = caught.value.faults
+        return said
 
-    def test_a_quantised_base(self, bases, tmp_path):
+    def test_a_quantised_base(self, tmp_path):
         base = tmp_path / "base"
         base_of("llama").save_pretrained(base)
         config = json.loads((base / "config.json").read_text())
-        (base / "config.json").write_text(
-            json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}})
-        )
+        (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
         save_adapter(tmp_path / "adapter", own("llama", base))
-        self.refused(
-            tmp_path,
-            r"is quantised \(bitsandbytes\): an adapter is not merged into it; name the model",
-            tmp_path / "adapter",
-        )
+        said = self.refused(tmp_path, tmp_path / "adapter")
+        assert "is quantised (gptq): an adapter is not merged into it; name the model it was quantised from" in said
 
     def test_another_base_by_fingerprint_and_by_name(self, bases, adapters, tmp_path):
-        self.refused(tmp_path, "belongs to another base", adapters["llama"][0], "--base", bases["bf16"])
+        said = self.refused(tmp_path, adapters["llama"][0], "--base", bases["bf16"])
+        assert "belongs to another base" in said
         save_adapter(tmp_path / "foreign", own("llama", bases["llama"], fingerprint=False))
-        self.refused(tmp_path, "names another base, .*--trust-base", tmp_path / "foreign", "--base", bases["bf16"])
+        said = self.refused(tmp_path, tmp_path / "foreign", "--base", bases["bf16"])
+        assert "names another base" in said
+        assert "--trust-base" in said
         call("merge", tmp_path / "foreign", "--base", bases["bf16"], "--trust-base", "--to", tmp_path / "merged")
 
     def test_shapes_that_do_not_fit(self, bases, tmp_path):
         odd = own("gpt2", bases["llama"])
-        save_adapter(
-            tmp_path / "adapter",
-            Adapter(odd.tensors, {**odd.peft_config, "target_modules": ["q_proj"]}, odd.base_fingerprint),
-        )
-        self.refused(tmp_path, "does not fit this base", tmp_path / "adapter")
+        config = {**odd.peft_config, "target_modules": ["q_proj"]}
+        save_adapter(tmp_path / "adapter", Adapter(odd.tensors, config, odd.base_fingerprint))
+        assert "does not fit this base" in self.refused(tmp_path, tmp_path / "adapter")
         wide = own("llama", bases["llama"])
         save_adapter(tmp_path / "wide", Adapter(wide.tensors, {**wide.peft_config, "r": 8}, wide.base_fingerprint))
-        self.refused(tmp_path, r"has shape .* this model wants", tmp_path / "wide")
+        assert "this model wants" in self.refused(tmp_path, tmp_path / "wide")
 
     def test_a_folder_that_exists_or_is_no_adapter(self, bases, adapters, tmp_path):
-        self.refused(tmp_path, "is a full model, no adapter", bases["llama"])
-        self.refused(tmp_path, "does not exist", tmp_path / "nowhere")
+        assert "is a full model, no adapter" in self.refused(tmp_path, bases["llama"])
+        assert "does not exist" in self.refused(tmp_path, tmp_path / "nowhere")
         (tmp_path / "empty").mkdir()
-        self.refused(tmp_path, "holds neither config.json", tmp_path / "empty")
+        assert "holds neither config.json" in self.refused(tmp_path, tmp_path / "empty")
         (tmp_path / "merged").mkdir()
-        self.refused(tmp_path, "is there already: name a folder", adapters["llama"][0])
+        assert "is there already: name a folder" in self.refused(tmp_path, adapters["llama"][0])
 
     def test_keeping_what_is_all_overwritten(self, adapters, tmp_path):
-        self.refused(
-            tmp_path, "--keep with --dtype bf16: the base is float32", adapters["llama"][0], "--keep", "--dtype", "bf16"
-        )
+        said = self.refused(tmp_path, adapters["llama"][0], "--keep", "--dtype", "bf16")
+        assert "--keep with --dtype bf16: the base is float32" in said
+
+    def test_numbers_that_are_not_finite(self, bases, tmp_path):
+        one = own("llama", bases["llama"])
+        save_adapter(tmp_path / "odd", one.replace({n: t * float("inf") for n, t in one.tensors.items()}))
+        assert "it is not finite" in self.refused(tmp_path, tmp_path / "odd")
 
     @pytest.mark.parametrize(("name", "text"), [(RECORD, "{"), (RECORD, "[]"), (RECORD, "{}")])
     def test_a_damaged_record(self, adapters, tmp_path, name, text):

@@ -141,6 +141,8 @@ class TestAnotherBase:
 
 
 def test_refusals(bases, tmp_path):
+    with pytest.raises(UserError, match=r"init_lora_weights='pissa': begin draws A uniform"):
+        lora.begin(loaded(bases["llama"]), lora_args(init_lora_weights="pissa"))
     model = lora.apply(loaded(bases["llama"]), own("llama", bases["llama"]))
     save_adapter(tmp_path / "there", adapter_of("llama"))
     with pytest.raises(UserError, match="is there already"):

@@ -53,6 +53,10 @@ def save_merged(
     with whole_folder(folder) as place:
         try:
             plain.save_pretrained(place)
+        except SafetensorError as error:
+            raise UserError(
+                f"the merged model cannot be written to {str(folder)!r} ({error}): free some space, or choose another --to"
+            ) from error
         except ValueError as error:  # its generation settings contradict each other
             raise UserError(
                 f"the merged model cannot be saved: {error}; mend generation_config.json in {str(base)!r}"

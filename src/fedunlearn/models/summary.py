@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fedunlearn.aggregation.factors import modules_of, plain_of, scales_of
 from fedunlearn.config.lora import LoraArgs
 from fedunlearn.errors import UserError, did_you_mean
-from fedunlearn.models.adapter_tensors import live_tensors
+from fedunlearn.models.adapter_tensors import ACTIVE, live_tensors
+from fedunlearn.models.lora import attach_lora
 from fedunlearn.models.lora_config import lora_config_of, plain_config
-from fedunlearn.models.targets import check_targets
 from fedunlearn.records.adapter import Adapter, Tensors
 
 LAYER = re.compile(r"\.\d+(?=\.|$)")
@@ -151,16 +151,15 @@ def files_bytes(folder: Path) -> int:
 
 
 def _wrapped(base: PreTrainedModel, args: LoraArgs, name: str) -> tuple[PeftModel, Mapping[str, object]]:
-    check_targets(base, args.target_modules)
-    config = lora_config_of(args, None, name)
-    config.init_lora_weights = True
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            model: PeftModel = get_peft_model(base, config)
+            model = attach_lora(base, lora_config_of(args, None, name))
         except (ValueError, TypeError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"PEFT builds no adapter of these arguments on {name!r}: {error}") from error
-    return model, plain_config(config)
+    return model, plain_config(model.peft_config[ACTIVE])
 
 
 def _of_adapter(
