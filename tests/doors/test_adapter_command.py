@@ -443,15 +443,12 @@ class TestRounds:
 
 
 def test_the_command_itself(adapters, tmp_path):
-    """In a process of its own: the help without torch, a good answer, and a fault as one line and code 2."""
+    """In processes of their own: an answer as JSON, and a fault as one line and code 2."""
 
     def run(*words):
         command = [sys.executable, "scripts/adapter.py", *map(str, words)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
 
-    helped = run("merge", "--help")
-    assert helped.returncode == 0
-    assert "--keep" in helped.stdout
     fault = run("negate", tmp_path / "nowhere", "--to", tmp_path / "out")
     assert fault.returncode == 2
     assert fault.stderr.startswith("error: adapter=")
@@ -462,6 +459,19 @@ def test_the_command_itself(adapters, tmp_path):
 
 
 def test_the_help_loads_no_torch():
-    code = "import sys; from fedunlearn.doors.adapter import parser; parser(); print('torch' in sys.modules)"
+    code = (
+        "import sys; from fedunlearn.doors.adapter import parser; print(parser().format_help(), 'torch' in sys.modules)"
+    )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert said.stdout.strip() == "False"
+    assert said.stdout.strip().endswith("False")
+    assert "unmerge" in said.stdout
+
+
+def test_flower_is_loaded_for_rounds_alone(adapters):
+    code = "import sys; from fedunlearn.doors.adapter import read, serve; serve(read(sys.argv[1:])); print('flwr' in sys.modules)"
+    command = [sys.executable, "-c", code, "diff", *map(str, adapters["llama"])]
+    assert (
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+        .stdout.strip()
+        .endswith("False")
+    )

@@ -10,8 +10,6 @@ from transformers import PreTrainedModel
 
 from fedunlearn.config.model import Dtype, ModelArgs
 from fedunlearn.errors import UserError
-from fedunlearn.federation.block_store import FOLDER, BlockStore
-from fedunlearn.federation.checkpoint import FACTORS, read_checkpoint
 from fedunlearn.models.adapter_files import load_adapter
 from fedunlearn.models.base import load_base
 from fedunlearn.models.belongs import check_belongs
@@ -21,6 +19,8 @@ from fedunlearn.records.adapter import Adapter
 
 Device = Literal["auto", "cpu", "cuda"]
 PROBE_ROWS, PROBE_LENGTH = 2, 12
+FACTORS = "factors"
+"""The folder that a round has in place of adapter/ where a side-car lies beside its factors (federation.checkpoint)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +47,22 @@ def read_adapter(path: Path) -> tuple[Path, Adapter]:
     """Reads a PEFT folder, a run's result, or one of its rounds; a round with a side-car is given as one stack. Raises UserError for what is none."""
     place = path.expanduser()
     if (place / FACTORS / "adapter_config.json").is_file():
-        own = load_adapter(place / FACTORS)[0]
-        beside = BlockStore(place.resolve().parent.parent / FOLDER).read(read_checkpoint(place).blocks)
-        return place, export(Adapter(own.tensors, own.peft_config, own.base_fingerprint, beside), "exact")[0]
+        return place, _stacked_round(place)
     folder = adapter_folder(place, "adapter")
     if folder is None:
         raise UserError(
             f"adapter={str(path)!r} is a full model, no adapter: name a PEFT folder, a run's folder or one of its rounds"
         )
     return folder, load_adapter(folder)[0]
+
+
+def _stacked_round(place: Path) -> Adapter:
+    from fedunlearn.federation.block_store import FOLDER, BlockStore  # with Flower behind it: seconds, for rounds alone
+    from fedunlearn.federation.checkpoint import read_checkpoint
+
+    own = load_adapter(place / FACTORS)[0]
+    beside = BlockStore(place.resolve().parent.parent / FOLDER).read(read_checkpoint(place).blocks)
+    return export(Adapter(own.tensors, own.peft_config, own.base_fingerprint, beside), "exact")[0]
 
 
 def on_base(path: Path, args: BaseArgs) -> OnBase:

@@ -7,9 +7,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from fedunlearn.config.lora import LoraArgs
 from fedunlearn.data.pocket.named import named_pocket
-from fedunlearn.doors.adapter_named import BaseArgs, read_adapter
+from fedunlearn.doors.adapter_named import FACTORS, BaseArgs, read_adapter
 from fedunlearn.errors import UserError
-from fedunlearn.federation.checkpoint import FACTORS
 from fedunlearn.models.source import HUB_ID, adapter_folder, base_of_adapter
 from fedunlearn.models.summary import (
     Summary,
