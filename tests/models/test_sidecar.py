@@ -227,7 +227,7 @@ class TestRefused:
     def test_half_a_pair(self, kind):
         model, beside = with_sidecar(kind)
         before, name = some_logits(model), max(name for name in beside if ".lora_B." in name)
-        with pytest.raises(ValueError, match="is no LoRA factor with a partner"):
+        with pytest.raises(ValueError, match="is a LoRA factor without a partner"):
             put_sidecar(model, {key: tensor for key, tensor in beside.items() if key != name}, ACTIVE)
         assert torch.equal(some_logits(model), before)
 

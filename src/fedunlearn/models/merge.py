@@ -212,8 +212,8 @@ def _linear(model: PeftModel, path: str, layer: Any, active: list[str]) -> torch
         if name in layer.lora_magnitude_vector:
             magnitude = layer.lora_magnitude_vector[name].weight.double()
             after = after * (magnitude / torch.linalg.norm(after, dim=1))[:, None]
-    after = after + sidecar_delta(model, path, after).double()
-    return after.T if layer.fan_in_fan_out else after
+    whole = after.T if layer.fan_in_fan_out else after
+    return whole + sidecar_delta(model, path, whole).double()
 
 
 def _experts(layer: Any, name: str) -> torch.Tensor:

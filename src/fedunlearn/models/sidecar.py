@@ -88,9 +88,10 @@ def _lora_layers(model: PeftModel) -> Iterable[tuple[str, Any]]:
 
 
 def sidecar_delta(model: PeftModel, path: str, like: torch.Tensor) -> torch.Tensor:
-    """Gives what the acting side-car adds to the weight of one LoRA layer, B A [d_out, d_in] float32; zeros where there is none. like: that weight."""
+    """Gives what the acting side-car adds to the weight of one LoRA layer, B A float32, laid out as that weight is (Conv1D's [d_in, d_out]); zeros where there is none. like: that weight."""
     hook = _HOOKS.get(model, {}).get(path)
     if hook is None or hook.active not in hook.held:
         return torch.zeros_like(like, dtype=torch.float32)
     a, b = hook.held[hook.active]
-    return b @ a
+    layer: Any = model.get_submodule(path)
+    return (b @ a).T if layer.fan_in_fan_out else b @ a
