@@ -24,7 +24,7 @@ class _SideCar:
     held: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def __call__(self, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        if self.active not in self.held:
+        if self.active not in self.held or getattr(layer, "merged", False):
             return output
         a, b = self.held[self.active]
         return output + F.linear(F.linear(inputs[0].to(a.dtype), a), b).to(output.dtype)
@@ -70,13 +70,15 @@ def use_sidecar(model: PeftModel, name: str) -> None:
 
 
 def _hooks(model: PeftModel) -> dict[str, _SideCar]:
-    if model not in _HOOKS:
-        _HOOKS[model] = {path: _hooked(layer) for path, layer in _lora_layers(model)}
-    return _HOOKS[model]
+    hooks = _HOOKS.setdefault(model, {})
+    for path, layer in _lora_layers(model):
+        if path not in hooks:  # an adapter that came later may have layers of its own
+            hooks[path] = _hooked(layer)
+    return hooks
 
 
 def _hooked(layer: Any) -> _SideCar:
-    hook = _SideCar(active=layer.active_adapters[0], size=(layer.in_features, layer.out_features))
+    hook = _SideCar(active=next(iter(layer.active_adapters), ""), size=(layer.in_features, layer.out_features))
     layer.register_forward_hook(hook)
     return hook
 
