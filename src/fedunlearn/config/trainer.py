@@ -5,7 +5,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fedunlearn.errors import UserError
-from fedunlearn.limits import LARGEST
+from fedunlearn.limits import LARGEST, SMALLEST
+
+Optim = Literal[
+    "adamw_torch",
+    "adamw_torch_fused",
+    "sgd",
+    "adamw_bnb_8bit",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "adamw_torch_8bit",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +27,9 @@ class TrainArgs:
     An epoch of unlearning is one pass over the forget rows. warmup_steps below 1 is a fraction of the steps; warmup_epochs
     counts epochs; both at once are refused. max_steps, where it is set, is what every working client does, in every role; epochs then have no say.
     logging_steps: the mean loss of every so many optimiser steps goes into the history.
+    loraplus_lr_ratio: B's learning rate over that of A and of plain tensors (LoRA+, arXiv:2402.12354; its authors take 16); null or 1: the same for all.
+    torch_compile: decoder blocks are compiled while they train. optim: names that end in 8bit or begin with paged want CUDA.
+    What this machine or this model cannot do is refused before training (training.able).
     """
 
     learning_rate: float
@@ -30,13 +44,15 @@ class TrainArgs:
         "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"
     ] = "linear"
     max_grad_norm: float = 1.0
-    optim: Literal["adamw_torch", "adamw_torch_fused", "sgd"] = "adamw_torch"
+    optim: Optim = "adamw_torch"
+    loraplus_lr_ratio: float | None = None
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     seed: int = 0
     bf16: bool = False
     gradient_checkpointing: bool = False
+    torch_compile: bool = False
     dataloader_num_workers: int = 0
     remove_unused_columns: bool = True
     logging_steps: int = 10
@@ -86,12 +102,17 @@ class TrainArgs:
                 f"{at}optim='sgd' reads no adam_beta1, adam_beta2 or adam_epsilon: leave them out",
             ),
             (
+                self.loraplus_lr_ratio is None or SMALLEST <= self.loraplus_lr_ratio <= LARGEST,
+                f"{at}loraplus_lr_ratio={self.loraplus_lr_ratio} must lie between 1e-6 and 1e6; null or 1: B learns at A's rate",
+            ),
+            (
                 self.max_grad_norm >= 0,
                 f"{at}max_grad_norm={self.max_grad_norm} must not be negative (0 switches clipping off)",
             ),
             (
                 self.dataloader_num_workers == 0,
-                f"{at}dataloader_num_workers={self.dataloader_num_workers} is refused: rows are tokenised once and kept in memory; only 0 has a meaning",
+                f"{at}dataloader_num_workers={self.dataloader_num_workers} is refused: there is no data loader. Rows are tokenised once and kept in memory, and making a batch of them "
+                "takes well under a millisecond, less than handing it over from a worker process would: leave it at 0",
             ),
             (
                 self.remove_unused_columns,
