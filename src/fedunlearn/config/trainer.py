@@ -28,7 +28,8 @@ class TrainArgs:
     counts epochs; both at once are refused. max_steps, where it is set, is what every working client does, in every role; epochs then have no say.
     logging_steps: the mean loss of every so many optimiser steps goes into the history.
     loraplus_lr_ratio: B's learning rate over that of A and of plain tensors (LoRA+, arXiv:2402.12354; its authors take 16); null or 1: the same for all.
-    torch_compile: decoder blocks are compiled while they train. optim: names that end in 8bit or begin with paged want CUDA.
+    torch_compile: decoder blocks are compiled while they train: equal to rounding, not bit by bit, and worth its minute of compiling from some hundred steps a process on.
+    optim: names that end in 8bit or begin with paged want CUDA.
     What this machine or this model cannot do is refused before training (training.able).
     """
 
@@ -111,8 +112,8 @@ class TrainArgs:
             ),
             (
                 self.dataloader_num_workers == 0,
-                f"{at}dataloader_num_workers={self.dataloader_num_workers} is refused: there is no data loader. Rows are tokenised once and kept in memory, and making a batch of them "
-                "takes well under a millisecond, less than handing it over from a worker process would: leave it at 0",
+                f"{at}dataloader_num_workers={self.dataloader_num_workers} is refused: rows are tokenised once and kept in memory, and making a batch of them takes 2 ms for "
+                "8 rows of 256 tokens, which no worker process could take off a step: leave it at 0",
             ),
             (
                 self.remove_unused_columns,

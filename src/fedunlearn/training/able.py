@@ -1,16 +1,21 @@
 """What of trainer.args this model and this machine can do: told before the first step."""
 
 import importlib.util
+import os
+import shutil
+
+from torch import nn
 
 from fedunlearn.config.trainer import TrainArgs
 from fedunlearn.errors import UserError
+from fedunlearn.models.hidden_states import decoder_blocks
 from fedunlearn.models.inner import inner_model
 from fedunlearn.models.resident import Resident
 from fedunlearn.training.optimizer import PACKAGES
 
 
 def check_able(made: Resident, args: TrainArgs) -> None:
-    """Raises UserError, all faults at once: gradient checkpointing on a model without it, an optimiser or torch.compile without CUDA or its package."""
+    """Raises UserError, all faults at once: gradient checkpointing on a model without it, an optimiser without CUDA or its package, torch.compile without a compiler."""
     faults = [fault for holds, fault in _rules(made, args) if not holds]
     if faults:
         raise UserError(*faults)
@@ -34,8 +39,25 @@ def _rules(made: Resident, args: TrainArgs) -> list[tuple[bool, str]]:
             f"{at}optim={args.optim} needs the package {package}, which is not installed: pip install 'fedunlearn[{package}]', or set adamw_torch",
         ),
         (
-            not args.torch_compile or device == "cuda",
-            f"{at}torch_compile=true: the base is on the {device}, where compiled blocks train no faster (MEASURED): "
-            "set it to false, or train on CUDA",
+            not args.torch_compile or _has_blocks(base),
+            f"{at}torch_compile=true: {type(base).__name__} has no list of decoder blocks that could be compiled: set it to false",
+        ),
+        (
+            not args.torch_compile or _has_compiler(device),
+            f"{at}torch_compile=true: on the {device} torch needs {'triton' if device == 'cuda' else 'a C++ compiler (g++, or what CXX names)'}, "
+            "which is not here: install it, or set it to false",
         ),
     ]
+
+
+def _has_blocks(base: nn.Module) -> bool:
+    try:
+        return len(decoder_blocks(base)) > 0
+    except ValueError:
+        return False
+
+
+def _has_compiler(device: str) -> bool:
+    if device == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
