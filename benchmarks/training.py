@@ -179,8 +179,12 @@ def main() -> int:
     if args.json:
         print(json.dumps({**asdict(told), "faults": told.faults}))
     else:
-        print(f"one step of {ROWS} x 256 tokens: {told.plain_mib:.0f} MiB, with checkpointing {told.saving_mib:.0f} MiB")
-        print(f"  seconds: {told.plain_seconds:.2f} and {told.saving_seconds:.2f}; adapters differ by {told.difference:.1e}")
+        print(
+            f"one step of {ROWS} x 256 tokens: {told.plain_mib:.0f} MiB, with checkpointing {told.saving_mib:.0f} MiB"
+        )
+        print(
+            f"  seconds: {told.plain_seconds:.2f} and {told.saving_seconds:.2f}; adapters differ by {told.difference:.1e}"
+        )
         print(f"one step of {ROWS} x 64 tokens: {told.eager_seconds:.3f} s, compiled {told.compiled_seconds:.3f} s")
         print(f"  the first compiled step: {told.compiling_seconds:.1f} s")
         print(f"making a batch of {ROWS} x 256 tokens: {1e3 * told.batch_seconds:.2f} ms")

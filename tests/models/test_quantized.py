@@ -75,7 +75,9 @@ class TestRefused:
 
     @pytest.mark.parametrize("initial", ["pissa", "pissa_niter_4", "olora"])
     def test_beside_an_initialisation_that_decomposes_the_weights(self, base_folder, initial):
-        with pytest.raises(UserError, match=rf"quantization=torchao_int8 beside lora_config\.init_lora_weights='{initial}'"):
+        with pytest.raises(
+            UserError, match=rf"quantization=torchao_int8 beside lora_config\.init_lora_weights='{initial}'"
+        ):
             args(base_folder, quantization="torchao_int8", lora={"init_lora_weights": initial})
         assert args(base_folder, lora={"init_lora_weights": initial}).quantization is None
 
@@ -145,7 +147,8 @@ def holds(folder, name, dtype, device):
 @pytest.mark.parametrize("name", TORCHAO)
 def test_torchao_on_the_cpu(wide_folder, name, dtype):
     pytest.importorskip("torchao")
-    holds(wide_folder, name, dtype, "cpu")
+    made = holds(wide_folder, name, dtype, "cpu")
+    assert type(made.model.get_base_model().model.layers[0].self_attn.q_proj).__name__ == "TorchaoLoraLinear"
 
 
 @pytest.mark.gpu
@@ -199,7 +202,13 @@ def test_an_adapter_trained_on_another_quantisation_is_loaded_with_a_warning(bas
     save_adapter(tmp_path / "adapter", made.take(), over)
     release()
     with caplog.at_level(logging.WARNING):
-        load(model_config(tmp_path / "adapter", pretrained_model_name_or_path=str(base_folder), lora_model_path=str(tmp_path / "adapter")))
+        load(
+            model_config(
+                tmp_path / "adapter",
+                pretrained_model_name_or_path=str(base_folder),
+                lora_model_path=str(tmp_path / "adapter"),
+            )
+        )
     assert [r.message for r in caplog.records if "not compared" in r.message] == [
         f"adapter {tmp_path / 'adapter'}: its logits were recorded in torch.float32 over nf4, this model has torch.float32: the two are not compared"
     ]

@@ -34,7 +34,8 @@ def test_gradient_checkpointing_on_a_model_without_it(made):
 @pytest.mark.parametrize("optim", list(PACKAGES))
 def test_an_optimiser_that_wants_cuda_on_the_cpu(made, optim):
     with pytest.raises(
-        UserError, match=rf"trainer\.args\.optim={optim} needs a CUDA device, and the base is on the cpu: set adamw_torch"
+        UserError,
+        match=rf"trainer\.args\.optim={optim} needs a CUDA device, and the base is on the cpu: set adamw_torch",
     ):
         check_able(made, train_args(optim=optim))
 

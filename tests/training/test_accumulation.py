@@ -26,7 +26,11 @@ def made():
 def test_the_adapter_after_a_round_is_the_same(made, method, optim):
     """Three steps each: token- and row-normalised losses divide by the step's totals, not by their micro-batch's. 12 rows for fine-tuning: a last step of four."""
     data = LocalData(forget=(), retain=rows(12, 4)) if method is None else DATA
-    usual = {"optim": optim, "learning_rate": 1e-3, "adam_epsilon": 1e-3} if optim != "sgd" else {"optim": optim, "learning_rate": 1e-3}
+    usual = (
+        {"optim": optim, "learning_rate": 1e-3, "adam_epsilon": 1e-3}
+        if optim != "sgd"
+        else {"optim": optim, "learning_rate": 1e-3}
+    )
     results = [train(made, method, data, epochs=2 if method is None else 3, **usual, **shape) for shape in SHAPES]
     moved = (flat(results[0].tensors) - flat(made.start.tensors)).abs().max()
     assert moved > 1e-5
@@ -41,6 +45,9 @@ def test_dividing_by_the_micro_batch_would_show(made):
     lengths = [row.num_labels for row in data.retain]
     assert len(set(lengths)) > 3
     whole = train(made, None, data, optim="sgd", learning_rate=0.1, **SHAPES[0])
-    singles = [train(made, None, replace(data, retain=(row,)), optim="sgd", learning_rate=0.1, **SHAPES[3]) for row in data.retain]
+    singles = [
+        train(made, None, replace(data, retain=(row,)), optim="sgd", learning_rate=0.1, **SHAPES[3])
+        for row in data.retain
+    ]
     mean = torch.stack([flat(one.tensors) for one in singles]).mean(0)
     assert (mean - flat(whole.tensors)).abs().max() > 1e-4

@@ -24,12 +24,20 @@ def ids_of(length):
     return torch.arange(2 * length).reshape(2, length) + 40
 
 
-def test_every_block_is_compiled_inside_and_none_afterwards(made):
-    blocks = list(decoder_blocks(made.model))
-    before = [block.forward for block in blocks]
-    with pytest.raises(RuntimeError, match="in between"), compiled_blocks(made.model):
-        assert all(hasattr(block.forward, "_torchdynamo_orig_callable") for block in blocks)
+def raises_inside(model, look):
+    with compiled_blocks(model):
+        look()
         raise RuntimeError("in between")
+
+
+def test_every_block_is_compiled_inside_and_none_afterwards(made):
+    blocks, compiled = list(decoder_blocks(made.model)), []
+    before = [block.forward for block in blocks]
+    with pytest.raises(RuntimeError, match="in between"):
+        raises_inside(
+            made.model, lambda: compiled.extend(hasattr(b.forward, "_torchdynamo_orig_callable") for b in blocks)
+        )
+    assert compiled == [True] * len(blocks)
     assert [block.forward for block in blocks] == before
     assert not any("forward" in vars(block) for block in blocks)
 

@@ -60,11 +60,11 @@ class TrainArgs:
     report_to: Literal["none", "tensorboard"] = "none"
 
     def __post_init__(self) -> None:
-        faults = [fault for holds, fault in self._rules() if not holds]
+        faults = [fault for holds, fault in (*self._length_rules(), *self._step_rules()) if not holds]
         if faults:
             raise UserError(*faults)
 
-    def _rules(self) -> list[tuple[bool, str]]:
+    def _length_rules(self) -> list[tuple[bool, str]]:
         at = "trainer.args."
         return [
             (self.learning_rate >= 0, f"{at}learning_rate={self.learning_rate} must not be negative"),
@@ -84,12 +84,16 @@ class TrainArgs:
                 self.gradient_accumulation_steps > 0,
                 f"{at}gradient_accumulation_steps={self.gradient_accumulation_steps} must be above 0",
             ),
-            (self.weight_decay >= 0, f"{at}weight_decay={self.weight_decay} must not be negative"),
             (self.warmup_steps >= 0, f"{at}warmup_steps={self.warmup_steps} must not be negative"),
             (
                 self.warmup_epochs is None or self.warmup_steps == 0,
                 f"{at}warmup_epochs={self.warmup_epochs} beside warmup_steps={self.warmup_steps}: give one of the two",
             ),
+            (
+                self.warmup_epochs is None or 0 <= self.warmup_epochs <= LARGEST,
+                f"{at}warmup_epochs={self.warmup_epochs} must not be negative, nor above 1e6",
+            ),
+            (self.logging_steps > 0, f"{at}logging_steps={self.logging_steps} must be above 0"),
             (
                 self.lr_scheduler_type != "constant" or not (self.warmup_steps or self.warmup_epochs),
                 f"{at}lr_scheduler_type='constant' has no warm-up: use constant_with_warmup, or leave warmup_steps and warmup_epochs out",
@@ -98,6 +102,12 @@ class TrainArgs:
                 self.lr_scheduler_type != "polynomial" or self.learning_rate > 1e-7,
                 f"{at}lr_scheduler_type='polynomial' ends at 1e-7: learning_rate={self.learning_rate} must be above it",
             ),
+        ]
+
+    def _step_rules(self) -> list[tuple[bool, str]]:
+        at = "trainer.args."
+        return [
+            (self.weight_decay >= 0, f"{at}weight_decay={self.weight_decay} must not be negative"),
             (
                 self.optim != "sgd" or (self.adam_beta1, self.adam_beta2, self.adam_epsilon) == (0.9, 0.999, 1e-8),
                 f"{at}optim='sgd' reads no adam_beta1, adam_beta2 or adam_epsilon: leave them out",
@@ -123,11 +133,6 @@ class TrainArgs:
                 0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1 and self.adam_epsilon >= 0,
                 f"{at}adam_beta1={self.adam_beta1} and adam_beta2={self.adam_beta2} must lie in [0, 1), adam_epsilon={self.adam_epsilon} must not be negative",
             ),
-            (
-                self.warmup_epochs is None or 0 <= self.warmup_epochs <= LARGEST,
-                f"{at}warmup_epochs={self.warmup_epochs} must not be negative, nor above 1e6",
-            ),
-            (self.logging_steps > 0, f"{at}logging_steps={self.logging_steps} must be above 0"),
         ]
 
 

@@ -59,6 +59,7 @@ def _torchao(quantization: Quantization) -> TorchAoConfig:
     kinds: Any = importlib.import_module("torchao.quantization")
     if quantization == "torchao_int8":
         return TorchAoConfig(kinds.Int8WeightOnlyConfig())
+    four_bits = torch.int4  # type: ignore[attr-defined]  # torch's stubs do not list it
     return TorchAoConfig(
-        kinds.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=kinds.granularity.PerGroup(INT4_GROUP))
+        kinds.IntxWeightOnlyConfig(weight_dtype=four_bits, granularity=kinds.granularity.PerGroup(INT4_GROUP))
     )

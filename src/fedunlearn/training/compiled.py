@@ -22,7 +22,7 @@ def compiled_blocks(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(config.patch(skip_nnmodule_hook_guards=False))
         for block in blocks:
-            block.forward = torch.compile(block.forward, dynamic=True)  # type: ignore[method-assign]
+            block.forward = torch.compile(block.forward, dynamic=True)
         try:
             yield
         finally:
