@@ -35,6 +35,7 @@ CHAT = {TEMPLATE + "apply_chat_template": True, **dict.fromkeys(TAG_KEYS), **{ke
 # Keys that cannot change together with all the others, and what has to change with each.
 APART = {
     "resume": {},
+    "model.model_args.quantization": {},
     "trainer.args.warmup_epochs": {"trainer.args.warmup_steps": 0},
     "trainer.federated.num_train_clients": {"trainer.federated.fraction_train": 1.0},
     "muse_path": {"tofu_path": None, "eval.name": "muse"},
@@ -229,7 +230,7 @@ def test_each_changed_value_arrives(name):
     }
     changed = [together, *(APART[key] | {key: value} for key, value in changes.items() if key in APART)]
     if name.startswith("model/"):
-        changed = [together | CHAT, TAGS]
+        changed = [together | CHAT, TAGS, *changed[1:]]
     if name.startswith("aggregation/"):
         changed = AGGREGATIONS if name == "aggregation/fedit.yaml" else AGGREGATIONS[:2]
     assert all(any(choice.get(key, at(run, key)) != at(run, key) for choice in changed) for key in set(changes) - fixed)

@@ -55,6 +55,7 @@ def made_model(
     targets: object = "all-linear",
     rank: int = 2,
     alpha: float = 4,
+    device: str = "cpu",
 ) -> Resident:
     """A tiny Llama with an adapter whose B is not zero, so that A has a gradient."""
     base = tiny_llama().to(dtype).requires_grad_(False)
@@ -67,7 +68,7 @@ def made_model(
         model, {n: t + 0.05 * torch.randn(t.shape, generator=generator) for n, t in read_tensors(model).items()}
     )
     start = Adapter(read_tensors(model), plain_config(config), "print")
-    return Resident(model.eval(), tiny_chat(), "print", "a tiny base", torch.device("cpu"), start)
+    return Resident(model.to(device).eval(), tiny_chat(), "print", "a tiny base", torch.device(device), start)
 
 
 def rows(count: int, seed: int = 0) -> tuple[EncodedRow, ...]:

@@ -7,6 +7,8 @@ from fedunlearn.config.lora import LoraArgs
 from fedunlearn.errors import UserError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["nf4", "fp4", "int8", "torchao_int8", "torchao_int4"]
+BITSANDBYTES: tuple[Quantization, ...] = ("nf4", "fp4", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,25 +18,49 @@ class ModelArgs:
     pretrained_model_name_or_path: hub id, folder of a full model, PEFT adapter folder, run of ours, or `pocket:SEED`.
     lora_model_path: adapter folder or run to resume from (trainable).
     torch_dtype: dtype of the base's weights; adapters are float32 whatever it is. device: `auto` takes CUDA where it is.
+    quantization: what the base's linear layers are rounded to as they are loaded; torch_dtype is what they then compute in. nf4, fp4 (QLoRA,
+    arXiv:2305.14314), int8 (arXiv:2208.07339): bitsandbytes, on CUDA. torchao_int8, torchao_int4: weights alone, on any device. null: none.
     """
 
     pretrained_model_name_or_path: str
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     torch_dtype: Dtype = "float32"
+    quantization: Quantization | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     use_lora: bool = True
     lora_config: LoraArgs | None = None
     lora_model_path: str | None = None
 
     def __post_init__(self) -> None:
-        if self.use_lora and self.lora_config is None:
-            raise UserError(
-                "model.model_args.lora_config=null with use_lora=true: give r, lora_alpha and target_modules (null = the loaded adapter's)"
-            )
-        if not self.use_lora and self.lora_model_path is not None:
-            raise UserError(
-                f"model.model_args.use_lora=false with lora_model_path={self.lora_model_path!r}: set use_lora=true or leave the path out"
-            )
+        faults = [fault for holds, fault in self._rules() if not holds]
+        if faults:
+            raise UserError(*faults)
+
+    def _rules(self) -> list[tuple[bool, str]]:
+        lora, said = self.lora_config, f"model.model_args.quantization={self.quantization}"
+        initial = None if lora is None else lora.init_lora_weights
+        return [
+            (
+                not self.use_lora or lora is not None,
+                "model.model_args.lora_config=null with use_lora=true: give r, lora_alpha and target_modules (null = the loaded adapter's)",
+            ),
+            (
+                self.use_lora or self.lora_model_path is None,
+                f"model.model_args.use_lora=false with lora_model_path={self.lora_model_path!r}: set use_lora=true or leave the path out",
+            ),
+            (
+                self.quantization not in BITSANDBYTES or self.device != "cpu",
+                f"{said} needs CUDA, and model.model_args.device=cpu: set device=auto, or choose torchao_int8, which runs on any device",
+            ),
+            (
+                self.quantization is None or not isinstance(initial, str) or not initial.startswith(("pissa", "olora")),
+                f"{said} beside lora_config.init_lora_weights={initial!r}, which decomposes the weights as they are stored: leave one of the two out",
+            ),
+            (
+                not str(self.quantization).startswith("torchao") or lora is None or not lora.lora_bias,
+                f"{said} beside lora_config.lora_bias=true: PEFT has none over torchao's layers; leave it out, or take nf4 or int8",
+            ),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,7 @@ _NOT_A_FLAG = "the door says what runs: fed_train.py, train.py or eval.py"
 
 _BY_REASON: Mapping[str, str] = {
     _ADAPTERS_ONLY: (
-        "average_tokens_across_devices neftune_noise_alpha torch_compile torch_compile_backend torch_compile_mode use_liger_kernel "
-        "liger_kernel_config use_cache torch_empty_cache_steps gradient_checkpointing_kwargs activation_checkpointing_kwargs "
-        "optim_args optim_target_modules lr_scheduler_kwargs jit_mode_eval"
+        "average_tokens_across_devices neftune_noise_alpha use_liger_kernel liger_kernel_config use_cache torch_empty_cache_steps optim_args optim_target_modules lr_scheduler_kwargs jit_mode_eval"
     ),
     _ROUND_IS_THE_EPOCH: (
         "dataloader_drop_last dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
@@ -57,6 +55,10 @@ _BY_NAME: Mapping[str, str] = {
     "bf16_full_eval": "an evaluation computes in the base's dtype: set model.model_args.torch_dtype",
     "tf32": "it would make results differ between GPUs: set trainer.args.bf16=true for speed",
     "activation_checkpointing": "set trainer.args.gradient_checkpointing=true",
+    "activation_checkpointing_kwargs": "set trainer.args.gradient_checkpointing=true: it is the non-reentrant one, which alone reaches adapters over a frozen base",
+    "gradient_checkpointing_kwargs": "set trainer.args.gradient_checkpointing=true: it is the non-reentrant one, which alone reaches adapters over a frozen base",
+    "torch_compile_backend": "set trainer.args.torch_compile=true: blocks are compiled by inductor",
+    "torch_compile_mode": "set trainer.args.torch_compile=true: blocks are compiled in the default mode, for rows of any length",
     "per_device_eval_batch_size": "set eval.batch_tokens and eval.generation_batch_size",
     "warmup_ratio": "set trainer.args.warmup_steps to a number below 1: it is a fraction of the steps",
     "label_smoothing_factor": "losses are plain negative log-likelihoods, as the methods and TOFU define them: leave it out",

@@ -11,6 +11,7 @@ import torch
 from fedunlearn.aggregation.combinations import variant_of
 from fedunlearn.aggregation.factors import modules_of
 from fedunlearn.aggregation.flower import FlowerStrategy
+from fedunlearn.config.launcher import LocalLauncher
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.data.alternates import given_alternates
 from fedunlearn.data.benchmark import Benchmark
@@ -49,6 +50,7 @@ from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.records.partition import OwnedRows, Partition
 from fedunlearn.records.requests import Request
 from fedunlearn.reporting.run_folder import config_hash, judge_folder, make_folder, provenance, run_path
+from fedunlearn.training.able import check_able
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -147,6 +149,8 @@ def _loaded(
     made = load_model(run, source)
     if made.start is None:
         raise ValueError("a federated run has an adapter")
+    if isinstance(run.launcher, LocalLauncher):  # elsewhere each client says at the roll call what it can do
+        check_able(made, run.trainer.args)
     for check in (_check_variant, _check_ranks, _check_sides, _check_export):
         check(run, made.start)
     _check_method(run, made, data, owned)

@@ -38,6 +38,7 @@ from fedunlearn.federation.wire import (
 )
 from fedunlearn.records.adapter import Tensors, Weights
 from fedunlearn.records.requests import ReleasedRow
+from fedunlearn.training.able import check_able
 from fedunlearn.training.charges import charges_of
 from fedunlearn.training.local import LocalResult
 
@@ -94,11 +95,13 @@ def _roll_call(site: Site, client: int) -> RollCallReply:
         raise UserError(
             f"the run has clients 0 to {site.partition.num_clients - 1} only: correct this node's client_id"
         )
+    check_able(site.made, site.run.trainer.args)
     rows, shape = site.counted(client), site.shapes[client]
     return RollCallReply(
         client_id=client,
         version=VERSION,
         base_fingerprint=site.made.fingerprint,
+        quantization=site.made.quantization,
         partition_hash=site.partition.hash,
         request_hash=site.request.hash,
         num_owned=rows.num_owned,

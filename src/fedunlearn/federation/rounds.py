@@ -178,6 +178,7 @@ def _expectation(run: TrainRun, folder: Path, start: Start) -> Expectation:
         joins=tuple(run.partition.joins_at(client) for client in range(len(start.rows))),
         version=fedunlearn.__version__,
         base_fingerprint=str(start.adapter.base_fingerprint),
+        quantization=run.model.model_args.quantization or "none",
         partition_hash=read_partition(folder / FILE).hash,
         request_hash=own_request(folder).hash,
         min_clients=run.trainer.federated.min_clients,

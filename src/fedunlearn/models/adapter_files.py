@@ -22,7 +22,7 @@ PROOF = "fedunlearn.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """Logits recorded when an adapter was saved: last position of a few fixed rows, at fixed ids, [rows][ids], in the base's dtype."""
+    """Logits recorded when an adapter was saved: last position of a few fixed rows, at fixed ids, [rows][ids], in the base's dtype; a quantised base is told with it (models.resident)."""
 
     dtype: str
     logits: tuple[tuple[float, ...], ...]

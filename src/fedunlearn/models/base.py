@@ -11,21 +11,28 @@ from transformers.utils import logging as transformers_logging
 
 from fedunlearn.config.model import ModelArgs
 from fedunlearn.errors import UserError
+from fedunlearn.models.quantized import quantization_config
 
 log = logging.getLogger(__name__)
 
 
 def load_base(folder: Path, args: ModelArgs) -> PreTrainedModel:
-    """Loads a full model, frozen and in eval mode, with torch_dtype's weights on its device.
+    """Loads a full model, frozen and in eval mode, with torch_dtype's weights on its device, quantised where args say so.
 
-    Raises UserError where the files cannot be loaded or CUDA is asked for and absent.
+    Raises UserError where the files cannot be loaded, or what is asked for (CUDA, a quantisation) cannot be had.
     """
     device = choose_device(args)
     transformers_logging.disable_progress_bar()
     attention = choose_attention(args.attn_implementation, device.type, args.torch_dtype)
+    quantized = quantization_config(args, device)
+    placed = {} if quantized is None else {"quantization_config": quantized, "device_map": {"": str(device)}}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, args.torch_dtype), attn_implementation=attention, output_loading_info=True
+            folder,
+            dtype=getattr(torch, args.torch_dtype),
+            attn_implementation=attention,
+            output_loading_info=True,
+            **placed,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"base model {str(folder)!r} cannot be loaded: {error}") from error
@@ -35,7 +42,7 @@ def load_base(folder: Path, args: ModelArgs) -> PreTrainedModel:
             f"base model {str(folder)!r} lacks {len(missing)} of its tensors (first: {missing[0]!r}), which would start at random: fetch it again"
         )
     model.requires_grad_(False)
-    loaded: PreTrainedModel = model.to(device).eval()
+    loaded: PreTrainedModel = (model if placed else model.to(device)).eval()
     return loaded
 
 

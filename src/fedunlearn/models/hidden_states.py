@@ -16,6 +16,11 @@ def num_blocks(model: nn.Module) -> int:
     return len(_blocks(model)[0])
 
 
+def decoder_blocks(model: nn.Module) -> nn.ModuleList:
+    """Gives the decoder blocks, first to last. Raises ValueError where they are not to be told."""
+    return _blocks(model)[0]
+
+
 @contextmanager
 def block_output(model: nn.Module, block: int, *, stop: bool) -> Iterator[list[torch.Tensor]]:
     """Inside the block of code each forward leaves the output [B, T, d] of decoder block `block` (from 0) in the list; stop: it ends there.

@@ -34,13 +34,16 @@ from fedunlearn.records.adapter import Adapter, Weights
 
 log = logging.getLogger(__name__)
 PROBE_ROWS, PROBE_LENGTH, PROBE_IDS = 4, 16, 64
+OVER = " over "
+"""In a probe's dtype, what stands between the dtype of the logits and the quantisation of the base."""
 
 
 @dataclass(frozen=True, eq=False)
 class Resident:
     """A loaded base with its LoRA layers. base_name: what user or adapter call the base. start: the adapter it was loaded with (fresh or from a folder).
 
-    model is the PeftModel, or the plain base where use_lora is false (then start is None).
+    model is the PeftModel, or the plain base where use_lora is false (then start is None). fingerprint: of the base as it is stored; quantization: what
+    it was rounded to since, `none` where it was not.
     """
 
     model: PeftModel | PreTrainedModel
@@ -49,6 +52,7 @@ class Resident:
     base_name: str
     device: torch.device
     start: Adapter | None
+    quantization: str = "none"
 
     def put(self, adapter: Adapter) -> None:
         """Makes these values the active adapter's. Raises UserError where they belong to another base or do not fit."""
@@ -67,9 +71,10 @@ class Resident:
 
 
 def numbers_name(made: Resident, weights: Weights, bf16: bool) -> str:
-    """Gives the sha256 of what a model's numbers depend on: base, how it is run (dtype, attention, device, autocast to bf16), LoRA scales, adapter."""
+    """Gives the sha256 of what a model's numbers depend on: base, how it is run (quantisation, dtype, attention, device, autocast to bf16), LoRA scales, adapter."""
     attention = str(made.model.config._attn_implementation)
-    model = [made.fingerprint, str(made.model.dtype), attention, made.device.type, bf16, scales_in(made.model)]
+    base = [made.fingerprint, made.quantization]
+    model = [*base, str(made.model.dtype), attention, made.device.type, bf16, scales_in(made.model)]
     return hashlib.sha256(canonical_json([model, weights.hash]).encode()).hexdigest()
 
 
@@ -148,7 +153,10 @@ def _load(
     fingerprint = fingerprint_base(source.base)
     base = load_base(source.base, config.model_args)
     model = base if lora is None else attach_lora(base, lora)
-    return Resident(model, chat, fingerprint, source.base_name, choose_device(config.model_args), None)
+    args = config.model_args
+    return Resident(
+        model, chat, fingerprint, source.base_name, choose_device(args), None, quantization=args.quantization or "none"
+    )
 
 
 def _as_it_was(loaded: Adapter, stacked: Stacked) -> Adapter:
@@ -222,13 +230,25 @@ def take_probe(made: Resident) -> Probe:
         logits = label_logits(made.model, ids.to(device), torch.ones_like(ids).to(device), positions.to(device))
     made.model.train(training)
     rows = logits.float().cpu()[:, columns].tolist()
-    return Probe(dtype=str(logits.dtype), logits=tuple(tuple(row) for row in rows))
+    kept = "" if made.quantization == "none" else f"{OVER}{made.quantization}"
+    return Probe(dtype=f"{logits.dtype}{kept}", logits=tuple(tuple(row) for row in rows))
 
 
 def check_probe(saved: Probe, now: Probe, where: str) -> None:
-    """Raises UserError where logits differ from the recorded ones by more than 1e-5 (float32 both) or 2e-2 of the largest."""
+    """Raises UserError where logits differ from the recorded ones by more than 1e-5 (float32 both) or 2e-2 of the largest.
+
+    A base quantised otherwise gives other logits by its nature: then nothing is compared, and one warning says so.
+    """
+    if saved.dtype.partition(OVER)[2] != now.dtype.partition(OVER)[2]:
+        log.warning(
+            "adapter %s: its logits were recorded in %s, this model has %s: the two are not compared",
+            where,
+            saved.dtype,
+            now.dtype,
+        )
+        return
     old, new = torch.tensor(saved.logits), torch.tensor(now.logits)
-    tolerance = 1e-5 if saved.dtype == now.dtype == "torch.float32" else 2e-2
+    tolerance = 1e-5 if saved.dtype.partition(OVER)[0] == now.dtype.partition(OVER)[0] == "torch.float32" else 2e-2
     if old.shape != new.shape or not (old - new).abs().max() <= tolerance * old.abs().max():  # NaN fails too
         raise UserError(
             f"adapter {where!r} does not give the logits recorded with it (tolerance {tolerance:g} of the largest): the base, its dtype or a library differs"

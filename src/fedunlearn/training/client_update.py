@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from peft import PeftModel
@@ -15,6 +15,8 @@ from fedunlearn.models.lora import training_only
 from fedunlearn.models.resident import Resident
 from fedunlearn.records.adapter import Tensors
 from fedunlearn.records.rounds import ClientTask, Role
+from fedunlearn.training.able import check_able
+from fedunlearn.training.compiled import compiled_blocks
 from fedunlearn.training.local import LocalData, LocalResult, LocalSettings
 from fedunlearn.training.loop import Tally, Work, run_steps, unlearning_method
 from fedunlearn.training.steps import Step, Supply, count_steps, plan_steps
@@ -27,8 +29,9 @@ def client_update(
 
     A fresh optimiser and schedule each time; random numbers only from task.seed (global random state is put back). The model
     is left in eval mode. Raises ValueError for an idle task, one without rows, or unlearning without a method, UserError for more steps
-    than settings.max_steps.
+    than settings.max_steps, and for what this model or machine cannot do.
     """
+    check_able(made, settings.args)
     rows = data.forget if task.role.on_forget_rows else data.retain
     if task.role is Role.IDLE or not rows:
         raise ValueError(f"client {task.client_id} has nothing to do as {task.role.value}")
@@ -99,7 +102,8 @@ def _training_mode(model: PeftModel, args: TrainArgs, task: ClientTask) -> Itera
         model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     try:
-        with training_only(model, task.trained), torch.random.fork_rng():
+        compiled = compiled_blocks(model) if args.torch_compile else nullcontext()
+        with training_only(model, task.trained), torch.random.fork_rng(), compiled:
             torch.manual_seed(task.seed)
             yield
     finally:

@@ -84,7 +84,7 @@ def run_steps(work: Work, steps: Sequence[Step], memory: Memory) -> Tally:
     """Makes the optimiser steps and gives what they came to; the model holds the trained values afterwards."""
     args, task, device = work.settings.args, work.task, work.made.device
     live, now = live_parameters(work.made.model), live_tensors(work.made.model)
-    optimizer = build_optimizer(live.values(), args, task.lr_scale)
+    optimizer = build_optimizer(live, args, task.lr_scale)
     schedule = build_schedule(optimizer, args, len(steps), warmup_of(len(work.rows), len(steps), args))
     start = {name: tensor.to(device) for name, tensor in work.start.items()}
     guard, tally = Guard(work.settings.guard, start), Tally(memory)
