@@ -31,6 +31,10 @@ class ModelArgs:
             raise UserError(
                 "model.model_args.lora_config=null with use_lora=true: give r, lora_alpha and target_modules (null = the loaded adapter's)"
             )
+        if not self.use_lora and self.lora_config is not None and self.lora_config.preset is not None:
+            raise UserError(
+                f"lora={self.lora_config.preset} with model.model_args.use_lora=false, where no adapter is: leave one of the two out"
+            )
         if not self.use_lora and self.lora_model_path is not None:
             raise UserError(
                 f"model.model_args.use_lora=false with lora_model_path={self.lora_model_path!r}: set use_lora=true or leave the path out"

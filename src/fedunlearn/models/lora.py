@@ -7,11 +7,14 @@ from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from transformers import PreTrainedModel
 
 from fedunlearn.models.adapter_tensors import ACTIVE, live_parameters, write_tensors
+from fedunlearn.models.lora_rules import check_on_base, rank_of, warn_of_ranks
 from fedunlearn.models.sidecar import put_sidecar, use_sidecar
-from fedunlearn.models.targets import check_targets
+from fedunlearn.models.targets import Targets, find_targets, with_targets
 from fedunlearn.records.adapter import Weights
 from fedunlearn.records.rounds import Trained
 
@@ -21,34 +24,67 @@ REFERENCE = "reference"
 def attach_lora(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """Wraps a base without adapter in PeftModel, once; its values are drawn by initial.draw_fresh or written by write_tensors.
 
-    Adapters are float32 whatever the base is. Raises UserError for a target that matches no module, ValueError where the base
-    has an adapter already.
+    Adapters are float32 whatever the base is. Raises UserError for targets that the base does not have or cannot give an adapter,
+    ValueError where it has one already. A rank above the smaller side of a matrix is said aloud.
     """
     if hasattr(base, "peft_config"):
         raise ValueError("the base has an adapter already: a second wrap would train a new adapter over the old")
-    check_targets(base, config.target_modules)
-    config = copy.copy(config)
+    found = find_targets(base, config)
+    config = with_targets(config, found)
+    check_on_base(config, found)
+    warn_of_ranks(base, config, found)
     config.base_model_name_or_path = base.name_or_path  # PEFT's own opinion; what is saved is the name of the source
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
-        model: PeftModel = get_peft_model(base, config)
+        model: PeftModel = get_peft_model(base, _drawn_later(config))
+    model.peft_config[ACTIVE].init_lora_weights = config.init_lora_weights
+    check_built(model, config, found)
     check_trainable(model)
     model.eval()
     return model
 
 
+def _drawn_later(config: LoraConfig) -> LoraConfig:
+    """A copy under which PEFT leaves the base's weights alone: some of its initialisations write into them."""
+    plain = copy.copy(config)
+    plain.init_lora_weights = True
+    return plain
+
+
+def check_built(model: PeftModel, config: LoraConfig, found: Targets) -> None:
+    """Asserts our own invariant: exactly the targets have factors, each of the rank that the config says."""
+    built: dict[str, tuple[int, int]] = {}
+    for path, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer):
+            parameter = isinstance(layer, ParamWrapper)
+            name = f"{path}.{layer.parameter_name}".replace(".base_layer", "") if parameter else path
+            built[name] = (len(layer.lora_A[ACTIVE].weight), layer.num_experts if parameter else 1)
+    assert set(built) == found.modules | found.experts, sorted(set(built) ^ (found.modules | found.experts))[:3]
+    odd = {name: rows for name, (rows, experts) in built.items() if rows != experts * rank_of(config, name)}
+    assert not odd, odd
+
+
 def check_trainable(model: PeftModel) -> None:
-    """Asserts our own invariant: the trainable parameters are exactly the active adapter's."""
+    """Asserts our own invariant: the trainable parameters are exactly the active adapter's, and the biases that its config names."""
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    wanted = {name for name, _ in model.named_parameters() if f".{ACTIVE}." in name}
+    biases = _trained_biases(model, model.peft_config[ACTIVE].bias)
+    wanted = {n for n, _ in model.named_parameters() if f".{ACTIVE}." in n or n.endswith(f".{ACTIVE}") or n in biases}
     assert trainable == wanted, sorted(trainable ^ wanted)[:3]
     assert trainable, "no trainable adapter parameter"
+
+
+def _trained_biases(model: PeftModel, which: str) -> set[str]:
+    """The base's own biases that are trained: none, all, or those of layers that have an adapter (lora_only)."""
+    own = {name for name, _ in model.named_parameters() if name.endswith(".bias") and ".lora_" not in name}
+    if which == "lora_only":
+        return {name for name in own if name.endswith(".base_layer.bias")}
+    return own if which == "all" else set()
 
 
 def hold_reference(model: PeftModel, weights: Weights) -> None:
     """Puts a frozen second adapter with these values on the one base (made on first use); the active adapter stays as it is."""
     if REFERENCE not in model.peft_config:
-        config = PeftConfig.from_peft_type(**model.peft_config[ACTIVE].to_dict())
+        config = _drawn_later(PeftConfig.from_peft_type(**model.peft_config[ACTIVE].to_dict()))
         with torch.random.fork_rng():
             model.add_adapter(REFERENCE, config)
         model.set_adapter(ACTIVE)

@@ -27,6 +27,7 @@ from fedunlearn.models.lora import attach_lora
 from fedunlearn.models.lora_config import lora_config_of, plain_config
 from fedunlearn.models.ranks import scales_in
 from fedunlearn.models.sidecar import put_sidecar
+from fedunlearn.models.skeleton import skeleton
 from fedunlearn.models.source import ModelSource, find_base
 from fedunlearn.records.adapter import Adapter, Weights
 
@@ -86,7 +87,9 @@ def resident(config: ModelConfig, source: ModelSource, *, seed: int, max_length:
     stacked = stacked_of(source.adapter) if source.adapter else None
     _check_base(loaded, source)
     known = loaded if loaded is None or stacked is None else _as_it_was(loaded, stacked)
-    lora = lora_config_of(args.lora_config, known, source.base_name) if args.lora_config and args.use_lora else None
+    lora = None
+    if args.lora_config and args.use_lora:
+        lora = lora_config_of(args.lora_config, known, source.base_name, skeleton(source.base))
     plain = None if lora is None else plain_config(lora)
     bare = replace(
         args,

@@ -1,0 +1,53 @@
+"""A base without its weights: every module and shape, on the meta device, from its config alone."""
+
+import copy
+import functools
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from fedunlearn.errors import UserError
+
+
+def skeleton(source: Path | PretrainedConfig) -> PreTrainedModel:
+    """Gives the model of a folder's config.json, or of a config, on the meta device: no weights are read, none is held.
+
+    It is the caller's own, adapters may be put on it. Raises UserError for a folder without a config that transformers can build
+    a causal language model of.
+    """
+    config = source if isinstance(source, PretrainedConfig) else _read(source)
+    known = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    return copy.deepcopy(_built(type(config), known, _Held(config)))
+
+
+class _Held:
+    """A config beside its text: equal to any other, for the text tells them apart."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self.config = config
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Held)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+def _read(folder: Path) -> PretrainedConfig:
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"base model {str(folder)!r} has no config that can be read: {error}") from error
+    return config
+
+
+@functools.lru_cache(maxsize=4)
+def _built(kind: type[PretrainedConfig], known: str, held: _Held) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(held.config))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"a base of type {held.config.model_type!r} cannot be built: {error}") from error
+    return model.requires_grad_(False).eval()
