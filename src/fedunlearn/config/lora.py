@@ -11,6 +11,11 @@ from fedunlearn.limits import LARGEST, SMALLEST
 
 Preset = Literal["fast", "balanced", "high"]
 PRESET_DROPOUT: Mapping[Preset, float] = MappingProxyType({"fast": 0.1, "balanced": 0.1, "high": 0.05})
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PRESET_TARGETS: Mapping[Preset, tuple[str, ...]] = MappingProxyType(
+    {"fast": ("q_proj", "v_proj"), "balanced": SEVEN, "high": SEVEN}
+)
+"""What the files of configs/lora/ say of dropout and targets: a base that cannot take it, or calls its layers otherwise, gets what comes nearest."""
 INITIALISATIONS = re.compile(r"gaussian|orthogonal|olora|pissa|pissa_niter_[1-9]\d{0,2}")
 AT = "model.model_args.lora_config."
 

@@ -51,6 +51,11 @@ class Layers:
         ends = ", ".join(sorted({end_of(name) for name in self.experts}))
         return f"{said}; fused experts are {ends}" if ends else said
 
+    def names(self, word: str) -> bool:
+        """Whether a word is the name of a linear layer or its end, or that of a part of fused experts."""
+        ends = {piece for name in self.experts for family in PIECES[_leaf(name)] for piece in (*family, _leaf(name))}
+        return word in ends or any(name == word or name.endswith(f".{word}") for name in self.linear)
+
     def of_kind(self, kind: str) -> frozenset[str]:
         """Modules and fused experts of `attention`, `mlp` or `all-linear` (which leaves the head out); empty where none is known by that name."""
         if kind == "attention":

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from fedunlearn.config.lora import AT, REFUSED, LoraArgs, given
 from fedunlearn.errors import UserError
-from fedunlearn.models.lora_rules import check_on_base, settle_dropout
+from fedunlearn.models.lora_rules import check_on_base, settle_dropout, settle_targets
 from fedunlearn.models.targets import Targets, find_targets, with_targets
 from fedunlearn.records.adapter import Adapter
 
@@ -53,7 +53,10 @@ def lora_config_of(
     rules of the base are kept; without one names stand as they are written, and attach_lora does it. Raises UserError where a value
     of the yaml differs from the loaded adapter's, or is null without one, or does not suit the base.
     """
-    config = _fresh(args) if loaded is None else _of_loaded(args, loaded, base)
+    missing = [key for key in ("r", "lora_alpha", "target_modules") if getattr(args, key) is None]
+    if missing and loaded is None:
+        raise UserError(*(f"{AT}{key}=null without an adapter to take it from: give a value" for key in missing))
+    config = _of_yaml(args, base) if loaded is None else _of_loaded(args, loaded, base)
     config.base_model_name_or_path = base_name
     config.lora_dropout = args.lora_dropout
     config.inference_mode = False
@@ -68,11 +71,11 @@ def lora_config_of(
     return config
 
 
-def _fresh(args: LoraArgs) -> LoraConfig:
-    missing = [key for key in ("r", "lora_alpha", "target_modules") if getattr(args, key) is None]
-    if missing:
-        raise UserError(*(f"{AT}{key}=null without an adapter to take it from: give a value" for key in missing))
-    return LoraConfig(**given(args))
+def _of_yaml(args: LoraArgs, base: PreTrainedModel | None) -> LoraConfig:
+    config = LoraConfig(**given(args))
+    if base is not None:
+        settle_targets(config, base, args.preset)
+    return config
 
 
 def _of_loaded(args: LoraArgs, loaded: Adapter, base: PreTrainedModel | None) -> LoraConfig:
@@ -127,7 +130,7 @@ def _comparable(value: object) -> object:
 
 
 def _same_places(args: LoraArgs, peft_config: Mapping[str, object], base: PreTrainedModel) -> bool:
-    wanted = find_targets(base, LoraConfig(**given(args)))
+    wanted = find_targets(base, _of_yaml(args, base))
     loaded = find_targets(base, _peft_config(peft_config), ADAPTERS)
     return (wanted.modules, wanted.experts) == (loaded.modules, loaded.experts)
 

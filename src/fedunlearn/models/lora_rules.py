@@ -8,12 +8,14 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from fedunlearn.config.lora import AT, PRESET_DROPOUT, Preset
+from fedunlearn.config.lora import AT, PRESET_DROPOUT, PRESET_TARGETS, Preset
 from fedunlearn.errors import UserError
-from fedunlearn.models.layers import sides_of
-from fedunlearn.models.targets import Targets
+from fedunlearn.models.layers import layers_of, sides_of
+from fedunlearn.models.targets import KINDS, Targets
 
 log = logging.getLogger(__name__)
+FUSED_QUERIES = ("c_attn", "qkv_proj", "query_key_value", "Wqkv")
+"""Linear layers that make queries, keys and values at once."""
 ON_EXPERTS = "an expert's factors meet its weight before any input does; leave it out, or leave the experts out (target_modules=attention)"
 
 
@@ -26,6 +28,24 @@ def check_on_base(config: LoraConfig, found: Targets, at: str = AT) -> None:
     ]
     if faults:
         raise UserError(*faults)
+
+
+def settle_targets(config: LoraConfig, base: nn.Module, preset: Preset | None) -> None:
+    """Puts a preset's own targets in a base's words, with one line, where it has no layers of those names; anybody else's stay, to be refused."""
+    if preset is None or set(config.target_modules or ()) != set(PRESET_TARGETS[preset]):
+        return
+    layers = layers_of(base)
+    if all(layers.names(word) for word in PRESET_TARGETS[preset]):
+        return
+    fused = {word for word in FUSED_QUERIES if layers.names(word)}
+    instead = "all-linear" if preset != "fast" else ", ".join(sorted(fused)) or "attention"
+    config.target_modules = fused if instead not in KINDS else instead
+    log.warning(
+        "lora=%s: this base has no layers called %s; what stands for them is %s",
+        preset,
+        ", ".join(PRESET_TARGETS[preset]),
+        instead,
+    )
 
 
 def settle_dropout(config: LoraConfig, found: Targets, preset: Preset | None) -> None:

@@ -14,25 +14,11 @@ from fedunlearn.errors import UserError
 def skeleton(source: Path | PretrainedConfig) -> PreTrainedModel:
     """Gives the model of a folder's config.json, or of a config, on the meta device: no weights are read, none is held.
 
-    It is the caller's own, adapters may be put on it. Raises UserError for a folder without a config that transformers can build
-    a causal language model of.
+    It is the caller's own: adapters may be put on it. Raises UserError for a folder without a config of which transformers can build
+    a causal language model.
     """
     config = source if isinstance(source, PretrainedConfig) else _read(source)
-    known = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    return copy.deepcopy(_built(type(config), known, _Held(config)))
-
-
-class _Held:
-    """A config beside its text: equal to any other, for the text tells them apart."""
-
-    def __init__(self, config: PretrainedConfig) -> None:
-        self.config = config
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Held)
-
-    def __hash__(self) -> int:
-        return 0
+    return copy.deepcopy(_built(type(config), config.to_json_string(use_diff=False)))
 
 
 def _read(folder: Path) -> PretrainedConfig:
@@ -44,10 +30,12 @@ def _read(folder: Path) -> PretrainedConfig:
 
 
 @functools.lru_cache(maxsize=4)
-def _built(kind: type[PretrainedConfig], known: str, held: _Held) -> PreTrainedModel:
+def _built(kind: type[PretrainedConfig], text: str) -> PreTrainedModel:
+    """Kept by the config's text, not its folder: files of that name may be other ones tomorrow."""
+    config = kind.from_dict(json.loads(text))
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(held.config))
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"a base of type {held.config.model_type!r} cannot be built: {error}") from error
+        raise UserError(f"a base of type {config.model_type!r} cannot be built: {error}") from error
     return model.requires_grad_(False).eval()
