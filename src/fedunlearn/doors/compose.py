@@ -131,12 +131,10 @@ def _translated(config_name: str, overrides: Sequence[UserOverride], config: Dic
     """The config under today's names. What the files of the groups `model` and `lora` say by themselves is only asked for where it matters."""
 
     def shipped() -> Mapping[str, object]:
-        texts = [override.text for override in overrides]
-        choices = hydra.compose(config_name, texts, return_hydra_config=True).hydra.runtime.choices
-        members = [f"{group}/{choices[group]}" for group in ("model", "lora") if choices.get(group)]
+        choices = hydra.compose(config_name, [o.text for o in overrides], return_hydra_config=True).hydra.runtime.choices
+        chosen = [f"{group}={choices[group]}" for group in ("model", "lora") if choices.get(group)]
         places = [override.text for override in overrides if override.key == SEARCHPATH]
-        parts = [OmegaConf.to_container(hydra.compose(member, places)) for member in members]
-        return cast("dict[str, object]", OmegaConf.to_container(OmegaConf.unsafe_merge(*parts)))
+        return _plain(hydra.compose(config_name, [*places, *chosen]))
 
     return in_todays_names(_plain(config), {override.key for override in overrides}, shipped)
 
