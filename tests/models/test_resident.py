@@ -214,16 +214,33 @@ class TestProof:
         assert not [record for record in caplog.records if record.name.startswith("fedunlearn")]
 
 
+def foreign_folder(base_folder, folder, **variant):
+    """What plain PEFT saves of an adapter whose every value was moved."""
+    foreign = get_peft_model(
+        tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM", **variant)
+    )
+    foreign.peft_config["default"].base_model_name_or_path = str(base_folder)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in (p for p in foreign.parameters() if p.requires_grad):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    foreign.save_pretrained(folder)
+    return foreign.eval()
+
+
+@pytest.mark.parametrize("variant", [{"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["lm_head"]}])
+def test_a_foreign_adapter_s_plain_tensors_are_loaded_with_its_factors(base_folder, tmp_path, variant):
+    foreign = foreign_folder(base_folder, tmp_path, **variant)
+    assert torch.equal(some_logits(load(model_config(tmp_path, TAKE_ALL)).model), some_logits(foreign))
+
+
 @pytest.mark.parametrize(
-    "variant", [{"use_dora": True}, {"init_lora_weights": "olora"}, {"modules_to_save": ["lm_head"]}]
+    "variant", [{"init_lora_weights": "olora"}, {"trainable_token_indices": [1]}, {"layer_replication": [[0, 2], [0, 1]]}]
 )
 def test_a_foreign_variant_that_is_not_understood_is_refused(base_folder, tmp_path, variant):
-    """DoRA's parameters have other names than its state dict; olora and pissa write into the base's weights, again for the reference."""
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM", **variant)
-    foreign = get_peft_model(tiny_llama(), config)
-    foreign.peft_config["default"].base_model_name_or_path = str(base_folder)
-    foreign.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=next(iter(variant))):
+    """olora and pissa write into the base's weights, again for the reference."""
+    foreign_folder(base_folder, tmp_path, **variant)
+    with pytest.raises(UserError, match=f"the adapter's {next(iter(variant))}="):
         load(model_config(tmp_path, TAKE_ALL))
 
 

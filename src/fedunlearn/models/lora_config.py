@@ -72,7 +72,10 @@ def lora_config_of(
 
 
 def _of_yaml(args: LoraArgs, base: PreTrainedModel | None) -> LoraConfig:
-    config = LoraConfig(**given(args))
+    values = given(args)
+    targets = values.pop("target_modules", None)
+    config = LoraConfig(**values)
+    config.target_modules = set(targets) if isinstance(targets, list) else targets  # a text beside layers: PEFT refuses it before it is names
     if base is not None:
         settle_targets(config, base, args.preset)
     return config

@@ -22,14 +22,15 @@ KINDS = ("attention", "mlp", "all-linear")
 class Targets:
     """What a config means in one base, by full names. modules: linear layers, a pair each; experts: fused parameters, a pair an expert.
 
-    said_modules, said_experts: what PEFT is told, as short as it can be with the config's exclude_modules and layers_to_transform
-    beside it (which PEFT applies to modules alone). fan_in_fan_out: whether the modules store their weights [in, out].
+    said_modules, said_experts: what PEFT is told, as short as it can be with layers_to_transform and said_excluded beside it: what of
+    exclude_modules concerns modules, for PEFT applies it to them alone. fan_in_fan_out: whether the modules store their weights [in, out].
     """
 
     modules: frozenset[str]
     experts: frozenset[str]
     said_modules: frozenset[str] | str
     said_experts: tuple[str, ...]
+    said_excluded: frozenset[str] | str | None
     fan_in_fan_out: bool
 
 
@@ -69,6 +70,7 @@ def with_targets(config: LoraConfig, found: Targets) -> LoraConfig:
     made = copy.copy(config)
     made.target_modules = found.said_modules if isinstance(found.said_modules, str) else set(found.said_modules)
     made.target_parameters = list(found.said_experts) or None
+    made.exclude_modules = set(said) if isinstance(said := found.said_excluded, frozenset) else said
     made.fan_in_fan_out = found.fan_in_fan_out
     return made
 
@@ -183,6 +185,11 @@ def _is_out(name: str, word: str, is_pattern: bool) -> bool:
     return matches(name, word, is_pattern) or (name.split(".")[-1] in PIECES and matches(holder, word, is_pattern))
 
 
+def _excluding(words: Collection[str] | str | None, modules: frozenset[str]) -> frozenset[str] | str | None:
+    acting = {word for word in _words(words) if any(matches(name, word, isinstance(words, str)) for name in modules)}
+    return (words if isinstance(words, str) else frozenset(acting)) if acting else None
+
+
 def _layer_of(name: str, patterns: Collection[str] | str | None) -> int | None:
     """A layer's number as PEFT reads it: the first one behind any name, or behind one of layers_pattern."""
     listed = [patterns] if isinstance(patterns, str) else list(patterns or ())
@@ -226,6 +233,7 @@ def _told(
         experts=experts,
         said_modules=said,
         said_experts=_short_experts(layers, experts),
+        said_excluded=_excluding(config.exclude_modules, named - experts),
         fan_in_fan_out=flipped == {True},
     )
     told = with_targets(config, found)
