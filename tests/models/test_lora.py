@@ -115,6 +115,11 @@ class TestConfig:
             with pytest.raises(UserError, match="differs from the loaded adapter's"):
                 lora_config_of(lora_args(**changed), LOADED, "x", base)
 
+    def test_a_filter_that_the_yaml_leaves_null_is_the_adapter_s(self):
+        theirs = Adapter(LOADED.tensors, {**LOADED.peft_config, "layers_to_transform": [1]}, None)
+        config = lora_config_of(lora_args(target_modules=r".*\.(q|v)_proj"), theirs, "x", tiny_llama())
+        assert config.layers_to_transform == [1]
+
     def test_a_loaded_adapter_s_own_words_are_put_as_names(self):
         """all-linear of a foreign folder; what it names that this base lacks is its fault, not the yaml's."""
         theirs = Adapter(LOADED.tensors, {**LOADED.peft_config, "target_modules": "all-linear"}, None)

@@ -49,7 +49,10 @@ SEEN = {
     "r": ({"r": 3}, lambda m: each(m, lambda layer: layer.lora_A["default"].weight.shape[0]) == {3}),
     "lora_alpha": ({"lora_alpha": 2.0}, lambda m: each(m, lambda layer: layer.scaling["default"]) == {0.5}),
     "target_modules": ({"target_modules": ("fc1",)}, lambda m: names(m) == full("phi", ("mlp.fc1",))),
-    "lora_dropout": ({"lora_dropout": 0.25}, lambda m: each(m, lambda layer: getattr(layer.lora_dropout["default"], "p", 0)) == {0.25}),
+    "lora_dropout": (
+        {"lora_dropout": 0.25},
+        lambda m: each(m, lambda layer: getattr(layer.lora_dropout["default"], "p", 0)) == {0.25},
+    ),
     "use_rslora": ({"use_rslora": True}, lambda m: each(m, lambda layer: layer.scaling["default"]) == {8.0 / 4**0.5}),
     "use_dora": ({"use_dora": True}, lambda m: len(trained(m, ".lora_magnitude_vector.default.weight")) == 4),
     "init_lora_weights": (

@@ -235,7 +235,8 @@ def test_a_foreign_adapter_s_plain_tensors_are_loaded_with_its_factors(base_fold
 
 
 @pytest.mark.parametrize(
-    "variant", [{"init_lora_weights": "olora"}, {"trainable_token_indices": [1]}, {"layer_replication": [[0, 2], [0, 1]]}]
+    "variant",
+    [{"init_lora_weights": "olora"}, {"trainable_token_indices": [1]}, {"layer_replication": [[0, 2], [0, 1]]}],
 )
 def test_a_foreign_variant_that_is_not_understood_is_refused(base_folder, tmp_path, variant):
     """olora and pissa write into the base's weights, again for the reference."""

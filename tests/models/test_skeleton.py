@@ -35,7 +35,9 @@ def test_a_folder_whose_config_changes_gives_another(tmp_path):
     assert type(skeleton(tmp_path)) is type(tiny("gpt2"))
 
 
-@pytest.mark.parametrize(("text", "match"), [(None, "has no config that can be read"), ('{"model_type": "vit"}', "cannot be built")])
+@pytest.mark.parametrize(
+    ("text", "match"), [(None, "has no config that can be read"), ('{"model_type": "vit"}', "cannot be built")]
+)
 def test_what_is_no_language_model_is_refused(tmp_path, text, match):
     if text:
         (tmp_path / "config.json").write_text(text)

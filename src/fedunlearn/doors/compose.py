@@ -131,7 +131,9 @@ def _translated(config_name: str, overrides: Sequence[UserOverride], config: Dic
     """The config under today's names. What the files of the groups `model` and `lora` say by themselves is only asked for where it matters."""
 
     def shipped() -> Mapping[str, object]:
-        choices = hydra.compose(config_name, [o.text for o in overrides], return_hydra_config=True).hydra.runtime.choices
+        choices = hydra.compose(
+            config_name, [o.text for o in overrides], return_hydra_config=True
+        ).hydra.runtime.choices
         chosen = [f"{group}={choices[group]}" for group in ("model", "lora") if choices.get(group)]
         places = [override.text for override in overrides if override.key == SEARCHPATH]
         return _plain(hydra.compose(config_name, [*places, *chosen]))

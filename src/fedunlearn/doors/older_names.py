@@ -46,7 +46,9 @@ def in_todays_names(
     said: the keys of the command line, which beat every YAML. shipped: gives what the model's and the preset's own files say; whatever
     of it another YAML changes counts as set. A value set by two names is a fault, whichever they are.
     """
-    found = [(place + name, name) for place in PLACES for name in (*TODAY, SAVE) if _get(plain, place + name) is not _ABSENT]
+    found = [
+        (place + name, name) for place in PLACES for name in (*TODAY, SAVE) if _get(plain, place + name) is not _ABSENT
+    ]
     if not found:
         return Translated(plain=dict(plain))
     made = copy.deepcopy(dict(plain))
@@ -61,7 +63,9 @@ def in_todays_names(
         today = TODAY[name]
         other = taken.get(today) or (today if _is_set(plain, key, today, said, group) else None)
         if other:
-            faults.append(f"{key}={values[key]!r} beside {other}={_shown(plain, other)}, which is the same setting by another name: give {today} alone")
+            faults.append(
+                f"{key}={values[key]!r} beside {other}={_shown(plain, other)}, which is the same setting by another name: give {today} alone"
+            )
             continue
         taken[today] = key
         value = _value(name, values[key])

@@ -39,9 +39,7 @@ class Layers:
         """Every layer that can have a pair: linear ones without routers and without a tied head."""
         left_out = self.routers | ({self.head} if self.tied else set())
         return {
-            name: module
-            for name, module in self.modules.items()
-            if isinstance(module, LINEAR) and name not in left_out
+            name: module for name, module in self.modules.items() if isinstance(module, LINEAR) and name not in left_out
         }
 
     @property

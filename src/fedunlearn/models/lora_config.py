@@ -26,7 +26,8 @@ CHANGES_THE_FORWARD = (
     "megatron_config",
 )
 """Of the keys that are refused, those without which a loaded adapter would be another one."""
-WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
+FILTERS = ("exclude_modules", "layers_to_transform", "layers_pattern")
+WHERE = ("target_modules", *FILTERS, "target_parameters")
 WHAT = (
     "r",
     "lora_alpha",
@@ -75,7 +76,9 @@ def _of_yaml(args: LoraArgs, base: PreTrainedModel | None) -> LoraConfig:
     values = given(args)
     targets = values.pop("target_modules", None)
     config = LoraConfig(**values)
-    config.target_modules = set(targets) if isinstance(targets, list) else targets  # a text beside layers: PEFT refuses it before it is names
+    config.target_modules = (
+        set(targets) if isinstance(targets, list) else targets
+    )  # a text beside layers: PEFT refuses it before it is names
     if base is not None:
         settle_targets(config, base, args.preset)
     return config
@@ -107,9 +110,8 @@ def check_agreement(args: LoraArgs, peft_config: Mapping[str, object], base: Pre
         if peft_config.get(key)
     ]
     differing = [key for key in WHAT if _differ(getattr(args, key), peft_config.get(key))]
-    if base is None or args.target_modules is None:
-        differing += [key for key in WHERE if _differ(getattr(args, key), peft_config.get(key))]
-    elif not faults and not _same_places(args, peft_config, base):
+    by_words = base is None or args.target_modules is None
+    if by_words or (not faults and not _same_places(args, peft_config, base)):
         differing += [key for key in WHERE if _differ(getattr(args, key), peft_config.get(key))]
     faults += [
         f"{AT}{key}={getattr(args, key)!r} differs from the loaded adapter's {peft_config.get(key)!r}: set that value or null"
@@ -132,10 +134,15 @@ def _comparable(value: object) -> object:
     return value
 
 
-def _same_places(args: LoraArgs, peft_config: Mapping[str, object], base: PreTrainedModel) -> bool:
-    wanted = find_targets(base, _of_yaml(args, base))
-    loaded = find_targets(base, _peft_config(peft_config), ADAPTERS)
-    return (wanted.modules, wanted.experts) == (loaded.modules, loaded.experts)
+def _same_places(args: LoraArgs, peft_config: Mapping[str, object], base: PreTrainedModel | None) -> bool:
+    """Filters that the yaml leaves null are the adapter's."""
+    assert base is not None
+    loaded, config = _peft_config(peft_config), _of_yaml(args, base)
+    for key in FILTERS:
+        if getattr(args, key) is None:
+            setattr(config, key, getattr(loaded, key))
+    wanted, there = find_targets(base, config), find_targets(base, loaded, ADAPTERS)
+    return (wanted.modules, wanted.experts) == (there.modules, there.experts)
 
 
 def _peft_config(plain: Mapping[str, object]) -> LoraConfig:
@@ -146,9 +153,7 @@ def _peft_config(plain: Mapping[str, object]) -> LoraConfig:
 def _check_orientation(args: LoraArgs, found: Targets) -> None:
     if args.fan_in_fan_out not in (None, found.fan_in_fan_out):
         kind = "Conv1D, which stores its weight [in, out]" if found.fan_in_fan_out else "linear layers, [out, in]"
-        raise UserError(
-            f"{AT}fan_in_fan_out={str(args.fan_in_fan_out).lower()}: the targets are {kind}; leave it null"
-        )
+        raise UserError(f"{AT}fan_in_fan_out={str(args.fan_in_fan_out).lower()}: the targets are {kind}; leave it null")
 
 
 def plain_config(config: LoraConfig) -> dict[str, object]:

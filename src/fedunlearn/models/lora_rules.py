@@ -67,9 +67,7 @@ def rank_of(config: LoraConfig, module: str) -> int:
 
 def warn_of_ranks(base: nn.Module, config: LoraConfig, found: Targets) -> None:
     """One warning where a rank is above the smaller side of the matrix it belongs to: the rest of it can hold nothing."""
-    above = {
-        name: min(sides) for name, sides in _sides(base, found).items() if rank_of(config, name) > min(sides)
-    }
+    above = {name: min(sides) for name, sides in _sides(base, found).items() if rank_of(config, name) > min(sides)}
     if above:
         first = min(above)
         log.warning(

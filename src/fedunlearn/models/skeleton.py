@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+from collections.abc import Hashable
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ def skeleton(source: Path | PretrainedConfig) -> PreTrainedModel:
     a causal language model.
     """
     config = source if isinstance(source, PretrainedConfig) else _read(source)
-    return copy.deepcopy(_built(type(config), config.to_json_string(use_diff=False)))
+    kind: Hashable = type(config)
+    return copy.deepcopy(_built(kind, config.to_json_string(use_diff=False)))
 
 
 def _read(folder: Path) -> PretrainedConfig:
