@@ -17,12 +17,18 @@ from fedunlearn.models.adapter_files import save_adapter
 from fedunlearn.models.adapter_tensors import read_tensors, write_tensors
 from fedunlearn.models.lora import attach_lora
 from fedunlearn.models.lora_config import lora_config_of, plain_config
+from fedunlearn.models.lora_rules import say_once
 from fedunlearn.models.skeleton import skeleton
 from fedunlearn.models.targets import find_targets
 from fedunlearn.records.adapter import Adapter
 
 AT = r"model\.model_args\.lora_config\."
 RULES = "fedunlearn.models.lora_rules"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said_yet():
+    say_once.cache_clear()
 
 
 def config_of(kind, targets, **changed):
@@ -261,6 +267,7 @@ class TestExperts:
     @pytest.mark.parametrize(("preset", "dropout"), [("balanced", 0.1), ("high", 0.05)])
     def test_a_preset_s_dropout_is_zero_and_said(self, kind, preset, dropout, caplog):
         config = config_of(kind, SEVEN, preset=preset, lora_dropout=dropout)
+        assert config_of(kind, SEVEN, preset=preset, lora_dropout=dropout).lora_dropout == 0
         assert config.lora_dropout == 0
         assert len(said(caplog)) == 1
         assert f"lora={preset}: its lora_dropout={dropout:g} is 0 here" in said(caplog)[0]

@@ -1,5 +1,6 @@
 """What of an adapter's config cannot stand on one base: patterns that name nothing or two things, and what fused experts do not take."""
 
+import functools
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -40,21 +41,21 @@ def settle_targets(config: LoraConfig, base: nn.Module, preset: Preset | None) -
     fused = {word for word in FUSED_QUERIES if layers.names(word)}
     instead = "all-linear" if preset != "fast" else ", ".join(sorted(fused)) or "attention"
     config.target_modules = fused if instead not in KINDS else instead
-    log.warning(
-        "lora=%s: this base has no layers called %s; what stands for them is %s",
-        preset,
-        ", ".join(PRESET_TARGETS[preset]),
-        instead,
-    )
+    missing = ", ".join(PRESET_TARGETS[preset])
+    say_once(f"lora={preset}: this base has no layers called {missing}; what stands for them is {instead}")
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Warns with the line, once a process: a config is settled anew at each stage of a run."""
+    log.warning("%s", line)
 
 
 def settle_dropout(config: LoraConfig, found: Targets, preset: Preset | None) -> None:
     """Puts a preset's own dropout to 0, with one line, where fused experts are targeted; anybody else's stays, for check_on_base to refuse."""
     if found.experts and preset is not None and config.lora_dropout == PRESET_DROPOUT[preset]:
-        log.warning(
-            "lora=%s: its lora_dropout=%g is 0 here, for this base's experts are targeted and fused, and PEFT drops no input of theirs",
-            preset,
-            config.lora_dropout,
+        say_once(
+            f"lora={preset}: its lora_dropout={config.lora_dropout:g} is 0 here, for this base's experts are targeted and fused, and PEFT drops no input of theirs"
         )
         config.lora_dropout = 0.0
 
@@ -110,9 +111,9 @@ def _pattern_faults(key: str, patterns: Mapping[str, float] | None, found: Targe
 def _expert_faults(config: LoraConfig, at: str) -> Iterable[str]:
     initial = config.init_lora_weights
     rules = (
-        (config.lora_dropout == 0, f"lora_dropout={config.lora_dropout:g}"),
-        (not config.use_dora, "use_dora=true"),
-        (not config.lora_bias, "lora_bias=true"),
-        (not str(initial).startswith(("pissa", "olora")), f"init_lora_weights={initial}"),
+        (config.lora_dropout == 0, f"{AT}lora_dropout={config.lora_dropout:g}"),  # never a loaded adapter's
+        (not config.use_dora, f"{at}use_dora=true"),
+        (not config.lora_bias, f"{at}lora_bias=true"),
+        (not str(initial).startswith(("pissa", "olora")), f"{at}init_lora_weights={initial}"),
     )
-    return [f"{at}{said} beside fused experts: {ON_EXPERTS}" for holds, said in rules if not holds]
+    return [f"{said} beside fused experts: {ON_EXPERTS}" for holds, said in rules if not holds]

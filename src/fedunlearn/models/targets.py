@@ -210,13 +210,7 @@ def _filters(config: LoraConfig) -> str:
 def _told(
     layers: Layers, config: LoraConfig, named: frozenset[str], experts: frozenset[str], modules: frozenset[str], at: str
 ) -> Targets:
-    words, literal = config.target_modules, not layers.experts
-    if isinstance(words, str):
-        said = words if literal and words not in KINDS and config.layers_to_transform is None else _short(layers, named)
-    else:
-        plain = {word for word in words or () if word not in KINDS and _names_modules(layers, word)}
-        kinds = [layers.of_kind(word) for word in words or () if word in KINDS]
-        said = frozenset(plain) | _short(layers, frozenset[str]().union(*kinds) - set(layers.experts))
+    words, said = config.target_modules, _said(layers, config, named)
     rewritten = sorted(PEFT_REWRITES & {word.rpartition(".")[2] for word in said}) if layers.experts else []
     if rewritten:
         raise UserError(
@@ -240,6 +234,17 @@ def _told(
     seen = {name for name in layers.modules if _peft_matches(told, name)}
     assert seen == modules, sorted(seen ^ modules)[:3]
     return found
+
+
+def _said(layers: Layers, config: LoraConfig, named: frozenset[str]) -> frozenset[str] | str:
+    """Names stay as they are written, and a pattern where PEFT reads it as we do: not beside layers_to_transform, nor on a base with fused experts."""
+    words = config.target_modules
+    if isinstance(words, str):
+        kept = words not in KINDS and not layers.experts and config.layers_to_transform is None
+        return words if kept else _short(layers, named)
+    plain = {word for word in words or () if word not in KINDS and _names_modules(layers, word)}
+    kinds = [layers.of_kind(word) for word in words or () if word in KINDS]
+    return frozenset(plain) | _short(layers, frozenset[str]().union(*kinds) - set(layers.experts))
 
 
 def _peft_matches(config: LoraConfig, name: str) -> bool:
