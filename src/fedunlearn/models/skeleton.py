@@ -3,11 +3,10 @@
 import copy
 import functools
 import json
-from collections.abc import Hashable
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fedunlearn.errors import UserError
 
@@ -19,8 +18,7 @@ def skeleton(source: Path | PretrainedConfig) -> PreTrainedModel:
     a causal language model.
     """
     config = source if isinstance(source, PretrainedConfig) else _read(source)
-    kind: Hashable = type(config)
-    return copy.deepcopy(_built(kind, config.to_json_string(use_diff=False)))
+    return copy.deepcopy(_built(config.to_json_string(use_diff=False)))
 
 
 def _read(folder: Path) -> PretrainedConfig:
@@ -32,12 +30,13 @@ def _read(folder: Path) -> PretrainedConfig:
 
 
 @functools.lru_cache(maxsize=4)
-def _built(kind: type[PretrainedConfig], text: str) -> PreTrainedModel:
+def _built(text: str) -> PreTrainedModel:
     """Kept by the config's text, not its folder: files of that name may be other ones tomorrow."""
-    config = kind.from_dict(json.loads(text))
+    values = json.loads(text)
     try:
+        config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"a base of type {config.model_type!r} cannot be built: {error}") from error
+        raise UserError(f"a base of type {values['model_type']!r} cannot be built: {error}") from error
     return model.requires_grad_(False).eval()
