@@ -11,6 +11,11 @@ from fedunlearn.limits import LARGEST, SMALLEST
 
 Preset = Literal["fast", "balanced", "high"]
 PRESET_DROPOUT: Mapping[Preset, float] = MappingProxyType({"fast": 0.1, "balanced": 0.1, "high": 0.05})
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PRESET_TARGETS: Mapping[Preset, tuple[str, ...]] = MappingProxyType(
+    {"fast": ("q_proj", "v_proj"), "balanced": SEVEN, "high": SEVEN}
+)
+"""What the files of configs/lora/ say of dropout and targets: a base that cannot take it, or calls its layers otherwise, gets what comes nearest."""
 INITIALISATIONS = re.compile(r"gaussian|orthogonal|olora|pissa|pissa_niter_[1-9]\d{0,2}")
 AT = "model.model_args.lora_config."
 
@@ -20,7 +25,7 @@ class LoraArgs:
     """What PEFT's LoraConfig is made of, under PEFT's names; null = take it from the adapter that is loaded, or PEFT's default.
 
     r: rank. lora_alpha: the update is scaled by lora_alpha / r (use_rslora: by its root). target_modules: module names, `attention`, `mlp`,
-    `all-linear` or a regular expression; exclude_modules: names among them that are left out. target_parameters: fused experts by name, as PEFT has it.
+    `all-linear` or a regular expression, [] for target_parameters alone; exclude_modules: names among them that are left out. target_parameters: fused experts by name.
     layers_to_transform: numbers of the layers that get an adapter, layers_pattern: what the list of layers is called. rank_pattern, alpha_pattern: module
     name or pattern -> its own rank or alpha. use_dora: magnitudes apart (arXiv:2402.09353). init_lora_weights: true (A uniform, B zero), gaussian, orthogonal,
     pissa, pissa_niter_N (arXiv:2404.02948), olora (arXiv:2406.01775). bias: the base's biases that are trained too; lora_bias: one beside every B.
@@ -83,7 +88,7 @@ class LoraArgs:
         return [
             *(
                 (
-                    not isinstance(names, tuple) or (bool(names) and len(set(names)) == len(names)),
+                    not isinstance(names, tuple) or ((bool(names) or self._only_experts(key)) and len(set(names)) == len(names)),
                     f"{AT}{key}={list(names or ())} must name each module once, and at least one",
                 )
                 for key, names in self._lists().items()
@@ -94,10 +99,17 @@ class LoraArgs:
                 "(false would begin away from the base; eva, corda, loftq, lora_ga and mica read data or a quantised base before the first round)",
             ),
             (
+                not (self.lora_bias and (self.use_dora or initial not in (None, True))),
+                f"{AT}lora_bias=true beside use_dora={str(bool(self.use_dora)).lower()} and init_lora_weights={initial!r}: PEFT knows a bias in B for plain LoRA only; set use_dora=false and init_lora_weights=true",
+            ),
+            (
                 not (self.use_dora and initial not in (None, True, "gaussian")),
                 f"{AT}use_dora=true beside init_lora_weights={initial!r}: the magnitudes are those of the base's own weights; leave it at true or gaussian",
             ),
         ]  # fmt: skip
+
+    def _only_experts(self, key: str) -> bool:
+        return key == "target_modules" and bool(self.target_parameters)
 
     def _lists(self) -> dict[str, tuple[str, ...] | str | None]:
         return {

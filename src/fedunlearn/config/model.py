@@ -45,6 +45,10 @@ class ModelArgs:
                 "model.model_args.lora_config=null with use_lora=true: give r, lora_alpha and target_modules (null = the loaded adapter's)",
             ),
             (
+                self.use_lora or lora is None or lora.preset is None,
+                f"lora={None if lora is None else lora.preset} with model.model_args.use_lora=false, where no adapter is: leave one of the two out",
+            ),
+            (
                 self.use_lora or self.lora_model_path is None,
                 f"model.model_args.use_lora=false with lora_model_path={self.lora_model_path!r}: set use_lora=true or leave the path out",
             ),

@@ -7,14 +7,17 @@ from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from transformers import PreTrainedModel
 
 from fedunlearn.errors import UserError
 from fedunlearn.models.adapter_tensors import ACTIVE, live_parameters, write_tensors
 from fedunlearn.models.base_biases import biases_of, keep_stored, stored_biases
+from fedunlearn.models.lora_rules import check_on_base, rank_of, warn_of_ranks
 from fedunlearn.models.saved_modules import check_saved, saved_modules, widen_saved
 from fedunlearn.models.sidecar import put_sidecar, use_sidecar
-from fedunlearn.models.targets import check_targets
+from fedunlearn.models.targets import Targets, find_targets, with_targets
 from fedunlearn.records.adapter import Weights
 from fedunlearn.records.rounds import Trained
 
@@ -24,19 +27,22 @@ REFERENCE = "reference"
 def attach_lora(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """Wraps a base without adapter in PeftModel, once; its values are drawn by initial.draw_fresh or written by write_tensors.
 
-    Adapters are float32 whatever the base is. Raises UserError for a target or a saved module that matches nothing, and for biases that
-    cannot be trained; ValueError where the base has an adapter already.
+    Adapters are float32 whatever the base is. Raises UserError for targets that the base does not have or cannot give an adapter, for saved modules that
+    match nothing, and for biases that cannot be trained; ValueError where the base has an adapter already. A rank above the smaller side of a matrix is said aloud.
     """
     if hasattr(base, "peft_config"):
         raise ValueError("the base has an adapter already: a second wrap would train a new adapter over the old")
-    check_targets(base, config.target_modules)
-    config = copy.copy(config)
+    found = find_targets(base, config)
+    config = with_targets(config, found)
+    check_on_base(config, found)
+    warn_of_ranks(base, config, found)
     config.base_model_name_or_path = base.name_or_path  # PEFT's own opinion; what is saved is the name of the source
-    config.init_lora_weights = True  # PEFT's pissa and olora would write into the base: initial.draw_fresh does without
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
         warnings.filterwarnings("ignore", "`lora_bias=True` was passed")  # merging is ours
-        model: PeftModel = get_peft_model(base, config)
+        model: PeftModel = get_peft_model(base, _drawn_later(config))
+    model.peft_config[ACTIVE].init_lora_weights = config.init_lora_weights
+    check_built(model, config, found)
     check_saved(model, config.modules_to_save)
     widen_saved(model, ACTIVE)
     _keep_biases(model, config.bias)
@@ -69,6 +75,26 @@ def _keep_biases(model: PeftModel, asked: str) -> None:
     keep_stored(model, own)
 
 
+def _drawn_later(config: LoraConfig) -> LoraConfig:
+    """A copy under which PEFT leaves the base's weights alone: some of its initialisations write into them."""
+    plain = copy.copy(config)
+    plain.init_lora_weights = True
+    return plain
+
+
+def check_built(model: PeftModel, config: LoraConfig, found: Targets) -> None:
+    """Asserts our own invariant: exactly the targets have factors, each of the rank that the config says."""
+    built: dict[str, tuple[int, int]] = {}
+    for path, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer):
+            parameter = isinstance(layer, ParamWrapper)
+            name = f"{path}.{layer.parameter_name}".replace(".base_layer", "") if parameter else path
+            built[name] = (len(layer.lora_A[ACTIVE].weight), layer.num_experts if parameter else 1)
+    assert set(built) == found.modules | found.experts, sorted(set(built) ^ (found.modules | found.experts))[:3]
+    odd = {name: rows for name, (rows, experts) in built.items() if rows != experts * rank_of(config, name)}
+    assert not odd, odd
+
+
 def check_trainable(model: PeftModel) -> None:
     """Asserts our own invariant: the trainable parameters are exactly the active adapter's, the biases of the base that it trains among them."""
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -80,7 +106,8 @@ def check_trainable(model: PeftModel) -> None:
 def hold_reference(model: PeftModel, weights: Weights) -> None:
     """Puts a frozen second adapter with these values on the one base (made on first use); the active adapter stays as it is."""
     if REFERENCE not in model.peft_config:
-        config = PeftConfig.from_peft_type(**{**model.peft_config[ACTIVE].to_dict(), "bias": "none"})
+        known = {**model.peft_config[ACTIVE].to_dict(), "bias": "none"}
+        config = _drawn_later(PeftConfig.from_peft_type(**known))
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`lora_bias=True` was passed")
             model.add_adapter(REFERENCE, config)

@@ -3,67 +3,157 @@
 from collections.abc import Mapping
 
 from peft import LoraConfig, PeftConfig
+from transformers import PreTrainedModel
 
-from fedunlearn.config.lora import LoraArgs, given
+from fedunlearn.config.lora import AT, REFUSED, LoraArgs, given
 from fedunlearn.errors import UserError
+from fedunlearn.models.lora_rules import check_on_base, settle_dropout, settle_targets
+from fedunlearn.models.targets import Targets, find_targets, with_targets
 from fedunlearn.records.adapter import Adapter
 
-PLAIN: Mapping[str, tuple[object, ...]] = {
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, []),
-    "layer_replication": (None, []),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
-}
-"""Values of a PEFT config that leave an adapter plain LoRA over an untouched base: other initialisations rewrite the base's weights."""
+ADAPTERS = "the adapter's "
+INITIAL = (True, False, "gaussian", "orthogonal")
+"""Initialisations that leave the base as it is stored: with another, a foreign adapter belongs to weights that nobody has."""
+CHANGES_THE_FORWARD = (
+    "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "monteclora_config",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "megatron_config",
+)
+"""Of the keys that are refused, those without which a loaded adapter would be another one."""
+FILTERS = ("exclude_modules", "layers_to_transform", "layers_pattern")
+WHERE = ("target_modules", *FILTERS, "target_parameters")
+WHAT = (
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
+    "bias",
+    "lora_bias",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "task_type",
+)
+"""The keys of lora_config that a loaded adapter answers: where its factors are (judged by what the names mean), and what they are."""
 
 
-def lora_config_of(args: LoraArgs, loaded: Adapter | None, base_name: str) -> LoraConfig:
+def lora_config_of(
+    args: LoraArgs, loaded: Adapter | None, base_name: str, base: PreTrainedModel | None = None
+) -> LoraConfig:
     """Gives PEFT's config: the loaded adapter's with this run's dropout, else the yaml's.
 
-    Raises UserError where the yaml's r, alpha, targets or variant differ from the loaded adapter's, or are null without one.
+    base: the model (its weights may be on the meta device) on which names like `attention` are put as PEFT understands them and
+    rules of the base are kept; without one names stand as they are written, and attach_lora does it. Raises UserError where a value
+    of the yaml differs from the loaded adapter's, or is null without one, or does not suit the base.
     """
-    if loaded is None:
-        missing = [key for key in ("r", "lora_alpha", "target_modules") if getattr(args, key) is None]
-        if missing:
-            raise UserError(
-                *(
-                    f"model.model_args.lora_config.{key}=null without an adapter to take it from: give a value"
-                    for key in missing
-                )
-            )
-        config = LoraConfig(**given(args))
-    else:
-        check_agreement(args, loaded.peft_config)
-        config = PeftConfig.from_peft_type(**dict(loaded.peft_config))
+    missing = [key for key in ("r", "lora_alpha", "target_modules") if getattr(args, key) is None]
+    if missing and loaded is None:
+        raise UserError(*(f"{AT}{key}=null without an adapter to take it from: give a value" for key in missing))
+    config = _of_yaml(args, base) if loaded is None else _of_loaded(args, loaded, base)
     config.base_model_name_or_path = base_name
     config.lora_dropout = args.lora_dropout
     config.inference_mode = False
+    if base is None:
+        return config
+    at = AT if loaded is None else ADAPTERS
+    found = find_targets(base, config, at)
+    config = with_targets(config, found)
+    settle_dropout(config, found, args.preset)
+    check_on_base(config, found, at)
+    _check_orientation(args, found)
     return config
 
 
-def check_agreement(args: LoraArgs, peft_config: Mapping[str, object]) -> None:
-    """Raises UserError naming every value of the yaml that is not the loaded adapter's (null agrees with all)."""
+def _of_yaml(args: LoraArgs, base: PreTrainedModel | None) -> LoraConfig:
+    values = given(args)
+    targets = values.pop("target_modules", None)
+    config = LoraConfig(**values)
+    config.target_modules = (
+        set(targets) if isinstance(targets, list) else targets
+    )  # a text beside layers: PEFT refuses it before it is names
+    if base is not None:
+        settle_targets(config, base, args.preset)
+    return config
+
+
+def _of_loaded(args: LoraArgs, loaded: Adapter, base: PreTrainedModel | None) -> LoraConfig:
+    check_agreement(args, loaded.peft_config, base)
+    initial = loaded.peft_config.get("init_lora_weights", True)
+    if loaded.base_fingerprint is None and initial not in INITIAL:
+        raise UserError(
+            f"the adapter's init_lora_weights={initial!r} changed its base's weights, and the folder does not say into what: "
+            "export it as plain LoRA (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    return _peft_config(loaded.peft_config)
+
+
+def check_agreement(args: LoraArgs, peft_config: Mapping[str, object], base: PreTrainedModel | None = None) -> None:
+    """Raises UserError naming every value of the yaml that is not the loaded adapter's (null agrees with all).
+
+    base: with it two ways of naming the same modules agree; without it the words themselves are compared.
+    """
     if peft_config.get("peft_type") != "LORA":
         raise UserError(
             f"the adapter's peft_type={peft_config.get('peft_type')!r} is not LORA: only LoRA adapters are understood"
         )
     faults = [
-        f"the adapter's {key}={peft_config[key]!r} is a variant that is not understood here: allowed is {plain}"
-        for key, plain in PLAIN.items()
-        if peft_config.get(key) not in (None, False, *plain)
+        f"the adapter's {key}={peft_config[key]!r} is a variant that is not understood here: {REFUSED[key].split(':')[0]}"
+        for key in CHANGES_THE_FORWARD
+        if peft_config.get(key)
     ]
-    for key in ("r", "lora_alpha", "use_rslora", "target_modules"):
-        wanted, loaded = getattr(args, key), peft_config.get(key)
-        if wanted is not None and _comparable(wanted) != _comparable(loaded):
-            faults.append(
-                f"model.model_args.lora_config.{key}={wanted!r} differs from the loaded adapter's {loaded!r}: set that value or null"
-            )
+    differing = [key for key in WHAT if _differ(getattr(args, key), peft_config.get(key))]
+    by_words = base is None or args.target_modules is None
+    if by_words or (not faults and not _same_places(args, peft_config, base)):
+        differing += [key for key in WHERE if _differ(getattr(args, key), peft_config.get(key))]
+    faults += [
+        f"{AT}{key}={getattr(args, key)!r} differs from the loaded adapter's {peft_config.get(key)!r}: set that value or null"
+        for key in differing
+    ]
     if faults:
         raise UserError(*faults)
 
 
+def _differ(wanted: object, loaded: object) -> bool:
+    return wanted is not None and _comparable(wanted) != _comparable(loaded)
+
+
 def _comparable(value: object) -> object:
-    return sorted(map(str, value)) if isinstance(value, list | tuple | set) else value
+    """Lists without their order; what says nothing (an empty list or mapping) as None."""
+    if isinstance(value, list | tuple | set | frozenset):
+        return sorted(map(str, value)) or None
+    if isinstance(value, Mapping):
+        return dict(value) or None
+    return value
+
+
+def _same_places(args: LoraArgs, peft_config: Mapping[str, object], base: PreTrainedModel | None) -> bool:
+    """Filters that the yaml leaves null are the adapter's."""
+    assert base is not None
+    loaded, config = _peft_config(peft_config), _of_yaml(args, base)
+    for key in FILTERS:
+        if getattr(args, key) is None:
+            setattr(config, key, getattr(loaded, key))
+    wanted, there = find_targets(base, config), find_targets(base, loaded, ADAPTERS)
+    return (wanted.modules, wanted.experts) == (there.modules, there.experts)
+
+
+def _peft_config(plain: Mapping[str, object]) -> LoraConfig:
+    config: LoraConfig = PeftConfig.from_peft_type(**dict(plain))
+    return config
+
+
+def _check_orientation(args: LoraArgs, found: Targets) -> None:
+    if args.fan_in_fan_out not in (None, found.fan_in_fan_out):
+        kind = "Conv1D, which stores its weight [in, out]" if found.fan_in_fan_out else "linear layers, [out, in]"
+        raise UserError(f"{AT}fan_in_fan_out={str(args.fan_in_fan_out).lower()}: the targets are {kind}; leave it null")
 
 
 def plain_config(config: LoraConfig) -> dict[str, object]:

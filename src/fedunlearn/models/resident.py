@@ -29,6 +29,7 @@ from fedunlearn.models.lora import attach_lora
 from fedunlearn.models.lora_config import lora_config_of, plain_config
 from fedunlearn.models.ranks import module_scales, scales_in
 from fedunlearn.models.sidecar import put_sidecar
+from fedunlearn.models.skeleton import skeleton
 from fedunlearn.models.source import ModelSource, find_base
 from fedunlearn.records.adapter import Adapter, Weights
 
@@ -97,10 +98,11 @@ def resident(
     stacked = stacked_of(source.adapter) if source.adapter else None
     _check_base(loaded, source)
     known = loaded if loaded is None or stacked is None else _as_it_was(loaded, stacked)
-    lora = lora_config_of(args.lora_config, known, source.base_name) if args.lora_config and args.use_lora else None
-    initial = _initial(args.lora_config, loaded, source)
-    if lora is not None and loaded is None:
-        lora.init_lora_weights = True  # the base stays as it is: what is saved must not have PEFT change it
+    lora, initial = None, _initial(args.lora_config, loaded, source)
+    if args.lora_config and args.use_lora:
+        lora = lora_config_of(args.lora_config, known, source.base_name, skeleton(source.base))
+        if loaded is None:
+            lora.init_lora_weights = True  # the base stays as it is: what is saved must not have PEFT change it
     plain = None if lora is None else plain_config(lora)
     bare = replace(
         args,
