@@ -3,15 +3,15 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from fedunlearn.config.model import ModelConfig
 from fedunlearn.errors import UserError
 
 Kind = Literal["none", "fsdp", "deepspeed", "tp"]
 MOST_PROCESSES = 1024
 NO_TP_TRAINING = (
-    "trainer.parallel=tp: LoRA cannot be trained over tensor-parallel weights: PEFT 0.21 beside transformers 5.23 loses their layout on the way ({said}); "
-    "choose trainer.parallel=fsdp. A merged model is evaluated so: src/eval.py parallel=tp"
-).format(
-    said="its factors are plain tensors beside a DTensor weight, and the sum of both outputs fails or is another on each process"
+    "trainer.parallel=tp: LoRA cannot be trained over layers split by a tensor-parallel plan: with PEFT 0.21 and transformers 5.23 the first forward ends with "
+    "\"RuntimeError: shape '[40, 8]' is invalid for input of size 640\", for the factors get a layout that is not their layer's. Choose trainer.parallel=fsdp; a merged "
+    "model is evaluated so: src/eval.py parallel=tp"
 )
 
 
@@ -50,6 +50,13 @@ Parallel = Kind | ParallelArgs
 def parallel_args(said: Parallel) -> ParallelArgs:
     """Gives the record of either form."""
     return said if isinstance(said, ParallelArgs) else ParallelArgs(kind=said)
+
+
+def home_model(model: ModelConfig, said: Parallel) -> ModelConfig:
+    """Gives the model as the process that others work for holds it: on the CPU."""
+    if parallel_args(said).kind == "none":
+        return model
+    return replace(model, model_args=replace(model.model_args, device="cpu"))
 
 
 def settled(args: ParallelArgs, device: str, num_devices: int) -> ParallelArgs:

@@ -15,10 +15,11 @@ from fedunlearn.aggregation.robust.off import Off
 from fedunlearn.config.benchmark import benchmark_rules, raw_text_rules
 from fedunlearn.config.data import CollatorConfig, DataConfig, PartitionConfig, PathsConfig, task_name_rule
 from fedunlearn.config.evaluation import EvalConfig
-from fedunlearn.config.launcher import Launcher
+from fedunlearn.config.launcher import Launcher, RayLauncher
 from fedunlearn.config.ledger import LedgerConfig
 from fedunlearn.config.lm_eval import LmEvalConfig
 from fedunlearn.config.model import ModelConfig
+from fedunlearn.config.parallel import NO_TP_TRAINING, Parallel, home_model, parallel_args
 from fedunlearn.config.requests import RequestConfig
 from fedunlearn.config.server import AggregationConfig, GateConfig
 from fedunlearn.config.trainer import TrainerConfig
@@ -86,6 +87,11 @@ class TrainRun:
         if isinstance(self.method, ServerMethod):
             return self.method.local
         return self.method if isinstance(self.method, Method) else None
+
+    @property
+    def home(self) -> ModelConfig:
+        """The model as the client's own process holds it: on the CPU where others share the work, for it may be too large for a device."""
+        return home_model(self.model, self.trainer.parallel)
 
     @property
     def total_rounds(self) -> int:
@@ -278,6 +284,31 @@ class TrainRun:
             ),
         ]
 
+    def _parallel_rules(self) -> list[tuple[bool, str]]:
+        args = parallel_args(self.trainer.parallel)
+        parallel, at = args.kind != "none", f"trainer.parallel={args.kind}"
+        return [
+            (args.kind != "tp", NO_TP_TRAINING),
+            (
+                not parallel or self.mode != "probe",
+                f"{at} beside mode='probe': a probe relearns in its own process; leave it at none",
+            ),
+            (
+                not parallel or not isinstance(self.launcher, RayLauncher),
+                f"{at} beside launcher=ray: every actor would start processes of its own on the same devices, with shards of a base each, and Ray knows nothing of "
+                "their memory; choose launcher=local, whose clients share one set of processes, or launcher=superlink, one machine a client",
+            ),
+            (
+                args.kind != "deepspeed" or not self._moves_by_hand(),
+                f"{at} beside strategy=fedprox, or a method that bounds how far a client may go: both work on gradients and parameters that DeepSpeed keeps in shards; "
+                "choose trainer.parallel=fsdp",
+            ),
+        ]
+
+    def _moves_by_hand(self) -> bool:
+        """Whether clients change gradients or parameters beside what the optimiser does."""
+        return isinstance(self.strategy, FedProx) or any(self.radius(n) for n in range(1, self.total_rounds + 1))
+
     def _trim_rules(self) -> list[tuple[bool, str]]:
         trim, count = self.aggregation.trim, self.trainer.federated.cohort_size
         if trim is None or self.aggregation.reducer != "trimmed_mean":
@@ -330,6 +361,7 @@ class TrainRun:
             *self._alternate_rules(),
             *self._request_rules(),
             *self._server_method_rules(),
+            *self._parallel_rules(),
             (
                 not (self.overwrite and self.resume),
                 "overwrite=true beside resume=true: choose one (start anew, or go on)",
@@ -342,7 +374,7 @@ class EvalRun:
     """Evaluation of a base, an adapter or a run; the result goes to saves/eval/<task_name>/.
 
     adapters: several instead of the one that the model names, one evaluation each (`<task_name>.1`, ...); null: that one.
-    lm_eval: what lm-evaluation-harness asks besides; null: nothing.
+    lm_eval: what lm-evaluation-harness asks besides; null: nothing. parallel: `tp` evaluates the merged model over several processes.
     """
 
     task_name: str
@@ -363,6 +395,12 @@ class EvalRun:
     max_length: int = 512
     adapters: tuple[str, ...] | None = None
     lm_eval: LmEvalConfig | None = None
+    parallel: Parallel = "none"
+
+    @property
+    def home(self) -> ModelConfig:
+        """See TrainRun.home."""
+        return home_model(self.model, self.parallel)
 
     def __post_init__(self) -> None:
         rules = [
@@ -384,6 +422,7 @@ class EvalRun:
                 bool(self.eval.metrics) or self.lm_eval is not None,
                 "eval.metrics is empty and lm_eval null: nothing would be evaluated; name metrics, or choose eval=tofu",
             ),
+            *self._parallel_rules(),
             (self.max_length >= 2, f"max_length={self.max_length} must be at least 2 tokens"),
             (
                 not self.eval.in_rounds,
@@ -393,3 +432,25 @@ class EvalRun:
         faults = [fault for holds, fault in rules if not holds]
         if faults:
             raise UserError(*faults)
+
+    def _parallel_rules(self) -> list[tuple[bool, str]]:
+        kind = parallel_args(self.parallel).kind
+        beside = [
+            key
+            for key, there in {
+                "lm_eval": self.lm_eval,
+                "eval.reference_model_path": self.eval.reference_model_path,
+            }.items()
+            if there is not None
+        ]
+        return [
+            (
+                kind in ("none", "tp"),
+                f"parallel={kind}: an evaluation is carried out by one process, or over layers split among several: none or tp; fsdp and deepspeed are "
+                "trainer.parallel, for training",
+            ),
+            (
+                kind != "tp" or not beside,
+                f"parallel=tp beside {' and '.join(beside)}: both want a model that is whole in one process; leave them null, or parallel=none",
+            ),
+        ]

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from fedunlearn.aggregation.factors import modules_of
 from fedunlearn.aggregation.flower import FlowerStrategy
+from fedunlearn.config.parallel import parallel_args
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.data.alternates import given_alternates
 from fedunlearn.data.benchmark import Benchmark
@@ -36,6 +37,7 @@ from fedunlearn.files import settle_below, write_json
 from fedunlearn.methods.base import Method
 from fedunlearn.methods.tokens import Need
 from fedunlearn.models.adapter_files import saved_hash
+from fedunlearn.models.base import choose_device
 from fedunlearn.models.hidden_states import num_blocks
 from fedunlearn.models.resident import Resident, resident
 from fedunlearn.models.source import ModelSource, resolve_source
@@ -44,6 +46,7 @@ from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.records.partition import OwnedRows, Partition
 from fedunlearn.records.requests import Request
 from fedunlearn.reporting.run_folder import config_hash, judge_folder, make_folder, provenance, run_path
+from fedunlearn.training.parallel.team import check_team
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -147,6 +150,7 @@ def _loaded(
     for check in (_check_ranks, _check_sides, _check_export):
         check(run, made.start)
     _check_method(run, made, data, owned)
+    _check_parallel(run, made)
     for rows in owned:
         data.encode(made.chat, (*rows.forget, *rows.retain))
     return made, made.start
@@ -225,6 +229,13 @@ def _check_skip(method: Method, rows: Sequence[EncodedRow]) -> None:
             f"method {type(method).__name__} leaves out each row's first {method.skipped_labels} labels (method.skip), and no row of the request has more than "
             f"{longest}: nothing would be unlearned; lower it"
         )
+
+
+def _check_parallel(run: TrainRun, made: Resident) -> None:
+    """Raises UserError where this machine is where the clients work, and cannot carry out what trainer.parallel asks for."""
+    args = parallel_args(run.trainer.parallel)
+    if args.kind != "none" and not run.launcher.submits:
+        check_team(made, args, choose_device(run.model.model_args))
 
 
 def _check_sides(run: TrainRun, start: Adapter) -> None:
@@ -334,7 +345,7 @@ def load_model(run: TrainRun | EvalRun, source: ModelSource) -> Resident:
     """Gives the process's model with its start adapter in place."""
     seed = run.trainer.args.seed if isinstance(run, TrainRun) else 0
     pocket_dir = Path(run.paths.pocket_dir)
-    return resident(run.model, source, seed=seed, max_length=max_length_of(run), pocket_dir=pocket_dir)
+    return resident(run.home, source, seed=seed, max_length=max_length_of(run), pocket_dir=pocket_dir)
 
 
 def max_length_of(run: TrainRun | EvalRun) -> int:

@@ -19,7 +19,6 @@ from fedunlearn.training.local import LocalData, LocalResult, LocalSettings
 from fedunlearn.training.loop import Tally, Work, run_steps, unlearning_method
 from fedunlearn.training.steps import Step, Supply, count_steps, plan_steps
 
-
 CarryOut = Callable[[Work, Sequence[Step]], tuple[Tensors, Tally]]
 """Makes the planned steps and gives the adapter they end at."""
 

@@ -163,7 +163,12 @@ def _retain_term(work: Work, part: MicroBatch, totals: StepTotals, tally: Tally,
 
 
 def _losses(
-    work: Work, rows: Sequence[EncodedRow], needs: Set[Need], tally: Tally, counts: int, other: TokenLosses | None = None
+    work: Work,
+    rows: Sequence[EncodedRow],
+    needs: Set[Need],
+    tally: Tally,
+    counts: int,
+    other: TokenLosses | None = None,
 ) -> TokenLosses:
     made, sums = work.made, None
     batch = collate(rows, work.settings.collator, made.chat.pad_id, made.device)

@@ -32,6 +32,7 @@ from fedunlearn.seeds import seed_of
 from fedunlearn.training.client_update import carry_out_here
 from fedunlearn.training.local import LocalData, OtherAnswers
 from fedunlearn.training.loop import Work, unlearning_method
+from fedunlearn.training.parallel.job import REFERENCE as REFERENCE_PART
 from fedunlearn.training.parallel.job import (
     REFERENCE_SIDECAR,
     SIDECAR,
@@ -47,7 +48,6 @@ from fedunlearn.training.parallel.job import (
     unpack_steps,
     unpack_task,
 )
-from fedunlearn.training.parallel.job import REFERENCE as REFERENCE_PART
 from fedunlearn.training.parallel.shards import TOKENIZER, held_by, sharded_model
 from fedunlearn.training.parallel.together import Together
 from fedunlearn.training.reference import row_sums_of

@@ -114,7 +114,9 @@ def _made(parameter: nn.Parameter, name: str, shown: str, file: Any, device: tor
         return nn.Parameter(empty, requires_grad=parameter.requires_grad)
     value = file.get_tensor(name)
     if value.shape != parameter.shape:
-        raise ValueError(f"the base's tensor {name!r} has shape {tuple(value.shape)} instead of {tuple(parameter.shape)}")
+        raise ValueError(
+            f"the base's tensor {name!r} has shape {tuple(value.shape)} instead of {tuple(parameter.shape)}"
+        )
     return nn.Parameter(value, requires_grad=False)
 
 

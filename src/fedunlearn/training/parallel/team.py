@@ -1,5 +1,6 @@
 """A client's processes, as the client's own process sees them: started once, given jobs, ended together."""
 
+import importlib.util
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fedunlearn.config.parallel import ParallelArgs
+from fedunlearn.config.parallel import ParallelArgs, settled
 from fedunlearn.data.chat import EncodedRow
 from fedunlearn.errors import UserError
 from fedunlearn.models.adapter_tensors import ACTIVE, live_tensors, read_tensors
@@ -111,12 +112,16 @@ class Team:
             answers = self._answers()
             hashes = {answer.said["hash"] for answer in answers}
             if len(hashes) != 1:
-                raise TeamError(f"the client's processes came to {len(hashes)} different results: they no longer hold the same adapter")
+                raise TeamError(
+                    f"the client's processes came to {len(hashes)} different results: they no longer hold the same adapter"
+                )
             return answers[0]
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
-                raise TeamError(f"a process of the client cannot be reached ({error}): all of them were ended") from error
+                raise TeamError(
+                    f"a process of the client cannot be reached ({error}): all of them were ended"
+                ) from error
             raise
 
     def _answers(self) -> list[Frame]:
@@ -136,7 +141,6 @@ class Team:
         return [found[rank] for rank in sorted(found)]
 
     def _start(self) -> None:
-        _check_shardable(self._made)
         self._scratch.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="team", dir=self._scratch))
         try:
@@ -188,7 +192,9 @@ def _read(one: _Process) -> Frame:
         with suppress(subprocess.TimeoutExpired):
             one.process.wait(5)
         code = one.process.returncode
-        how = "it hangs" if code is None else f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        how = (
+            "it hangs" if code is None else f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        )
         raise TeamError(f"process {one.rank} of the client died ({how}): all of them were ended") from error
     if "faults" in answer.said:
         raise UserError(*answer.said["faults"])
@@ -208,15 +214,28 @@ def _end(processes: list[_Process]) -> None:
     processes.clear()
 
 
-def _check_shardable(made: Resident) -> None:
-    """Raises UserError for a model whose base cannot lie in shards, or whose trained parameters would."""
+def make_team(made: Resident, args: ParallelArgs, device: torch.device, *, timeout: float, scratch: Path) -> Team:
+    """Gives a team that is not started yet. device: what a client would work on alone. Raises UserError as check_team does."""
+    return Team(made, check_team(made, args, device), device=device.type, timeout=timeout, scratch=scratch)
+
+
+def check_team(made: Resident, args: ParallelArgs, device: torch.device) -> ParallelArgs:
+    """Gives args with its number of processes. Raises UserError where the devices are too few, DeepSpeed is not there, or the base cannot lie in shards."""
+    known = settled(args, device.type, torch.cuda.device_count())
+    if args.kind == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "trainer.parallel=deepspeed needs DeepSpeed: pip install deepspeed, or choose trainer.parallel=fsdp"
+        )
     model = made.model
     if getattr(model.get_base_model(), "hf_quantizer", None) is not None:
         raise UserError(
-            "trainer.parallel beside a quantised base: its packed weights cannot be cut into shards; choose trainer.parallel=none, or a base that is not quantised"
+            f"trainer.parallel={args.kind} beside a quantised base: its packed weights cannot be cut into shards; choose trainer.parallel=none, "
+            "or a base that is not quantised"
         )
     odd = [name for name, p in model.named_parameters() if p.requires_grad and f".{ACTIVE}." not in f"{name}."]
     if odd:
         raise UserError(
-            f"trainer.parallel: {odd[0]!r} is a parameter of the base that is trained (lora_config.bias), and the base lies in shards: set lora_config.bias=none"
+            f"trainer.parallel={args.kind}: {odd[0]!r} is a parameter of the base that is trained (lora_config.bias), and the base lies in shards: set "
+            "lora_config.bias=none, or trainer.parallel=none"
         )
+    return known

@@ -11,7 +11,7 @@ from fedunlearn.training.steps import MicroBatch
 
 
 class Together:
-    """This process among `world` that train one model. Every method must be right under smaller micro-batches, and by its law is (methods.base.Method)."""
+    """One process of `world` that train one model. Every method must be right under smaller micro-batches, and by its law is (methods.base.Method)."""
 
     def __init__(self, rank: int, world: int, device: torch.device) -> None:
         self._rank, self._world, self._device = rank, world, device
