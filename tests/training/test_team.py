@@ -25,7 +25,8 @@ from fedunlearn.records.rounds import ClientTask, Role
 from fedunlearn.records.shape import ClientShape
 from fedunlearn.training.client_update import client_update
 from fedunlearn.training.local import LocalSettings
-from fedunlearn.training.parallel.team import Team, TeamError
+from fedunlearn.training.parallel.group import GroupError
+from fedunlearn.training.parallel.team import Team
 from fedunlearn.training.reference import row_sums_of
 
 METHODS = [
@@ -141,31 +142,31 @@ def alive(pids):
 
 def test_a_process_that_dies_ends_the_task_and_all_the_others(made, team):
     work(made, team.carry_out)
-    pids = [one.process.pid for one in team._processes]
+    pids = team._group.pids
     os.kill(pids[1], signal.SIGKILL)
-    with pytest.raises(TeamError, match=r"process 1 of the client died \(signal SIGKILL\)|cannot be reached"):
+    with pytest.raises(GroupError, match=r"process 1 died \(signal SIGKILL\)|cannot be reached"):
         work(made, team.carry_out)
     assert alive(pids) == []
 
 
 def test_a_process_that_hangs_ends_the_task_at_the_deadline(made, team):
     work(made, team.carry_out)
-    pids = [one.process.pid for one in team._processes]
+    pids = team._group.pids
     os.kill(pids[1], signal.SIGSTOP)
-    team._timeout, usual = 3.0, team._timeout
+    team._group.timeout, usual = 3.0, team._group.timeout
     try:
-        with pytest.raises(TeamError, match=r"processes \[0, 1\] of the client's 2 did not answer within 3 s"):
+        with pytest.raises(GroupError, match=r"processes \[0, 1\] of 2 did not answer within 3 s"):
             work(made, team.carry_out)
     finally:
-        team._timeout = usual
+        team._group.timeout = usual
     assert alive(pids) == []
 
 
 def test_processes_end_with_the_client_that_started_them(made, team):
     """Its end of the sockets closes, as it does when a process is killed."""
     work(made, team.carry_out)
-    processes = [one.process for one in team._processes]
-    for one in team._processes:
+    processes = [one.process for one in team._group._processes]
+    for one in team._group._processes:
         one.pipe.close()
     deadline = time.monotonic() + 20
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:

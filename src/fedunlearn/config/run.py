@@ -25,6 +25,7 @@ from fedunlearn.config.server import AggregationConfig, GateConfig
 from fedunlearn.config.trainer import TrainerConfig
 from fedunlearn.errors import UserError
 from fedunlearn.methods.base import Method, Unlearner
+from fedunlearn.metrics.base import Part
 from fedunlearn.protocols.base import Assignment, Protocol, Stage
 from fedunlearn.protocols.by_method import ByMethod
 from fedunlearn.records.rounds import ClientRows
@@ -443,7 +444,17 @@ class EvalRun:
             }.items()
             if there is not None
         ]
+        wanting = [
+            name
+            for name, metric in self.eval.metrics.items()
+            if any(reading.part is Part.GRADNORM for reading in metric.reads)
+        ]
         return [
+            (
+                kind != "tp" or not wanting,
+                f"parallel=tp beside {', '.join(wanting)}: gradients are not taken through split layers; take it out (~eval.metrics.{''.join(wanting[:1])}), or "
+                "parallel=none",
+            ),
             (
                 kind in ("none", "tp"),
                 f"parallel={kind}: an evaluation is carried out by one process, or over layers split among several: none or tp; fsdp and deepspeed are "

@@ -1,22 +1,11 @@
 """A client's processes, as the client's own process sees them: started once, given jobs, ended together."""
 
 import importlib.util
-import json
 import logging
-import os
-import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-import time
-import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection, Pipe, wait
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,32 +20,15 @@ from fedunlearn.models.sidecar import held_sidecar
 from fedunlearn.records.adapter import Tensors
 from fedunlearn.training.loop import Tally, Work
 from fedunlearn.training.parallel import job as jobs
-from fedunlearn.training.parallel.job import Frame, named, pack_rows, pack_work, receive, send, unpack_tally
-from fedunlearn.training.parallel.rank import Charge
+from fedunlearn.training.parallel.group import Group, GroupError
+from fedunlearn.training.parallel.job import Frame, named, pack_rows, pack_work, unpack_tally
+from fedunlearn.training.parallel.rank import Sharer
 from fedunlearn.training.parallel.shards import save_parts
 from fedunlearn.training.steps import Step
 
 log = logging.getLogger(__name__)
 
-# The parent's sys.path comes first of all: this package, and a user's own modules, may be found through it alone.
-_BOOT = """
-import json, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-sys.path[:] = json.loads(sys.argv[1])
-from fedunlearn.training.parallel.rank import serve
-serve(int(sys.argv[2]))
-"""
-
-
-class TeamError(RuntimeError):
-    """A client's processes did not do a job: one of them raised, died or was late. All of them have been ended; the next job starts others."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Process:
-    rank: int
-    process: "subprocess.Popen[bytes]"
-    pipe: Connection
+ENTRY = f"{Sharer.__module__}:{Sharer.__qualname__}"
 
 
 class Team:
@@ -67,9 +39,8 @@ class Team:
     """
 
     def __init__(self, made: Resident, args: ParallelArgs, *, device: str, timeout: float, scratch: Path) -> None:
-        self._made, self._args, self._device, self._timeout, self._scratch = made, args, device, timeout, scratch
-        self._processes: list[_Process] = []
-        self._finalizer: weakref.finalize[..., Any] | None = None
+        self._made, self._args, self._scratch = made, args, scratch
+        self._group = Group(ENTRY, args.processes or 0, device=device, timeout=timeout)
         self.held: tuple[Mapping[str, int], ...] = ()
         """What each process holds, in bytes (shards.Held), once they are started."""
 
@@ -95,123 +66,37 @@ class Team:
 
     def close(self) -> None:
         """Ends the processes and waits for them."""
-        if self._finalizer is not None:
-            self._finalizer()
-        self._processes, self._finalizer = [], None
+        self._group.close()
 
     def _scales(self) -> dict[str, object]:
         return {"scales": dict(scales_in(self._made.model))}
 
     def _ask(self, frame: Frame) -> Frame:
-        """Gives the job to all processes, and the first one's answer. Raises TeamError, or UserError where that is what one of them met; all are ended then."""
-        try:
-            if not self._processes:
-                self._start()
-            for one in self._processes:
-                send(one.pipe, frame)
-            answers = self._answers()
-            hashes = {answer.said["hash"] for answer in answers}
-            if len(hashes) != 1:
-                raise TeamError(
-                    f"the client's processes came to {len(hashes)} different results: they no longer hold the same adapter"
-                )
-            return answers[0]
-        except BaseException as error:
+        """Gives the job to all processes, and the first one's answer. Raises as Group.ask."""
+        if not self._group.pids:
+            self._start()
+        answers = self._group.ask(frame)
+        hashes = {answer.said["hash"] for answer in answers}
+        if len(hashes) != 1:
             self.close()
-            if isinstance(error, OSError):
-                raise TeamError(
-                    f"a process of the client cannot be reached ({error}): all of them were ended"
-                ) from error
-            raise
-
-    def _answers(self) -> list[Frame]:
-        deadline, waiting = time.monotonic() + self._timeout, {one.pipe: one for one in self._processes}
-        found: dict[int, Frame] = {}
-        while waiting:
-            ready = wait(list(waiting), max(deadline - time.monotonic(), 0))
-            if not ready:
-                raise TeamError(
-                    f"processes {sorted(one.rank for one in waiting.values())} of the client's {len(self._processes)} did not answer within {self._timeout:g} s "
-                    "(trainer.federated.round_timeout): all of them were ended"
-                )
-            for pipe in ready:
-                assert isinstance(pipe, Connection)
-                one = waiting.pop(pipe)
-                found[one.rank] = _read(one)
-        return [found[rank] for rank in sorted(found)]
+            raise GroupError(
+                f"the client's processes came to {len(hashes)} different results: they do not hold the same adapter any more"
+            )
+        return answers[0]
 
     def _start(self) -> None:
+        made = self._made
+        charge = {
+            "attention": str(made.model.config._attn_implementation),
+            "template": asdict(made.chat.template),
+            "max_length": made.chat.max_length,
+        }
         self._scratch.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="team", dir=self._scratch))
-        try:
-            save_parts(self._made, folder)
-            self._finalizer = weakref.finalize(self, _end, self._processes)
-            self._processes += [self._launch(rank, folder) for rank in range(self._args.processes or 0)]
-            self.held = tuple(answer.said["held"] for answer in self._answers())
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        log.info(
-            "%d processes hold the base: %s MB of it each, the adapter whole",
-            len(self.held),
-            "/".join(f"{held['shards'] / 1e6:.1f}" for held in self.held),
-        )
-
-    def _launch(self, rank: int, folder: Path) -> _Process:
-        here, there = Pipe()
-        with there:
-            process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, json.dumps(sys.path), str(there.fileno())],
-                pass_fds=[there.fileno()],
-                start_new_session=True,
-                stdin=subprocess.DEVNULL,
-            )
-        here.send_bytes(json.dumps(asdict(self._charge(rank, folder))).encode())
-        return _Process(rank, process, here)
-
-    def _charge(self, rank: int, folder: Path) -> Charge:
-        made, world = self._made, self._args.processes or 0
-        return Charge(
-            rank=rank,
-            world=world,
-            device=self._device,
-            folder=str(folder.resolve()),
-            threads=max(1, torch.get_num_threads() // world),
-            timeout=self._timeout,
-            attention=str(made.model.config._attn_implementation),
-            template=asdict(made.chat.template),
-            max_length=made.chat.max_length,
-            log_level=logging.getLogger().getEffectiveLevel(),
-        )
-
-
-def _read(one: _Process) -> Frame:
-    """Gives a process's answer. Raises UserError or TeamError where it is none."""
-    try:
-        answer = receive(one.pipe)
-    except (EOFError, OSError) as error:
-        with suppress(subprocess.TimeoutExpired):
-            one.process.wait(5)
-        code = one.process.returncode
-        how = (
-            "it hangs" if code is None else f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        )
-        raise TeamError(f"process {one.rank} of the client died ({how}): all of them were ended") from error
-    if "faults" in answer.said:
-        raise UserError(*answer.said["faults"])
-    if "error" in answer.said:
-        raise TeamError(f"process {one.rank} of the client: {answer.said['error']}: all of them were ended")
-    return answer
-
-
-def _end(processes: list[_Process]) -> None:
-    for one in processes:
-        if one.process.returncode is None:
-            with suppress(ProcessLookupError):
-                os.killpg(one.process.pid, signal.SIGKILL)
-    for one in processes:
-        one.process.wait()
-        one.pipe.close()
-    processes.clear()
+        with tempfile.TemporaryDirectory(prefix="team", dir=self._scratch) as folder:
+            save_parts(made, Path(folder))
+            self.held = tuple(said["held"] for said in self._group.start(Path(folder), charge))
+        shards = "/".join(f"{held['shards'] / 1e6:.1f}" for held in self.held)
+        log.info("%d processes hold %s MB of the base, and the adapter whole", len(self.held), shards)
 
 
 def make_team(made: Resident, args: ParallelArgs, device: torch.device, *, timeout: float, scratch: Path) -> Team:
