@@ -47,6 +47,7 @@ STEPS = {
     "requests": "other rows",
     "eval.round_metrics": ("exact_memorization",),
     "launcher.address": "127.0.0.1:6379",
+    "trainer.parallel": "fsdp",
     "probe.unlearned": {"a": "y"},
     "probe.attacks": ("difference", "nf4", "rounds", "relearn_forget"),
 }

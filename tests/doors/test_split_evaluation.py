@@ -39,7 +39,8 @@ def test_two_processes_find_what_one_does(pocket, saves, evaluation):
     assert split.keys() == whole.keys()
     for name, value in whole.items():
         assert split[name] == pytest.approx(value, abs=1e-4), name
-    assert figures(saves, "base")["forget_Q_A_Prob"] != pytest.approx(whole["forget_Q_A_Prob"], abs=1e-3)
+    base = figures(saves, "base")  # the adapter is in it: without one the figures are others
+    assert max(abs(base[name] - value) for name, value in whole.items() if value is not None) > 1e-3
     assert list((saves / "cache" / "teams").iterdir()) == []
 
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
-from accelerate import Accelerator
 
 from fedunlearn.data.chat import EncodedRow
 from fedunlearn.data.collator import collate
@@ -77,17 +76,13 @@ class Tally:
         return bool(why)
 
 
-@functools.cache
-def _accelerator(device: str) -> Accelerator:
-    return Accelerator(cpu=device == "cpu")
-
-
 def run_steps(work: Work, steps: Sequence[Step], memory: Memory) -> Tally:
     """Makes the optimiser steps and gives what they came to; the model holds the trained values afterwards."""
     args, task, device = work.settings.args, work.task, work.made.device
-    live, now = live_parameters(work.made.model), live_tensors(work.made.model)
-    optimizer = build_optimizer(live.values(), args, task.lr_scale)
+    optimizer = build_optimizer(live_parameters(work.made.model).values(), args, task.lr_scale)
     schedule = build_schedule(optimizer, args, len(steps), warmup_of(len(work.rows), len(steps), args))
+    work.crew.begin(work.made.model, optimizer, args)
+    now = live_tensors(work.made.model)
     start = {name: tensor.to(device) for name, tensor in work.start.items()}
     guard, tally = Guard(work.settings.guard, start), Tally(memory)
     for number, step in enumerate(steps, 1):
@@ -98,11 +93,8 @@ def run_steps(work: Work, steps: Sequence[Step], memory: Memory) -> Tally:
         tally.losses.append(done.loss)
         if task.mu:
             _pull_to_start(live_gradients(work.made.model), now, start, task.mu)
-        if args.max_grad_norm > 0:
-            _accelerator(device.type).clip_grad_norm_(list(live.values()), args.max_grad_norm)
-        optimizer.step()
+        work.crew.step(optimizer, args)
         schedule.step()
-        optimizer.zero_grad(set_to_none=True)
         if task.radius:
             pull_inside(now, start, module_scales(work.made.model), task.radius)
         if work.method is not None:
@@ -182,7 +174,7 @@ def _losses(
 
 
 def _down(work: Work, loss: torch.Tensor) -> float:
-    _accelerator(work.made.device.type).backward(loss)
+    work.crew.backward(loss)
     return float(loss.detach())
 
 

@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fedunlearn.training.crew import Dealt
+from fedunlearn.training.crew import Alone, Dealt
 from fedunlearn.training.steps import MicroBatch
 
 
-class Together:
+class Together(Alone):
     """One process of `world` that train one model. Every method must be right under smaller micro-batches, and by its law is (methods.base.Method)."""
 
     def __init__(self, rank: int, world: int, device: torch.device) -> None:
