@@ -19,13 +19,12 @@ NO_TP_TRAINING = (
 class ParallelArgs:
     """kind: `fsdp`: the base in shards (torch's fully_shard), `deepspeed`: ZeRO, `tp`: layers split by the model's own plan, for evaluations.
 
-    processes: how many; null: as many as there are CUDA devices, 2 without any. zero_stage: DeepSpeed's, 2 (gradients and the optimiser's state in
-    shards) or 3 (the base too).
+    processes: how many; null: as many as there are CUDA devices, 2 without any. zero_stage: DeepSpeed's, 2 alone: gradients and the optimiser's state in shards.
     """
 
     kind: Kind
     processes: int | None = None
-    zero_stage: Literal[2, 3] = 3
+    zero_stage: Literal[2, 3] = 2
 
     def __post_init__(self) -> None:
         faults = []
@@ -37,8 +36,11 @@ class ParallelArgs:
             faults.append(
                 f"parallel.processes={self.processes} must lie between 2 and {MOST_PROCESSES}, or be null (one a CUDA device); one process is parallel=none"
             )
-        if self.kind != "deepspeed" and self.zero_stage != 3:
-            faults.append(f"parallel.zero_stage={self.zero_stage} beside kind={self.kind}: only deepspeed has stages")
+        if self.zero_stage == 3:
+            faults.append(
+                "parallel.zero_stage=3: DeepSpeed would cut the adapter into shards beside the base, and it is read whole after every step: leave it at 2, or choose "
+                "kind=fsdp, which has the base alone in shards"
+            )
         if faults:
             raise UserError(*faults)
 

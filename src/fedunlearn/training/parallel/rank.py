@@ -35,21 +35,30 @@ from fedunlearn.training.parallel.job import (
     unpack_task,
 )
 from fedunlearn.training.parallel.serving import Place, join
-from fedunlearn.training.parallel.shards import TOKENIZER, held_by, sharded_model
+from fedunlearn.training.parallel.shards import TOKENIZER, held_by, sharded_model, whole_model
 from fedunlearn.training.parallel.together import Together
+from fedunlearn.training.parallel.zero import Zero
 from fedunlearn.training.reference import row_sums_of
 
 
 class Sharer:
-    """A process of a client: its model, in shards, and what it knows of the others. See serving.Member; template, max_length: of the client's ChatFormat."""
+    """A process of a client: its model and what it knows of the others. See serving.Member.
 
-    def __init__(self, place: Place, *, attention: str, template: Mapping[str, Any], max_length: int) -> None:
+    template, max_length: of the client's ChatFormat. deepspeed: whether ZeRO-2 cuts gradients and optimiser; else FSDP2 the base.
+    """
+
+    def __init__(
+        self, place: Place, *, attention: str, template: Mapping[str, Any], max_length: int, deepspeed: bool
+    ) -> None:
         self._place = place
         device = join(place)
-        self.crew = Together(place.rank, place.world, device)
         folder = Path(place.folder)
+        self.crew: Together = Together(place.rank, place.world, device)
+        make = sharded_model
+        if deepspeed:
+            self.crew, make = Zero(place.rank, place.world, device), whole_model
         chat = ChatFormat(load_tokenizer(folder / TOKENIZER), TemplateArgs(**template), max_length)
-        self.made = Resident(sharded_model(folder, attention, device), chat, "", "", device, None)
+        self.made = Resident(make(folder, attention, device), chat, "", "", device, None)
         self.ready = {"held": asdict(held_by(self.made.model))}
 
     def do(self, job: Frame) -> Frame:

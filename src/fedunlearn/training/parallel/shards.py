@@ -77,6 +77,14 @@ def sharded_model(folder: Path, attention: str, device: torch.device) -> PeftMod
     return model
 
 
+def whole_model(folder: Path, attention: str, device: torch.device) -> PeftModel:
+    """Builds the same model whole on the device."""
+    model = empty_model(folder, attention)
+    with safe_open(folder / WEIGHTS, framework="pt", device=str(device)) as file:
+        _fill(model, "", file, device)
+    return model
+
+
 def _units(model: PeftModel) -> Iterable[nn.Module]:
     """What is gathered at once, from the inside out: every decoder block, embedding and head where each has its own weight, then what is left."""
     yield from decoder_blocks(model)

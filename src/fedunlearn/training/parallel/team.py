@@ -1,6 +1,5 @@
 """A client's processes, as the client's own process sees them: started once, given jobs, ended together."""
 
-import importlib.util
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from fedunlearn.training.parallel.group import Group, GroupError
 from fedunlearn.training.parallel.job import Frame, named, pack_rows, pack_work, unpack_tally
 from fedunlearn.training.parallel.rank import Sharer
 from fedunlearn.training.parallel.shards import save_parts
+from fedunlearn.training.parallel.zero import check_deepspeed
 from fedunlearn.training.steps import Step
 
 log = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ class Team:
             "attention": str(made.model.config._attn_implementation),
             "template": asdict(made.chat.template),
             "max_length": made.chat.max_length,
+            "deepspeed": self._args.kind == "deepspeed",
         }
         self._scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="team", dir=self._scratch) as folder:
@@ -107,10 +108,8 @@ def make_team(made: Resident, args: ParallelArgs, device: torch.device, *, timeo
 def check_team(made: Resident, args: ParallelArgs, device: torch.device) -> ParallelArgs:
     """Gives args with its number of processes. Raises UserError where the devices are too few, DeepSpeed is not there, or the base cannot lie in shards."""
     known = settled(args, device.type, torch.cuda.device_count())
-    if args.kind == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
-        raise UserError(
-            "trainer.parallel=deepspeed needs DeepSpeed: pip install deepspeed, or choose trainer.parallel=fsdp"
-        )
+    if args.kind == "deepspeed":
+        check_deepspeed()
     model = made.model
     if getattr(model.get_base_model(), "hf_quantizer", None) is not None:
         raise UserError(
