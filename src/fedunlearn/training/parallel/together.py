@@ -36,7 +36,7 @@ class Together(Alone):
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         flat = torch.cat([gradient.float().flatten() for gradient in gradients])
         dist.all_reduce(flat)
-        for gradient, whole in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        for gradient, whole in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(whole.view_as(gradient))
         return self.total(numbers)
 
