@@ -11,7 +11,7 @@ from fedunlearn.config.parallel import ParallelArgs
 from fedunlearn.errors import UserError
 from fedunlearn.methods.npo import NPO
 from fedunlearn.training.parallel.team import Team, check_team
-from fedunlearn.training.parallel.zero import tell_numbers, zero_config
+from fedunlearn.training.parallel.zero import check_deepspeed, tell_numbers, zero_config
 
 there = importlib.util.find_spec("deepspeed") is not None
 
@@ -46,10 +46,9 @@ def test_without_devices_it_is_refused():
 
 
 @pytest.mark.skipif(there, reason="DeepSpeed is installed")
-def test_without_deepspeed_it_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+def test_without_deepspeed_it_is_refused():
     with pytest.raises(UserError, match=r"DeepSpeed, and it is not installed: pip install 'deepspeed>=0\.19\.0'"):
-        check_team(made_model(), ParallelArgs(kind="deepspeed"), torch.device("cuda"))
+        check_deepspeed()
 
 
 @pytest.mark.gpu
