@@ -15,17 +15,17 @@ from fedunlearn.aggregation.robust.off import Off
 from fedunlearn.config.benchmark import benchmark_rules, raw_text_rules
 from fedunlearn.config.data import CollatorConfig, DataConfig, PartitionConfig, PathsConfig, task_name_rule
 from fedunlearn.config.evaluation import EvalConfig
-from fedunlearn.config.launcher import Launcher, RayLauncher
+from fedunlearn.config.launcher import Launcher
 from fedunlearn.config.ledger import LedgerConfig
 from fedunlearn.config.lm_eval import LmEvalConfig
 from fedunlearn.config.model import ModelConfig
-from fedunlearn.config.parallel import NO_TP_TRAINING, Parallel, home_model, parallel_args
+from fedunlearn.config.parallel import Parallel, home_model
+from fedunlearn.config.parallel_rules import evaluation_rules, training_rules
 from fedunlearn.config.requests import RequestConfig
 from fedunlearn.config.server import AggregationConfig, GateConfig
 from fedunlearn.config.trainer import TrainerConfig
 from fedunlearn.errors import UserError
 from fedunlearn.methods.base import Method, Unlearner
-from fedunlearn.metrics.base import Part
 from fedunlearn.protocols.base import Assignment, Protocol, Stage
 from fedunlearn.protocols.by_method import ByMethod
 from fedunlearn.records.rounds import ClientRows
@@ -285,27 +285,6 @@ class TrainRun:
             ),
         ]
 
-    def _parallel_rules(self) -> list[tuple[bool, str]]:
-        args = parallel_args(self.trainer.parallel)
-        parallel, at = args.kind != "none", f"trainer.parallel={args.kind}"
-        return [
-            (args.kind != "tp", NO_TP_TRAINING),
-            (
-                not parallel or self.mode != "probe",
-                f"{at} beside mode='probe': a probe relearns in its own process; leave it at none",
-            ),
-            (
-                not parallel or not isinstance(self.launcher, RayLauncher),
-                f"{at} beside launcher=ray: every actor would start processes of its own on the same devices, with shards of a base each, and Ray knows nothing of "
-                "their memory; choose launcher=local, whose clients share one set of processes, or launcher=superlink, one machine a client",
-            ),
-            (
-                args.kind != "deepspeed" or not self._moves_by_hand(),
-                f"{at} beside strategy=fedprox, or a method that bounds how far a client may go: both work on gradients and parameters that DeepSpeed keeps in shards; "
-                "choose trainer.parallel=fsdp",
-            ),
-        ]
-
     def _moves_by_hand(self) -> bool:
         """Whether clients change gradients or parameters beside what the optimiser does."""
         return isinstance(self.strategy, FedProx) or any(self.radius(n) for n in range(1, self.total_rounds + 1))
@@ -362,7 +341,7 @@ class TrainRun:
             *self._alternate_rules(),
             *self._request_rules(),
             *self._server_method_rules(),
-            *self._parallel_rules(),
+            *training_rules(self.trainer.parallel, self.mode, self.launcher, self._moves_by_hand),
             (
                 not (self.overwrite and self.resume),
                 "overwrite=true beside resume=true: choose one (start anew, or go on)",
@@ -423,7 +402,7 @@ class EvalRun:
                 bool(self.eval.metrics) or self.lm_eval is not None,
                 "eval.metrics is empty and lm_eval null: nothing would be evaluated; name metrics, or choose eval=tofu",
             ),
-            *self._parallel_rules(),
+            *evaluation_rules(self.parallel, self.eval, self.lm_eval),
             (self.max_length >= 2, f"max_length={self.max_length} must be at least 2 tokens"),
             (
                 not self.eval.in_rounds,
@@ -433,35 +412,3 @@ class EvalRun:
         faults = [fault for holds, fault in rules if not holds]
         if faults:
             raise UserError(*faults)
-
-    def _parallel_rules(self) -> list[tuple[bool, str]]:
-        kind = parallel_args(self.parallel).kind
-        beside = [
-            key
-            for key, there in {
-                "lm_eval": self.lm_eval,
-                "eval.reference_model_path": self.eval.reference_model_path,
-            }.items()
-            if there is not None
-        ]
-        wanting = [
-            name
-            for name, metric in self.eval.metrics.items()
-            if any(reading.part is Part.GRADNORM for reading in metric.reads)
-        ]
-        return [
-            (
-                kind != "tp" or not wanting,
-                f"parallel=tp beside {', '.join(wanting)}: gradients are not taken through split layers; take it out (~eval.metrics.{''.join(wanting[:1])}), or "
-                "parallel=none",
-            ),
-            (
-                kind in ("none", "tp"),
-                f"parallel={kind}: an evaluation is carried out by one process, or over layers split among several: none or tp; fsdp and deepspeed are "
-                "trainer.parallel, for training",
-            ),
-            (
-                kind != "tp" or not beside,
-                f"parallel=tp beside {' and '.join(beside)}: both want a model that is whole in one process; leave them null, or parallel=none",
-            ),
-        ]
