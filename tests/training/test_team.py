@@ -168,7 +168,7 @@ def test_processes_end_with_the_client_that_started_them(made, team):
     processes = [one.process for one in team._group._processes]
     for one in team._group._processes:
         one.pipe.close()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert [process.poll() for process in processes] == [-signal.SIGKILL] * 2
