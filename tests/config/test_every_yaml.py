@@ -52,6 +52,7 @@ STEPS = {
     "eval.round_metrics": ("exact_memorization",),
     "model.model_args.lora_config.target_modules": ("k_proj", "o_proj"),
     "launcher.address": "127.0.0.1:6379",
+    "trainer.parallel": "fsdp",
     "probe.unlearned": {"a": "y"},
     "probe.attacks": ("difference", "nf4", "rounds", "relearn_forget"),
 }

@@ -11,6 +11,7 @@ _OWN_HISTORY = "every round is a line of history.jsonl: see trainer.args.logging
 _ONE_DEVICE = (
     "a client trains on one device and the federation is the parallelism: see launcher.* and model.model_args.device"
 )
+_PARALLEL = "a model too large for one device is a client's own affair, and it composes this by itself: set trainer.parallel=fsdp or trainer.parallel=deepspeed"
 _NO_HUB = "nothing is uploaded: publish the run's adapter folder yourself"
 _NOT_A_FLAG = "the door says what runs: fed_train.py, train.py or eval.py"
 
@@ -38,9 +39,10 @@ _BY_REASON: Mapping[str, str] = {
         "skip_memory_metrics debug"
     ),
     _ONE_DEVICE: (
-        "accelerator_config parallelism_config deepspeed fsdp fsdp_config ddp_find_unused_parameters ddp_bucket_cap_mb "
+        "accelerator_config ddp_find_unused_parameters ddp_bucket_cap_mb "
         "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout local_rank"
     ),
+    _PARALLEL: "parallelism_config deepspeed fsdp fsdp_config",
     _NO_HUB: "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
     _NOT_A_FLAG: "do_train do_eval do_predict",
 }

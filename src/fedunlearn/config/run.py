@@ -26,6 +26,8 @@ from fedunlearn.config.ledger import LedgerConfig
 from fedunlearn.config.lm_eval import LmEvalConfig
 from fedunlearn.config.lora import given
 from fedunlearn.config.model import ModelConfig
+from fedunlearn.config.parallel import Parallel, home_model
+from fedunlearn.config.parallel_rules import evaluation_rules, training_rules
 from fedunlearn.config.requests import RequestConfig
 from fedunlearn.config.server import AggregationConfig, GateConfig
 from fedunlearn.config.server_choices import combination_of, own_steps
@@ -96,6 +98,11 @@ class TrainRun:
         if isinstance(self.method, ServerMethod):
             return self.method.local
         return self.method if isinstance(self.method, Method) else None
+
+    @property
+    def home(self) -> ModelConfig:
+        """The model as the client's own process holds it: on the CPU where others share the work, for it may be too large for a device."""
+        return home_model(self.model, self.trainer.parallel)
 
     @property
     def total_rounds(self) -> int:
@@ -276,6 +283,10 @@ class TrainRun:
             ),
         ]
 
+    def _moves_by_hand(self) -> bool:
+        """Whether clients change gradients or parameters beside what the optimiser does."""
+        return isinstance(self.strategy, FedProx) or any(self.radius(n) for n in range(1, self.total_rounds + 1))
+
     def _trim_rules(self) -> list[tuple[bool, str]]:
         trim, count = self.aggregation.trim, self.trainer.federated.cohort_size
         if trim is None or self.aggregation.reducer != "trimmed_mean":
@@ -328,6 +339,7 @@ class TrainRun:
             *self._alternate_rules(),
             *self._request_rules(),
             *self._server_method_rules(),
+            *training_rules(self.trainer.parallel, self.mode, self.launcher, self._moves_by_hand),
             (
                 not (self.overwrite and self.resume),
                 "overwrite=true beside resume=true: choose one (start anew, or go on)",
@@ -340,7 +352,7 @@ class EvalRun:
     """Evaluation of a base, an adapter or a run; the result goes to saves/eval/<task_name>/.
 
     adapters: several instead of the one that the model names, one evaluation each (`<task_name>.1`, ...); null: that one.
-    lm_eval: what lm-evaluation-harness asks besides; null: nothing.
+    lm_eval: what lm-evaluation-harness asks besides; null: nothing. parallel: `tp` evaluates the merged model over several processes.
     """
 
     task_name: str
@@ -361,6 +373,12 @@ class EvalRun:
     max_length: int = 512
     adapters: tuple[str, ...] | None = None
     lm_eval: LmEvalConfig | None = None
+    parallel: Parallel = "none"
+
+    @property
+    def home(self) -> ModelConfig:
+        """See TrainRun.home."""
+        return home_model(self.model, self.parallel)
 
     def __post_init__(self) -> None:
         rules = [
@@ -382,6 +400,7 @@ class EvalRun:
                 bool(self.eval.metrics) or self.lm_eval is not None,
                 "eval.metrics is empty and lm_eval null: nothing would be evaluated; name metrics, or choose eval=tofu",
             ),
+            *evaluation_rules(self.parallel, self.eval, self.lm_eval),
             (self.max_length >= 2, f"max_length={self.max_length} must be at least 2 tokens"),
             (
                 not self.eval.in_rounds,

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fedunlearn.config.parallel import Parallel
 from fedunlearn.errors import UserError
 from fedunlearn.limits import LARGEST, SMALLEST
 
@@ -239,9 +240,10 @@ class GuardArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """The whole `trainer` group; `name` says what the run is for, and must fit the command's mode."""
+    """The whole `trainer` group; `name` says what the run is for, and must fit the command's mode. parallel: who carries out one client's work."""
 
     name: Literal["FederatedTrainer", "FederatedUnlearningTrainer"]
     args: TrainArgs
     federated: FederatedArgs
     guard: GuardArgs = field(default_factory=GuardArgs)
+    parallel: Parallel = "none"

@@ -12,6 +12,7 @@ from fedunlearn.aggregation.combinations import variant_of
 from fedunlearn.aggregation.factors import modules_of
 from fedunlearn.aggregation.flower import FlowerStrategy
 from fedunlearn.config.launcher import LocalLauncher
+from fedunlearn.config.parallel import parallel_args
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.data.alternates import given_alternates
 from fedunlearn.data.benchmark import Benchmark
@@ -40,6 +41,7 @@ from fedunlearn.files import settle_below, write_json
 from fedunlearn.methods.base import Method
 from fedunlearn.methods.tokens import Need
 from fedunlearn.models.adapter_files import saved_hash
+from fedunlearn.models.base import choose_device
 from fedunlearn.models.export import unit_scaled
 from fedunlearn.models.hidden_states import num_blocks
 from fedunlearn.models.initial import from_base
@@ -51,6 +53,7 @@ from fedunlearn.records.partition import OwnedRows, Partition
 from fedunlearn.records.requests import Request
 from fedunlearn.reporting.run_folder import config_hash, judge_folder, make_folder, provenance, run_path
 from fedunlearn.training.able import check_able
+from fedunlearn.training.parallel.team import check_team
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -154,6 +157,7 @@ def _loaded(
     for check in (_check_variant, _check_ranks, _check_sides, _check_export):
         check(run, made.start)
     _check_method(run, made, data, owned)
+    _check_parallel(run, made)
     for rows in owned:
         data.encode(made.chat, (*rows.forget, *rows.retain))
     return made, made.start
@@ -266,6 +270,13 @@ def _check_skip(method: Method, rows: Sequence[EncodedRow]) -> None:
         )
 
 
+def _check_parallel(run: TrainRun, made: Resident) -> None:
+    """Raises UserError where this machine is where the clients work, and cannot carry out what trainer.parallel asks for."""
+    args = parallel_args(run.trainer.parallel)
+    if args.kind != "none" and not run.launcher.submits:
+        check_team(made, args, choose_device(run.model.model_args))
+
+
 def _check_sides(run: TrainRun, start: Adapter) -> None:
     """Raises UserError where an SVD is to give r directions of a matrix that has fewer."""
     chosen = run.aggregation
@@ -375,7 +386,7 @@ def load_model(run: TrainRun | EvalRun, source: ModelSource) -> Resident:
     """Gives the process's model with its start adapter in place."""
     seed = run.trainer.args.seed if isinstance(run, TrainRun) else 0
     pocket_dir = Path(run.paths.pocket_dir)
-    return resident(run.model, source, seed=seed, max_length=max_length_of(run), pocket_dir=pocket_dir)
+    return resident(run.home, source, seed=seed, max_length=max_length_of(run), pocket_dir=pocket_dir)
 
 
 def max_length_of(run: TrainRun | EvalRun) -> int:

@@ -11,14 +11,14 @@ class ForwardStopped(Exception):  # noqa: N818  it is no error: what was wanted 
     """Raised inside a forward when the block's output is there; `block_output` catches it."""
 
 
+def decoder_blocks(model: nn.Module) -> nn.ModuleList:
+    """Gives the decoder blocks. Raises ValueError where there is no telling which they are."""
+    return _blocks(model)[0]
+
+
 def num_blocks(model: nn.Module) -> int:
     """Gives how many decoder blocks the model has."""
     return len(_blocks(model)[0])
-
-
-def decoder_blocks(model: nn.Module) -> nn.ModuleList:
-    """Gives the decoder blocks, first to last. Raises ValueError where they are not to be told."""
-    return _blocks(model)[0]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 
 from fedunlearn.aggregation.factors import modules_of
 from fedunlearn.errors import UserError
-from fedunlearn.records.adapter import Tensors
+from fedunlearn.records.adapter import A, B, Tensors
 
 
 @dataclass(eq=False)
@@ -61,6 +61,13 @@ def _check_fit(hook: _SideCar | None, path: str, a: torch.Tensor, b: torch.Tenso
         raise UserError(
             f"{fault}: {path!r} has factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, this model wants (R, {d_in}) and ({d_out}, R)"
         )
+
+
+def held_sidecar(model: PeftModel, name: str | None = None) -> Tensors:
+    """Gives the side-car that the adapter `name` has (None: the one that acts), as put_sidecar takes it; empty where there is none. Shares storage with it."""
+    hooks = ((path, hook, name or hook.active) for path, hook in _HOOKS.get(model, {}).items())
+    pairs = ((path, hook.held[whose]) for path, hook, whose in hooks if whose in hook.held)
+    return {f"{path}{end}": tensor for path, pair in pairs for end, tensor in zip((A, B), pair, strict=True)}
 
 
 def use_sidecar(model: PeftModel, name: str) -> None:

@@ -1,7 +1,7 @@
 """What one client does in one round: start from the global adapter, train or unlearn on its own rows, give the adapter back."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -21,15 +21,23 @@ from fedunlearn.training.local import LocalData, LocalResult, LocalSettings
 from fedunlearn.training.loop import Tally, Work, run_steps, unlearning_method
 from fedunlearn.training.steps import Step, Supply, count_steps, plan_steps
 
+CarryOut = Callable[[Work, Sequence[Step]], tuple[Tensors, Tally]]
+"""Makes the planned steps and gives the adapter they end at."""
+
 
 def client_update(
-    made: Resident, start: Tensors, data: LocalData, task: ClientTask, settings: LocalSettings
+    made: Resident,
+    start: Tensors,
+    data: LocalData,
+    task: ClientTask,
+    settings: LocalSettings,
+    carry_out: CarryOut | None = None,
 ) -> LocalResult:
     """Trains the resident model's adapter from `start` for one round and gives the new values of both factors, trained or not.
 
     A fresh optimiser and schedule each time; random numbers only from task.seed (global random state is put back). The model
-    is left in eval mode. Raises ValueError for an idle task, one without rows, or unlearning without a method, UserError for more steps
-    than settings.max_steps, and for what this model or machine cannot do.
+    is left in eval mode. carry_out: who makes the steps (training.parallel); None: this process. Raises ValueError for an idle task, one without rows, or
+    unlearning without a method, UserError for more steps than settings.max_steps, and for what this model or machine cannot do.
     """
     check_able(made, settings.args)
     rows = data.forget if task.role.on_forget_rows else data.retain
@@ -39,11 +47,18 @@ def client_update(
     work = Work(made, data, task, settings, start, rows, unlearning_method(task, settings))
     steps = _plan(work)
     reference_tokens = data.tokens + _prepare_sums(work, steps)
-    write_tensors(made.model, start)
-    with _training_mode(made.model, settings.args, task):
-        tally = run_steps(work, steps, task.memory)
+    tensors, tally = (carry_out or carry_out_here)(work, steps)
     reference_tokens += tally.reference_tokens
-    return _result(read_tensors(made.model), tally, settings.args, reference_tokens, time.monotonic() - began)
+    return _result(tensors, tally, settings.args, reference_tokens, time.monotonic() - began)
+
+
+def carry_out_here(work: Work, steps: Sequence[Step]) -> tuple[Tensors, Tally]:
+    """Makes the steps in this process, from work.start, and gives the adapter they end at."""
+    model = work.made.model
+    write_tensors(model, work.start)
+    with _training_mode(model, work.settings.args, work.task):
+        tally = run_steps(work, steps, work.task.memory)
+    return read_tensors(model), tally
 
 
 def _plan(work: Work) -> tuple[Step, ...]:

@@ -1,0 +1,65 @@
+"""An evaluation over two processes, each with half of every layer: the metrics of one process."""
+
+import json
+
+import pytest
+from helpers_runs import CONFIGS, finetune
+
+from fedunlearn.doors.compose import compose
+from fedunlearn.doors.evaluation import run_evaluation
+from fedunlearn.errors import UserError
+
+
+@pytest.fixture
+def evaluation(pocket, saves):
+    """Composes an evaluation of a model."""
+
+    def composed(task, start, *overrides):
+        places = (
+            f"tofu_path={pocket.data}", f"paths.saves_dir={saves}", f"paths.cache_dir={saves}/cache", f"paths.pocket_dir={saves}/pocket",
+            "eval.max_new_tokens=4", "model.model_args.lora_config.r=4", "eval.max_rows=6", f"task_name={task}",
+            f"model.model_args.pretrained_model_name_or_path={start}",
+        )  # fmt: skip
+        return compose(CONFIGS, "eval.yaml", ["experiment=eval/tofu/pocket", *places, *overrides])
+
+    return composed
+
+
+def figures(saves, task):
+    log = json.loads((saves / "eval" / task / "TOFU_EVAL.json").read_text())
+    return {name: metric["agg_value"] for name, metric in log.items() if name != "provenance"}
+
+
+def test_two_processes_find_what_one_does(pocket, saves, evaluation):
+    start = finetune(pocket, saves, "ft", "trainer.args.learning_rate=0.05", "trainer.args.num_train_epochs=5")
+    run_evaluation(evaluation("whole", start))
+    run_evaluation(evaluation("base", pocket.model))
+    run_evaluation(evaluation("split", start, "parallel={kind:tp,processes:2}"))
+    whole, split = figures(saves, "whole"), figures(saves, "split")
+    assert split.keys() == whole.keys()
+    for name, value in whole.items():
+        assert split[name] == pytest.approx(value, abs=1e-4), name
+    base = figures(saves, "base")  # the adapter is in it: without one the figures are others
+    assert max(abs(base[name] - value) for name, value in whole.items() if value is not None) > 1e-3
+    assert list((saves / "cache" / "teams").iterdir()) == []
+
+
+def test_a_number_of_processes_that_does_not_fit_is_refused(pocket, saves, evaluation):
+    with pytest.raises(
+        UserError, match=r"parallel\.processes=3 does not divide LlamaForCausalLM's num_attention_heads=4"
+    ):
+        run_evaluation(evaluation("three", pocket.model, "parallel={kind:tp,processes:3}"))
+    assert not (saves / "eval" / "three").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["parallel=fsdp"], r"parallel=fsdp: an evaluation is carried out by one process, or .*: none or tp"),
+        (["parallel=tp", "eval=tofu_attacks"], r"parallel=tp beside mia_gradnorm: gradients are not taken through split layers"),
+        (["parallel={kind:tp,processes:1}"], r"parallel\.processes=1 must lie between 2 and 1024"),
+    ],
+)  # fmt: skip
+def test_what_has_no_sense_is_refused(pocket, evaluation, overrides, said):
+    with pytest.raises(UserError, match=said):
+        evaluation("e", pocket.model, *overrides)
