@@ -17,7 +17,7 @@ from killing.launchers import Command, Victim
 from killing.stage import NUM_ROUNDS, Place, Undisturbed
 
 DRAWS, SPAN, FREE_WITHIN, ENDS_WITHIN = 5, 0.95, 30.0, 600.0
-"""Moments that are tried until one comes before the end; the share of the undisturbed run they are drawn from; seconds until a killed run's folder is
+"""Moments that are tried until one comes before the end, each in half of the time of the one before, for the machine may be faster than it was; the share of the undisturbed run they are drawn from; seconds until a killed run's folder is
 free, and until a command has ended that goes on by itself.
 """
 WAY_OUT = "resume=true"
@@ -30,10 +30,10 @@ def attack(field: Field, than: Undisturbed, number: int, seed: int) -> Attacked:
     victim_name, when = launcher.attacks[(number + seed) % len(launcher.attacks)]
     kill = Kill(launcher=field.name, run=number, victim=victim_name, when=when)
     draw, victim = random.Random(f"{seed}/{field.name}/{number}"), launcher.victims[victim_name]
-    for _ in range(DRAWS):
+    for missed in range(DRAWS):
         place.clear()
         command = field.stage.attacked(place, *field.overrides)
-        at = _strike(command, field, kill, than, draw)
+        at = _strike(command, field, kill, than, draw.random() / 2**missed, draw)
         seen = Seen.of(place.folder)
         if at is not None:
             break
@@ -44,9 +44,11 @@ def attack(field: Field, than: Undisturbed, number: int, seed: int) -> Attacked:
     return judged(replace(kill, at=at), seen, faults, place, than.place, time.monotonic() - began)
 
 
-def _strike(command: Command, field: Field, kill: Kill, than: Undisturbed, draw: random.Random) -> float | None:
-    """Kills the victim at its moment. Gives the moment, None where it came too late."""
-    began, share, victim = time.monotonic(), draw.random(), field.launcher.victims[kill.victim]
+def _strike(
+    command: Command, field: Field, kill: Kill, than: Undisturbed, share: float, draw: random.Random
+) -> float | None:
+    """Kills the victim at its moment, this share of what the undisturbed run took. Gives the moment, None where it came too late."""
+    began, victim = time.monotonic(), field.launcher.victims[kill.victim]
     folder = field.place(kill.run).folder
     if kill.when == "start":
         time.sleep(share * than.made)

@@ -13,7 +13,7 @@ from rich.logging import RichHandler
 from fedunlearn.config.launcher import SuperlinkLauncher
 from fedunlearn.errors import UserError
 from fedunlearn.federation.deployed.brief import TOLD
-from fedunlearn.federation.deployed.server import tell, telling_warnings
+from fedunlearn.federation.deployed.server import tell, telling_faults, telling_warnings
 from fedunlearn.federation.launchers.superlink import CONNECTION, _Connection, _follow
 
 RUN = 7
@@ -96,6 +96,20 @@ def test_a_served_run_tells_the_warnings_of_this_package_while_it_lasts(capsys):
     assert json.loads(line.removeprefix(TOLD)) == {
         "warning": [1, "roll call: client 2 is not there: the run goes on without"]
     }
+
+
+def test_a_server_that_fails_tells_the_way_out(capsys):
+    """As where the SuperLink is killed while a message is handed over: nothing of the config is wrong."""
+    with pytest.raises(OSError, match="replaced"), telling_faults():
+        raise OSError("the push session was replaced")
+    with pytest.raises(
+        UserError, match=r"the server failed: OSError: the push session was replaced; .* resume=true goes on"
+    ):
+        _follow(Said([capsys.readouterr().out.splitlines(keepends=True)], ["finished:failed"]), RUN)
+    with pytest.raises(UserError, match="wrong"), telling_faults():
+        raise UserError("r is wrong")
+    with pytest.raises(UserError, match=r"^r is wrong$"):
+        _follow(Said([capsys.readouterr().out.splitlines(keepends=True)], ["finished:failed"]), RUN)
 
 
 def test_a_superlink_that_falls_silent_is_given_up():

@@ -12,6 +12,8 @@ CONFIG_KEY = "config-json"
 """Of a submitted run's config: the composed config, as one JSON string."""
 TOLD = "fedunlearn> "
 """Begins each line of the run's log that the submitter reads."""
+GO_ON = "the same command with resume=true goes on where its last whole round ended"
+"""The way out where a run ended for another reason than its config."""
 LONGEST_BRIEF = 16 * 2**20
 """Characters: the row numbers of two million rows."""
 

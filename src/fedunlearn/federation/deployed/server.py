@@ -18,7 +18,7 @@ from fedunlearn.config.parse import parse_config
 from fedunlearn.config.run import TrainRun
 from fedunlearn.config.sites import SITE_VARIABLE, ServerSite, read_site
 from fedunlearn.errors import UserError
-from fedunlearn.federation.deployed.brief import CONFIG_KEY, TOLD, pack_brief
+from fedunlearn.federation.deployed.brief import CONFIG_KEY, GO_ON, TOLD, pack_brief
 from fedunlearn.federation.deployed.submission import at_server, brief_of
 from fedunlearn.federation.rounds import Nodes, run_rounds
 from fedunlearn.federation.site import reads_reference, set_threads
@@ -37,18 +37,10 @@ def make_submitted_app(stage: Stage) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        try:
-            with telling_warnings():
-                site = _site()
-                plain = at_server(site, json.loads(str(context.run_config[CONFIG_KEY])))
-                tell("done", stage(plain, lambda prepared: carry(grid, site, prepared)))
-        except UserError as error:
-            tell("faults", list(error.faults))
-            raise
-        except BaseException as error:
-            tell("faults", [f"the server failed: {type(error).__name__}: {error}"])
-            traceback.print_exc()
-            raise
+        with telling_faults(), telling_warnings():
+            site = _site()
+            plain = at_server(site, json.loads(str(context.run_config[CONFIG_KEY])))
+            tell("done", stage(plain, lambda prepared: carry(grid, site, prepared)))
 
     return app
 
@@ -57,6 +49,20 @@ def tell(kind: str, value: object) -> None:
     """Writes one line that `launcher=superlink` reads in the run's log; it begins anew, whatever stands in front of it."""
     sys.stdout.write(f"\n{TOLD}{canonical_json({kind: value})}\n")
     sys.stdout.flush()
+
+
+@contextmanager
+def telling_faults() -> Iterator[None]:
+    """What ends the run is told too; where it is no fault of the config (a SuperLink that was killed in the midst of a message), with the way out."""
+    try:
+        yield
+    except UserError as error:
+        tell("faults", list(error.faults))
+        raise
+    except BaseException as error:
+        tell("faults", [f"the server failed: {type(error).__name__}: {error}; {GO_ON}"])
+        traceback.print_exc()
+        raise
 
 
 @contextmanager

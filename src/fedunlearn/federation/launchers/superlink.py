@@ -19,7 +19,7 @@ from typing import Any
 import fedunlearn
 from fedunlearn.config.launcher import SuperlinkLauncher
 from fedunlearn.errors import UserError
-from fedunlearn.federation.deployed.brief import CONFIG_KEY, TOLD
+from fedunlearn.federation.deployed.brief import CONFIG_KEY, GO_ON, TOLD
 from fedunlearn.sites.commands import CONNECTION, answer_in, flower_config
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,6 @@ SECONDS_BETWEEN_LOOKS, SECONDS_FOR_A_COMMAND = 2.0, 60.0
 FLWR = [sys.executable, "-c", "from flwr.cli.app import app; app()"]
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "NO_COLOR": "1", "COLUMNS": "200"}
 ENDED, STOPPED = "finished:", "finished:stopped"
-GO_ON = "the same command with resume=true goes on where its last whole round ended"
 BUNDLE = f"""[project]
 name = "fedunlearn-run"
 version = "{fedunlearn.__version__}"
