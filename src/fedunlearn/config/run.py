@@ -13,7 +13,6 @@ from fedunlearn.aggregation.combinations import (
     variant_faults,
     variant_of,
 )
-from fedunlearn.aggregation.fedavg import FedAvg
 from fedunlearn.aggregation.fedprox import FedProx
 from fedunlearn.aggregation.flower import FlowerStrategy
 from fedunlearn.aggregation.robust.base import Robust
@@ -31,11 +30,11 @@ from fedunlearn.config.parallel_rules import evaluation_rules, training_rules
 from fedunlearn.config.requests import RequestConfig
 from fedunlearn.config.server import AggregationConfig, GateConfig
 from fedunlearn.config.server_choices import combination_of, own_steps
+from fedunlearn.config.server_rules import own_step_rules, server_method_rules, trim_rules
 from fedunlearn.config.trainer import TrainerConfig
 from fedunlearn.errors import UserError
 from fedunlearn.methods.base import Method, Unlearner
 from fedunlearn.protocols.base import Assignment, Protocol, Stage
-from fedunlearn.protocols.by_method import ByMethod
 from fedunlearn.records.rounds import ClientRows
 from fedunlearn.server_methods.base import ServerMethod, ServerStep
 
@@ -159,7 +158,7 @@ class TrainRun:
                 f"robust {type(self.robust).__name__} needs {self.robust.min_updates} updates a round, trainer.federated draws {federated.cohort_size} clients: "
                 "draw more, lower robust.num_malicious, or choose robust=off",
             ),
-            *self._trim_rules(),
+            *trim_rules(self.aggregation, federated.cohort_size),
             (
                 not federated.force_owners or self.mode == "unlearn",
                 "trainer.federated.force_owners=true: nobody owns forget rows where nothing is unlearned; leave it false",
@@ -224,84 +223,20 @@ class TrainRun:
             ),
         ]
 
-    def _server_method_rules(self) -> list[tuple[bool, str]]:
-        server, name = self.server_method, type(self.method).__name__
-        several = len(self.requests or ()) > 1
-        return [
-            (
-                server is None or isinstance(self.protocol, ByMethod),
-                f"protocol {type(self.protocol).__name__} beside method {name}, a server-side method that says itself who works: leave protocol out (by_method)",
-            ),
-            (
-                server is None or not isinstance(self.strategy, FlowerStrategy),
-                f"method {name} beside a strategy of Flower's: the server's steps are not that strategy's; choose one of ours",
-            ),
-            *self._own_step_rules(),
-            (
-                server is None or not several or server.beginning != "others",
-                f"several requests beside method {name}, which begins at fine-tuning's last round and would bring back what the first ones took: give one, or choose another method",
-            ),
-            (
-                server is None or not self.ranks_differ,
-                f"method {name} beside partition.ranks or lora_alphas: server-side methods want one rank; leave them null",
-            ),
-        ]
-
-    def _own_steps(self, server: ServerMethod) -> list[bool]:
-        stages = (Stage(round=number, num_rounds=self.total_rounds) for number in range(1, self.total_rounds + 1))
-        return [server.step(stage) is ServerStep.OWN for stage in stages]
-
-    def _own_step_rules(self) -> list[tuple[bool, str]]:
-        """What would have no effect beside a method that makes every step itself."""
-        server, chosen = self.server_method, self.aggregation
+    def _server_rules(self) -> list[tuple[bool, str]]:
+        server = self.server_method
         if server is None:
             return []
-        own, name = self._own_steps(server), type(server).__name__
-        at = f"beside method {name}, which makes every step itself, as the best rank r of an exact sum, has no effect"
-        averages = not server.never_averages
+        stages = (Stage(round=number, num_rounds=self.total_rounds) for number in range(1, self.total_rounds + 1))
+        own = [server.step(stage) is ServerStep.OWN for stage in stages]
         return [
-            (
-                any(own) == (type(server).change is not ServerMethod.change),
-                f"method {name}: change is asked for in rounds whose step says ServerStep.OWN, and there is one without the other: override both, or neither",
-            ),
-            (
-                averages or isinstance(self.strategy, FedAvg | FedProx),
-                f"strategy {type(self.strategy).__name__} {at}: choose strategy=fedavg, or fedprox for its term at the clients",
-            ),
-            (
-                averages or isinstance(self.robust, Off),
-                f"robust {type(self.robust).__name__} {at}: choose robust=off",
-            ),
-            (
-                averages
-                or (
-                    chosen.reducer in ("factors", "product")
-                    and chosen.residual == "dropped"
-                    and chosen.gauge != "procrustes"
-                ),
-                f"aggregation.reducer={chosen.reducer} with residual={chosen.residual} and gauge={chosen.gauge} {at}: choose aggregation=flexlora",
-            ),
+            *server_method_rules(server, self.protocol, self.strategy, len(self.requests or ()), self.ranks_differ),
+            *own_step_rules(server, own, self.aggregation, self.strategy, self.robust),
         ]
 
     def _moves_by_hand(self) -> bool:
         """Whether clients change gradients or parameters beside what the optimiser does."""
         return isinstance(self.strategy, FedProx) or any(self.radius(n) for n in range(1, self.total_rounds + 1))
-
-    def _trim_rules(self) -> list[tuple[bool, str]]:
-        trim, count = self.aggregation.trim, self.trainer.federated.cohort_size
-        if trim is None or self.aggregation.reducer != "trimmed_mean":
-            return []
-        dropped = trim * count + 1e-9
-        at = f"aggregation.trim={trim} of the {count} clients that trainer.federated draws"
-        least = math.ceil(100 / max(count, 1)) / 100
-        raised = f", or raise it to {least} at least" if least < 0.5 else ""
-        return [
-            (
-                dropped >= 1 or count < 1,
-                f"{at} leaves out nobody: draw more{raised}",
-            ),
-            (2 * math.floor(dropped) < count or dropped < 1, f"{at} leaves nobody: draw more, or lower it"),
-        ]
 
     def _rules(self) -> list[tuple[bool, str]]:
         unlearn = self.mode == "unlearn"
@@ -338,7 +273,7 @@ class TrainRun:
             *raw_text_rules(self.muse_path, self.method, self.local_method, self.protocol),
             *self._alternate_rules(),
             *self._request_rules(),
-            *self._server_method_rules(),
+            *self._server_rules(),
             *training_rules(self.trainer.parallel, self.mode, self.launcher, self._moves_by_hand),
             (
                 not (self.overwrite and self.resume),
