@@ -25,6 +25,7 @@ from fedunlearn.models import switch as switching
 from fedunlearn.models.adapter_files import load_adapter, save_adapter
 from fedunlearn.models.adapter_tensors import ACTIVE, write_tensors
 from fedunlearn.models.belongs import check_belongs
+from fedunlearn.models.export import export
 from fedunlearn.models.fingerprint import fingerprint_base
 from fedunlearn.models.initial import draw_fresh
 from fedunlearn.models.lora import attach_lora
@@ -40,15 +41,21 @@ __all__ = [
 
 
 def begin(base: PreTrainedModel, args: LoraArgs, seed: int = 0) -> PeftModel:
-    """Gives the base with a fresh trainable adapter `default`: A drawn from `seed`, B zero. Raises UserError for a target that matches nothing, and
-    for another initialisation: those that read the base belong to a run, which keeps what they take out of it.
+    """Gives the base with a fresh trainable adapter `default`, which says what the base says, drawn from `seed` by args.init_lora_weights (null: A uniform, B zero).
+
+    What pissa and olora take out of the base stands in a side-car: the base's tensors stay as they are. Raises UserError for a target that matches nothing,
+    and for an initialisation that these layers cannot have; the base is as it was then.
     """
-    if args.init_lora_weights not in (None, True):
-        raise UserError(
-            f"init_lora_weights={args.init_lora_weights!r}: begin draws A uniform and leaves B zero; set it to true, or train by src/fed_train.py"
-        )
-    model = attach_lora(base, lora_config_of(args, None, base.name_or_path))
-    draw_fresh(model, seed)
+    config = lora_config_of(args, None, base.name_or_path, base)
+    initial = True if args.init_lora_weights is None else args.init_lora_weights
+    config.init_lora_weights = True  # what is saved must not have PEFT change the base
+    model = attach_lora(base, config)
+    try:
+        sidecar = draw_fresh(model, seed, initial)
+    except UserError:
+        model.unload()
+        raise
+    switching.hold_sidecar(model, ACTIVE, sidecar)
     return model
 
 
@@ -124,14 +131,18 @@ def adapter_of(model: PeftModel, name: str = ACTIVE) -> Adapter:
 
 
 def save(model: PeftModel, folder: str | Path, name: str = ACTIVE) -> None:
-    """Writes an adapter as a PEFT folder that plain PEFT loads, with its hash and the base's fingerprint. Raises UserError where the folder exists."""
+    """Writes an adapter as a PEFT folder that plain PEFT loads, with its hash and the base's fingerprint; what has a side-car as one adapter of both ranks.
+
+    Raises UserError where the folder exists.
+    """
     place = Path(folder).expanduser()
     if place.exists():
         raise UserError(f"folder={str(place)!r} is there already: name one that is to be made")
     found, base = adapter_of(model, name), Path(_name_of(model)).expanduser()
     if found.base_fingerprint is None and (base / "config.json").is_file():
         found = replace(found, base_fingerprint=fingerprint_base(base))
-    save_adapter(place, found)
+    whole, stacked = export(found, "exact")
+    save_adapter(place, whole, stacked=stacked)
 
 
 def merge(model: PeftModel, keep_on: torch.device | str | None = None) -> CastLoss:

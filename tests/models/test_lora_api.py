@@ -12,6 +12,7 @@ from fedunlearn import lora
 from fedunlearn.errors import UserError
 from fedunlearn.models.adapter_files import save_adapter
 from fedunlearn.models.fingerprint import fingerprint_base
+from fedunlearn.models.merge import merged_base
 from fedunlearn.records.adapter import Adapter
 
 
@@ -91,6 +92,54 @@ def test_a_fresh_adapter_is_trainable_adds_nothing_and_saves_with_its_base_s_fin
     assert all(torch.equal(t, lora.state_dict(again)[n]) for n, t in lora.state_dict(model).items())
 
 
+@pytest.mark.parametrize("initial", ["gaussian", "orthogonal", "pissa", "olora"])
+def test_an_initialisation_begins_at_the_base_and_leaves_its_tensors_alone(initial, bases, tmp_path):
+    base = loaded(bases["llama"])
+    bare = some_logits(base)
+    model = lora.begin(base, lora_args(init_lora_weights=initial, target_modules=("q_proj", "v_proj")))
+    assert apart(some_logits(model), bare) < 1e-5
+    with model.disable_adapter():
+        lora.switching.use_sidecar(model, "nobody")
+        assert torch.equal(some_logits(model), bare)
+        lora.switching.use_sidecar(model, "default")
+    with torch.no_grad():
+        for parameter in lora.trainable_parameters(model).values():
+            parameter.mul_(1.5)
+    wanted = some_logits(model)
+    lora.save(model, tmp_path / initial)
+    theirs = PeftModel.from_pretrained(loaded(bases["llama"]), tmp_path / initial).eval()
+    assert apart(some_logits(theirs), wanted) < 1e-5
+    assert apart(some_logits(lora.apply(loaded(bases["llama"]), tmp_path / initial)), wanted) < 1e-5
+    lora.merge(model)
+    assert apart(some_logits(model), wanted) < 1e-5
+    lora.unmerge(model)
+    assert torch.equal(some_logits(model), wanted)
+
+
+def test_a_base_is_as_it_was_after_an_initialisation_that_it_cannot_have(bases):
+    base = loaded(bases["llama"])
+    with pytest.raises(UserError, match="choose an even r"):
+        lora.begin(base, lora_args(init_lora_weights="orthogonal", r=3))
+    assert lora.names(lora.begin(base, lora_args())) == ("default",)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_saved_head_on_a_narrow_base_acts_in_float32_and_merges(kind, bases, tmp_path):
+    args = lora_args(target_modules="attention", modules_to_save=("lm_head",) if kind == "llama" else ("ln_f",))
+    base = AutoModelForCausalLM.from_pretrained(bases[kind], dtype=torch.bfloat16).eval()
+    model = lora.begin(base, args)
+    with torch.no_grad():
+        for parameter in lora.trainable_parameters(model).values():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    lora.save(model, tmp_path / "adapter")
+    fresh = AutoModelForCausalLM.from_pretrained(bases[kind], dtype=torch.bfloat16).eval()
+    applied = lora.apply(fresh, tmp_path / "adapter")
+    assert torch.equal(some_logits(applied), some_logits(model))
+    wanted = some_logits(applied)
+    plain, _ = merged_base(applied, torch.bfloat16)
+    assert apart(some_logits(plain).float(), wanted.float()) < 2e-2 * wanted.abs().max()
+
+
 def test_a_state_dict_goes_out_and_in(bases):
     model = lora.apply(loaded(bases["qwen3_moe"]), own("qwen3_moe", bases["qwen3_moe"]))
     tensors = lora.state_dict(model)
@@ -141,8 +190,6 @@ class TestAnotherBase:
 
 
 def test_refusals(bases, tmp_path):
-    with pytest.raises(UserError, match=r"init_lora_weights='pissa': begin draws A uniform"):
-        lora.begin(loaded(bases["llama"]), lora_args(init_lora_weights="pissa"))
     model = lora.apply(loaded(bases["llama"]), own("llama", bases["llama"]))
     save_adapter(tmp_path / "there", adapter_of("llama"))
     with pytest.raises(UserError, match="is there already"):

@@ -36,7 +36,7 @@ def test_a_folder_whose_config_changes_gives_another(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "match"), [(None, "has no config that can be read"), ('{"model_type": "vit"}', "cannot be built")]
+    ("text", "match"), [(None, "has no config that can be read"), ('{"model_type": "vit"}', "no causal language model")]
 )
 def test_what_is_no_language_model_is_refused(tmp_path, text, match):
     if text:

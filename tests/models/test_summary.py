@@ -7,9 +7,9 @@ from transformers import GPT2Config, LlamaConfig
 
 from fedunlearn.config.lora import LoraArgs
 from fedunlearn.errors import UserError
+from fedunlearn.models.skeleton import skeleton
 from fedunlearn.models.summary import (
     by_kind,
-    meta_base,
     read_config,
     summarise_adapter,
     summarise_base,
@@ -42,7 +42,7 @@ def lora(r, *targets, **more):
     ],
 )
 def test_the_published_counts(config, args, trainable, total):
-    found = summarise_fresh(meta_base(config), args, "base")
+    found = summarise_fresh(skeleton(config), args, "base")
     assert (found.trainable, found.total, found.frozen) == (trainable, total, total)
     assert sum(one.parameters for one in found.modules) == trainable
     assert found.adapter_bytes == 4 * trainable
@@ -54,7 +54,7 @@ def test_the_published_counts(config, args, trainable, total):
 
 def test_one_module_by_hand():
     """q_proj of the 1B: r (2048 + 2048) = 32 * 4096 = 131,072; k_proj: 32 * (2048 + 512) = 81,920."""
-    kinds = {one.name: one for one in by_kind(summarise_fresh(meta_base(LLAMA_1B), lora(32, *SEVEN), "base").modules)}
+    kinds = {one.name: one for one in by_kind(summarise_fresh(skeleton(LLAMA_1B), lora(32, *SEVEN), "base").modules)}
     q, k = (kinds[f"model.layers.*.self_attn.{name}_proj"] for name in "qk")
     assert (q.parameters, q.shape, q.rank, q.scale, q.count) == (131_072, (2048, 2048), 32, 2.0, 16)
     assert (k.parameters, k.shape) == (81_920, (512, 2048))
@@ -63,7 +63,7 @@ def test_one_module_by_hand():
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_base_by_itself_counts_what_the_real_one_has(kind):
     real = base_of(kind)
-    found = summarise_base(meta_base(CONFIGS[kind]), kind)
+    found = summarise_base(skeleton(CONFIGS[kind]), kind)
     assert found.total == found.frozen == sum(p.numel() for p in real.parameters())
     assert sum(one.parameters for one in found.modules) == found.total
     assert (found.trainable, found.adapter_bytes) == (0, 0)
@@ -73,24 +73,24 @@ def test_a_base_by_itself_counts_what_the_real_one_has(kind):
 def test_an_adapter_s_own_tensors_are_those_a_run_would_train(kind):
     targets = TARGETS.get(kind, {"target_modules": SEVEN})
     args = LoraArgs(r=4, lora_alpha=8.0, **{key: tuple(value) for key, value in targets.items()})
-    from_config = summarise_fresh(meta_base(CONFIGS[kind]), args, kind)
-    from_tensors = summarise_adapter(adapter_of(kind), meta_base(CONFIGS[kind]), kind)
+    from_config = summarise_fresh(skeleton(CONFIGS[kind]), args, kind)
+    from_tensors = summarise_adapter(adapter_of(kind), skeleton(CONFIGS[kind]), kind)
     assert from_config == from_tensors
 
 
 def test_what_is_trained_beside_factors():
     """A saved head is trained as a copy, 32 x 266 entries; a trained bias of the base is one that is not frozen: qkv has 96 in each of two layers."""
-    head = summarise_fresh(meta_base(CONFIGS["llama"]), lora(4, "q_proj", modules_to_save=("lm_head",)), "base")
+    head = summarise_fresh(skeleton(CONFIGS["llama"]), lora(4, "q_proj", modules_to_save=("lm_head",)), "base")
     assert head.trainable == 2 * 4 * (32 + 32) + 32 * 266
     assert head.frozen == head.total
     biased = adapter_of("gpt2", target_modules=["c_attn"], bias="lora_only")
-    bias = summarise_adapter(biased, meta_base(CONFIGS["gpt2"]), "base")
+    bias = summarise_adapter(biased, skeleton(CONFIGS["gpt2"]), "base")
     assert bias.trainable == 2 * 4 * (32 + 96) + 2 * 96
     assert bias.frozen == bias.total - 2 * 96
 
 
 def test_nothing_is_allocated():
-    base = meta_base(LLAMA_8B)
+    base = skeleton(LLAMA_8B)
     summarise_fresh(base, lora(32, *SEVEN), "base")
     assert {p.device for p in base.parameters()} == {torch.device("meta")}
 
@@ -98,11 +98,11 @@ def test_nothing_is_allocated():
 class TestRefused:
     def test_a_target_that_matches_nothing(self):
         with pytest.raises(UserError, match="'q_porj' matches no module"):
-            summarise_fresh(meta_base(CONFIGS["llama"]), lora(4, "q_porj"), "base")
+            summarise_fresh(skeleton(CONFIGS["llama"]), lora(4, "q_porj"), "base")
 
     def test_an_adapter_of_another_architecture(self):
         with pytest.raises(UserError, match=r"module 'transformer.h.0.attn.c_attn' is none of 'base'"):
-            summarise_adapter(adapter_of("gpt2"), meta_base(CONFIGS["llama"]), "base")
+            summarise_adapter(adapter_of("gpt2"), skeleton(CONFIGS["llama"]), "base")
 
     @pytest.mark.parametrize("text", ["", "[]", "{}", '{"model_type": "nonesuch"}', None])
     def test_what_is_no_config(self, tmp_path, text):
@@ -113,5 +113,5 @@ class TestRefused:
 
     def test_no_language_model(self, tmp_path):
         (tmp_path / "config.json").write_text('{"model_type": "clip"}')
-        with pytest.raises(UserError, match="no causal language model"):
-            meta_base(read_config(tmp_path / "config.json"))
+        with pytest.raises(UserError, match=r"type .clip.: no causal language model"):
+            skeleton(read_config(tmp_path / "config.json"))

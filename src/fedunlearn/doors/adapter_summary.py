@@ -9,11 +9,11 @@ from fedunlearn.config.lora import LoraArgs
 from fedunlearn.data.pocket.named import named_pocket
 from fedunlearn.doors.adapter_named import FACTORS, BaseArgs, read_adapter
 from fedunlearn.errors import UserError
+from fedunlearn.models.skeleton import skeleton
 from fedunlearn.models.source import HUB_ID, adapter_folder, base_of_adapter
 from fedunlearn.models.summary import (
     Summary,
     files_bytes,
-    meta_base,
     read_config,
     summarise_adapter,
     summarise_base,
@@ -38,12 +38,12 @@ def summarise(path: Path, lora: LoraArgs | None, args: BaseArgs) -> Summary:
         )
     folder, adapter = read_adapter(place)
     base = args.base or str(adapter.peft_config.get("base_model_name_or_path") or base_of_adapter(folder))
-    found = summarise_adapter(adapter, meta_base(_config_of(base, args)), base)
+    found = summarise_adapter(adapter, skeleton(_config_of(base, args)), base)
     return replace(found, file_bytes=files_bytes(folder / FACTORS if (folder / FACTORS).is_dir() else folder))
 
 
 def _of_config(config: PretrainedConfig, name: str, lora: LoraArgs | None) -> Summary:
-    base = meta_base(config)
+    base = skeleton(config)
     return summarise_base(base, name) if lora is None else summarise_fresh(base, lora, name)
 
 

@@ -68,6 +68,7 @@ def known_of(
         "base_fingerprint": made.fingerprint,
         "adapter_hash": adapter.tensor_hash if adapter is not None else None,
         "dtype": run.model.model_args.torch_dtype,
+        "quantization": made.quantization,
         "versions": versions(packages),
         "config_hash": config_sha,
     }

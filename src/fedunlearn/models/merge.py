@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fedunlearn.errors import UserError
+from fedunlearn.models.saved_modules import narrow_saved
 from fedunlearn.models.sidecar import sidecar_delta
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -127,6 +128,7 @@ def merged_base(model: PeftModel, dtype: torch.dtype) -> tuple[PreTrainedModel, 
         before, stored = change.parameter.data, _stored(change, dtype)
         tally.count(before, change, stored)
         change.parameter.data = stored
+    narrow_saved(model)
     plain: PreTrainedModel = model.unload().to(dtype)
     head, words = plain.get_output_embeddings(), plain.get_input_embeddings()
     if plain.config.tie_word_embeddings and head is not None and head.weight.data_ptr() != words.weight.data_ptr():

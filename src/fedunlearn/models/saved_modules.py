@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from fedunlearn.errors import UserError
 
+_HOOKS: "WeakKeyDictionary[nn.Module, tuple[RemovableHandle, ...]]" = WeakKeyDictionary()
 AT = "model.model_args.lora_config.modules_to_save"
 
 
@@ -46,8 +49,18 @@ def widen_saved(model: PeftModel, name: str) -> None:
             continue
         narrow = next(copy.parameters()).dtype
         copy.float()
-        copy.register_forward_pre_hook(_widened)
-        copy.register_forward_hook(lambda _, inputs, output, dtype=narrow: output.to(dtype))
+        _HOOKS[copy] = (
+            copy.register_forward_pre_hook(_widened),
+            copy.register_forward_hook(lambda _, inputs, output, dtype=narrow: output.to(dtype)),
+        )
+
+
+def narrow_saved(model: PeftModel) -> None:
+    """Takes the casts away again, before a copy takes the place of the base's own module for good."""
+    for _, module in saved_modules(model):
+        for copy in module.modules_to_save.values():
+            for hook in _HOOKS.pop(copy, ()):
+                hook.remove()
 
 
 def _widened(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

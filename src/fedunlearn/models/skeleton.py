@@ -38,5 +38,8 @@ def _built(text: str) -> PreTrainedModel:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"a base of type {values['model_type']!r} cannot be built: {error}") from error
+        why = str(error).partition("\n")[0]  # a list of all that transformers knows comes behind it
+        raise UserError(
+            f"a base of type {values['model_type']!r}: no causal language model can be built of its config ({why})"
+        ) from error
     return model.requires_grad_(False).eval()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from fedunlearn.aggregation.factors import modules_of, plain_of, scales_of
 from fedunlearn.config.lora import LoraArgs
@@ -67,18 +67,6 @@ def read_config(path: Path) -> PretrainedConfig:
         raise UserError(
             f"{str(file)!r} is no config.json of a model ({type(error).__name__}: {error}): name a model's folder or its config.json"
         ) from error
-
-
-def meta_base(config: PretrainedConfig) -> PreTrainedModel:
-    """Gives the model of a config without any weight. Raises UserError where it is no causal language model."""
-    try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            base: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"model_type={config.model_type!r}: no causal language model can be made of this config ({error})"
-        ) from error
-    return base.requires_grad_(False)
 
 
 def summarise_base(base: PreTrainedModel, name: str) -> Summary:

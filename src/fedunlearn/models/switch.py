@@ -17,6 +17,7 @@ from fedunlearn.errors import UserError, did_you_mean
 from fedunlearn.models.adapter_tensors import ACTIVE, live_tensors, write_tensors
 from fedunlearn.models.lora_config import plain_config
 from fedunlearn.models.merge import is_merged
+from fedunlearn.models.saved_modules import widen_saved
 from fedunlearn.models.sidecar import put_sidecar, use_sidecar
 from fedunlearn.records.adapter import Adapter, B, Tensors
 
@@ -51,6 +52,7 @@ def put_adapter(model: PreTrainedModel | PeftModel, adapter: Adapter, name: str 
     if not first:
         _check_beside(model, config)
     made = _attached(model, config, name)
+    widen_saved(made, name)
     try:
         write_tensors(made, adapter.tensors, name)
         put_sidecar(made, adapter.sidecar, name)
@@ -64,6 +66,16 @@ def put_adapter(model: PreTrainedModel | PeftModel, adapter: Adapter, name: str 
     switch_to(made, held.weights)
     made.eval()
     return made
+
+
+def hold_sidecar(model: PeftModel, name: str, sidecar: Tensors) -> None:
+    """Gives an adapter that is there this side-car; empty: none. Raises UserError where it is not there, or the side-car does not fit."""
+    held = _held(model)
+    _check_known(model, [name])
+    put_sidecar(model, sidecar, name)
+    held.sidecars.pop(name, None)
+    if sidecar:
+        held.sidecars[name] = sidecar
 
 
 def remove_adapter(model: PeftModel, name: str) -> None:
