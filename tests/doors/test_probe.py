@@ -116,6 +116,10 @@ REFUSED = {
         "probe.relearn_epochs=2.0 is read by relearn_forget",
     ),
     "unread rounds": (("probe.attacks=[nf4]", "probe.rounds=3"), "probe.rounds=3 is read by rounds alone"),
+    "casts of a quantised base": (
+        ("probe.attacks=[rounds,nf4]", "model.model_args.quantization=torchao_int8"),
+        r"probe.attacks=\['nf4'\] beside model.model_args.quantization=torchao_int8: .* nothing is merged into a quantised base",
+    ),
     "no oracle": (("probe.oracle=???",), "probe.oracle"),
     "a metric out": (("~eval.metrics.extraction_strength",), "eval.metrics lacks extraction_strength"),
 }
