@@ -345,7 +345,9 @@ def test_every_block_runs_in_order(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rounds = history(tmp_path / "saves" / "finetune" / "ft")
-    sent = {(round(c["bytes_up"] / 1e3, 1), round(c["bytes_down"] / 1e3, 1)) for line in rounds for c in line["clients"]}
+    sent = {
+        (round(c["bytes_up"] / 1e3, 1), round(c["bytes_down"] / 1e3, 1)) for line in rounds for c in line["clients"]
+    }
     assert sent == {(331.7, 331.8)}
     assert [round(rounds[0]["aggregation_error"], 2), round(rounds[-1]["aggregation_error"], 3)] == [0.28, 0.008]
     assert re.search(r"lost [45]\.\d+e-03 of the change", done.stdout)  # 0.5 %
