@@ -17,6 +17,7 @@ import yaml
 from helpers_architectures import CONFIGS as ARCHITECTURES
 from helpers_architectures import MOE
 from helpers_runs import CONFIGS, finetune, history, places, tiny, unlearn
+from omegaconf import OmegaConf
 
 from fedunlearn.config.lora import REFUSED, LoraArgs
 from fedunlearn.doors.adapter import parser, read, serve
@@ -295,10 +296,15 @@ INLINE = sorted(set(re.findall(r"`([a-z_]+(?:\.\w+)*=[^`|…]*[^`|…=N])`", TEX
 
 
 @pytest.mark.parametrize("said", INLINE)
-def test_each_setting_that_is_named_in_passing_composes(said):
+def test_each_setting_that_is_named_in_passing_arrives(said):
     """Keys of lora_config stand by their own names."""
     words = [f"model.model_args.lora_config.{one}" if one.split("=")[0] in SHORT else one for one in said.split(" ")]
-    compose(CONFIGS, "train-lora.yaml", ["experiment=finetune/tofu/pocket", "task_name=t", *words])
+    kind, primary = ("unlearn", "unlearn-lora.yaml") if "protocol=" in said else ("finetune", "train-lora.yaml")
+    composed = compose(CONFIGS, primary, [f"experiment={kind}/tofu/pocket", "task_name=t", *words])
+    settings = {key: value for key, _, value in (word.partition("=") for word in words) if "." in key}
+    assert composed.run.task_name == "t"
+    for key, value in settings.items():
+        assert OmegaConf.select(OmegaConf.create(composed.text), key) == yaml.safe_load(value)
 
 
 def test_the_settings_in_passing_are_found():
