@@ -43,8 +43,7 @@ PRESETS = sorted(path.stem for path in (ROOT / "configs" / "aggregation").glob("
 
 def table():
     """The docs' table: aggregation -> what stands under each column."""
-    places = [ROOT / "docs" / name for name in ("lora-variants.part.md", "lora.md")]
-    lines = [line for place in places if place.is_file() for line in place.read_text().splitlines()]
+    lines = (ROOT / "docs" / "lora.md").read_text().splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith("| aggregation | rsLoRA"))
     heads = [cell.strip() for cell in lines[first].strip("|").split("|")][1:]
     rows = {}

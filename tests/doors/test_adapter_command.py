@@ -274,6 +274,7 @@ class TestArithmetic:
             (("export", adapters["llama"][0], "--rank", "-1"), "--rank -1 is no rank"),
             (("export", adapters["llama"][0], "--as", "model", "--rank", "1"), "--rank beside --as model"),
             (("export", adapters["llama"][0], "--dtype", "bf16"), "--dtype beside --as peft"),
+            (("export", adapters["llama"][0], "--device", "auto"), "--device auto beside --as peft"),
         ):
             with pytest.raises(UserError, match=said):
                 call(*words, "--to", tmp_path / "out")
@@ -368,6 +369,8 @@ class TestSummary:
         ("words", "said"),
         [
             (("--r", "4"), "needs --r and --targets"),
+            (("--rslora",), "needs --r and --targets"),
+            (("--base", "other"), r"--base 'other' beside .*, which is a model itself: leave it out"),
             (("--r", "0", "--targets", "q_proj"), "r=0 is no rank"),
             (("--r", "4", "--targets", "nonesuch"), "'nonesuch' matches no module"),
         ],
@@ -381,6 +384,19 @@ class TestSummary:
             call("summary", adapters["llama"][0], "--r", "4", "--targets", "q_proj")
         with pytest.raises(UserError, match="does not exist"):
             call("summary", tmp_path / "nowhere")
+
+    @pytest.mark.parametrize("option", [("--trust-base",), ("--device", "cpu")])
+    def test_what_a_summary_has_no_use_for_is_refused(self, option, adapters, capsys):
+        with pytest.raises(SystemExit, match="2"):
+            call("summary", adapters["llama"][0], *option)
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+    def test_a_base_of_another_size(self, adapters, tmp_path):
+        config = base_of("llama").config.to_dict() | {"hidden_size": 64}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        said = r"module 'model.layers.0.mlp.down_proj' maps 48 to 32, and that of .* 48 to 64: name the base"
+        with pytest.raises(UserError, match=said):
+            call("summary", adapters["llama"][0], "--base", tmp_path / "config.json")
 
     def test_a_base_that_cannot_be_found(self, bases, tmp_path):
         odd = own("llama", bases["llama"])

@@ -24,7 +24,9 @@ def parser() -> argparse.ArgumentParser:
     )
     verbs = made.add_subparsers(dest="verb", required=True, metavar="VERB")
     one = partial(_verb, verbs)
-    summary = one("summary", "parameters and sizes of an adapter, a run, a model or a bare config.json", "path")
+    summary = one(
+        "summary", "parameters and sizes of an adapter, a run, a model or a bare config.json", "path", base=False
+    )
     summary.add_argument("--r", type=int, help="rank of an adapter that is to be")
     summary.add_argument("--alpha", type=float, help="its lora_alpha; 2 r where it is not given")
     summary.add_argument("--targets", nargs="+", metavar="NAME", help="its target_modules")
@@ -70,16 +72,17 @@ def _verb(
         made.add_argument(first, type=Path)
     if to:
         made.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="folder to be made")
-    if base:
+    if base or name == "summary":
         made.add_argument(
             "--base", help="the base, where it is not what the adapter names: a folder, a hub id, pocket:SEED"
         )
+        made.add_argument("--pocket", type=Path, default=Path("saves/pocket"), help="folder of the built pocket models")
+    if base:
         made.add_argument(
             "--trust-base",
             action="store_true",
             help="the base is the adapter's, whatever it is called and whatever its fingerprint",
         )
-        made.add_argument("--pocket", type=Path, default=Path("saves/pocket"), help="folder of the built pocket models")
         made.add_argument("--device", default="cpu", choices=["auto", "cpu", "cuda"])
     made.add_argument("--json", action="store_true", help="print JSON in place of a table")
     return made
@@ -107,10 +110,12 @@ def _lora(args: argparse.Namespace) -> "LoraArgs | None":
     from fedunlearn.config.lora import LoraArgs
     from fedunlearn.errors import UserError
 
-    if args.r is None and args.targets is None and args.alpha is None:
+    if args.r is None and args.targets is None and args.alpha is None and not args.rslora:
         return None
     if args.r is None or args.targets is None:
-        raise UserError("an adapter that is to be needs --r and --targets (and --alpha, 2 r where it is not given)")
+        raise UserError(
+            "an adapter that is to be needs --r and --targets (and --alpha, 2 r where it is not given; --rslora)"
+        )
     named = args.targets[0] if len(args.targets) == 1 and args.targets[0] in GROUPS else tuple(args.targets)
     return LoraArgs(
         r=args.r,
@@ -123,7 +128,7 @@ def _lora(args: argparse.Namespace) -> "LoraArgs | None":
 def _summary(args: argparse.Namespace) -> object:
     from fedunlearn.doors.adapter_summary import summarise
 
-    return summarise(args.path, _lora(args), _base(args))
+    return summarise(args.path, _lora(args), args.base, args.pocket)
 
 
 def _merge(args: argparse.Namespace) -> object:
@@ -148,6 +153,10 @@ def _export(args: argparse.Namespace) -> object:
         )
     if args.kind == "peft" and args.dtype is not None:
         raise UserError("--dtype beside --as peft: an adapter keeps its own dtype; leave it out, or give --as model")
+    if args.kind == "peft" and args.device != "cpu":
+        raise UserError(
+            f"--device {args.device} beside --as peft: no model is loaded for it; leave it out, or give --as model"
+        )
     return _merge(args) if args.kind == "model" else export_into_folder(args.adapter, args.rank, args.to, _base(args))
 
 

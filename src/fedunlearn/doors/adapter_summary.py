@@ -7,7 +7,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from fedunlearn.config.lora import LoraArgs
 from fedunlearn.data.pocket.named import named_pocket
-from fedunlearn.doors.adapter_named import FACTORS, BaseArgs, read_adapter
+from fedunlearn.doors.adapter_named import FACTORS, read_adapter
 from fedunlearn.errors import UserError
 from fedunlearn.models.skeleton import skeleton
 from fedunlearn.models.source import HUB_ID, adapter_folder, base_of_adapter
@@ -21,15 +21,19 @@ from fedunlearn.models.summary import (
 )
 
 
-def summarise(path: Path, lora: LoraArgs | None, args: BaseArgs) -> Summary:
+def summarise(path: Path, lora: LoraArgs | None, base: str | None, pocket_dir: Path) -> Summary:
     """Counts what a path names: a PEFT folder or a run beside its base's config; a model's folder or its config.json, with the adapter `lora` would be.
 
-    No weight of a base is read. Raises UserError for what is none of these, and for `lora` beside an adapter that is there.
+    base: an adapter's, None for the one that it names. No weight of a base is read. Raises UserError for what is none of these, for `lora` beside an
+    adapter that is there, and for `base` beside a model.
     """
     place = path.expanduser()
+    is_adapter = not place.is_file() and ((place / FACTORS).is_dir() or adapter_folder(place, "path") is not None)
+    if not is_adapter and base is not None:
+        raise UserError(f"--base {base!r} beside {str(path)!r}, which is a model itself: leave it out")
     if place.is_file():
         return _of_config(read_config(place), str(path), lora)
-    if not (place / FACTORS).is_dir() and adapter_folder(place, "path") is None:
+    if not is_adapter:
         found = _of_config(read_config(place), str(path), lora)
         return replace(found, file_bytes=files_bytes(place))
     if lora is not None:
@@ -37,8 +41,8 @@ def summarise(path: Path, lora: LoraArgs | None, args: BaseArgs) -> Summary:
             f"{str(path)!r} is an adapter, which has its own r, alpha and targets: leave --r, --alpha and --targets out, or name a base"
         )
     folder, adapter = read_adapter(place)
-    base = args.base or str(adapter.peft_config.get("base_model_name_or_path") or base_of_adapter(folder))
-    found = summarise_adapter(adapter, skeleton(_config_of(base, args)), base)
+    named = base or str(adapter.peft_config.get("base_model_name_or_path") or base_of_adapter(folder))
+    found = summarise_adapter(adapter, skeleton(_config_of(named, pocket_dir)), named)
     return replace(found, file_bytes=files_bytes(folder / FACTORS if (folder / FACTORS).is_dir() else folder))
 
 
@@ -47,12 +51,12 @@ def _of_config(config: PretrainedConfig, name: str, lora: LoraArgs | None) -> Su
     return summarise_base(base, name) if lora is None else summarise_fresh(base, lora, name)
 
 
-def _config_of(base: str, args: BaseArgs) -> PretrainedConfig:
+def _config_of(base: str, pocket_dir: Path) -> PretrainedConfig:
     """The config of a base that is here, or on the hub; its weights are not asked for."""
     place = Path(base).expanduser()
     if place.exists():
         return read_config(place)
-    pocket = named_pocket(base, args.pocket_dir)
+    pocket = named_pocket(base, pocket_dir)
     if pocket is not None:
         return read_config(pocket.model)
     try:

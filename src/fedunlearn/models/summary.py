@@ -16,6 +16,7 @@ from fedunlearn.aggregation.factors import modules_of, plain_of, scales_of
 from fedunlearn.config.lora import LoraArgs
 from fedunlearn.errors import UserError, did_you_mean
 from fedunlearn.models.adapter_tensors import ACTIVE, live_tensors
+from fedunlearn.models.layers import LINEAR, sides_of
 from fedunlearn.models.lora import attach_lora
 from fedunlearn.models.lora_config import lora_config_of, plain_config
 from fedunlearn.records.adapter import Adapter, Tensors
@@ -99,7 +100,7 @@ def summarise_fresh(base: PreTrainedModel, args: LoraArgs, name: str) -> Summary
 
 
 def summarise_adapter(adapter: Adapter, base: PreTrainedModel, name: str) -> Summary:
-    """Counts an adapter's own tensors beside its base. Raises UserError where a module is not the base's."""
+    """Counts an adapter's own tensors beside its base. Raises UserError where a module is not the base's, or has other sides there."""
     known = dict(base.named_modules())
     paths = [module.name for module in modules_of(adapter.tensors)]
     bare = {path: re.sub(r"(\.base_layer)?(\.\d+)?$", "", path) for path in paths}
@@ -108,10 +109,24 @@ def summarise_adapter(adapter: Adapter, base: PreTrainedModel, name: str) -> Sum
             raise UserError(
                 f"the adapter's module {path!r} is none of {name!r}{did_you_mean(path, known)}: name the base it was trained on (--base)"
             )
+    _check_sides(adapter, known, name)
     total, values = _number(base.parameters()), dict(base.named_parameters())
     trained = [key for key in plain_of(adapter.tensors) if _of_base(key) in values]
     frozen = total - sum(adapter.tensors[key].numel() for key in trained if key.endswith(".bias"))
     return _of_adapter(adapter.tensors, adapter.peft_config, name, total, frozen, _bytes(base))
+
+
+def _check_sides(adapter: Adapter, known: Mapping[str, nn.Module], name: str) -> None:
+    for module in modules_of(adapter.tensors):
+        layer = known.get(module.name)
+        if not isinstance(layer, LINEAR):
+            continue  # an expert: its sides are its parameter's
+        sides = (int(adapter.tensors[module.a].shape[1]), int(adapter.tensors[module.b].shape[0]))
+        if sides != sides_of(layer):
+            raise UserError(
+                f"the adapter's module {module.name!r} maps {sides[0]} to {sides[1]}, and that of {name!r} {' to '.join(map(str, sides_of(layer)))}: "
+                "name the base it was trained on (--base)"
+            )
 
 
 def by_kind(modules: Iterable[ModuleCount]) -> tuple[ModuleCount, ...]:
