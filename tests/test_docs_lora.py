@@ -30,7 +30,7 @@ from fedunlearn.models.fingerprint import fingerprint_base
 from fedunlearn.models.layers import end_of, layers_of
 from fedunlearn.models.resident import release
 from fedunlearn.models.skeleton import skeleton
-from fedunlearn.models.summary import meta_base, read_config, summarise_fresh
+from fedunlearn.models.summary import read_config, summarise_fresh
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs" / "lora.md").read_text()
@@ -213,7 +213,7 @@ def test_bytes_are_those_of_the_formula(place):
     run = place / "saves" / "finetune" / "ft"
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     found = summarise_fresh(
-        meta_base(read_config(place / "saves/pocket/seed0/model")),
+        skeleton(read_config(place / "saves/pocket/seed0/model")),
         LoraArgs(r=config["r"], lora_alpha=1.0, target_modules="all-linear"),
         "",
     )
@@ -241,7 +241,7 @@ class TestSettings:
             said = yaml.safe_load((CONFIGS / "lora" / f"{name.strip('`').partition('=')[2]}.yaml").read_text())
             targets = ", ".join(said["target_modules"]) if len(said["target_modules"]) < 7 else "all seven"
             found = summarise_fresh(
-                meta_base(read_config(tmp_path)),
+                skeleton(read_config(tmp_path)),
                 LoraArgs(r=said["r"], lora_alpha=said["lora_alpha"], target_modules=tuple(said["target_modules"])),
                 name,
             )
