@@ -41,11 +41,15 @@ __all__ = [
 
 def begin(base: PreTrainedModel, args: LoraArgs, seed: int = 0) -> PeftModel:
     """Gives the base with a fresh trainable adapter `default`: A drawn from `seed`, B zero. Raises UserError for a target that matches nothing, and
-    for another initialisation: those that read the base belong to a run, which keeps what they take out of it.
+    for another initialisation or AdaLoRA: those belong to a run, which keeps what they take out of the base, or gives out ranks.
     """
     if args.init_lora_weights not in (None, True):
         raise UserError(
             f"init_lora_weights={args.init_lora_weights!r}: begin draws A uniform and leaves B zero; set it to true, or train by src/fed_train.py"
+        )
+    if args.adalora is not None:
+        raise UserError(
+            "peft_type=ADALORA: its ranks are given out by a run's server, round by round; set it to LORA, or train by src/fed_train.py"
         )
     model = attach_lora(base, lora_config_of(args, None, base.name_or_path))
     draw_fresh(model, seed)
