@@ -42,7 +42,7 @@ class ModelArgs:
         return [
             (
                 self.quantization is None or lora is None or lora.adalora is None,
-                f"{said} beside lora_config.peft_type=ADALORA: PEFT has no such layers over torchao's, and writes into a base of bitsandbytes' when it merges; set "
+                f"{said} beside lora_config.peft_type=ADALORA: it is untried over a rounded base, and PEFT has such layers for bitsandbytes alone; set "
                 "quantization=null, or peft_type=LORA",
             ),
             (
