@@ -148,8 +148,10 @@ def test_a_reference_stands_beside_it_when_unlearning_begins_afresh(pocket, save
     assert json.loads((run / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
-def test_it_is_evaluated_by_clients_and_at_the_end(pocket, saves):
-    run = finetune(pocket, saves, "ft", *ADA, "eval.at_end=true", "eval.clients_every_n_rounds=3")
+def test_it_is_evaluated_by_clients_and_at_the_end_beside_another_model(pocket, tuned, saves):
+    """The other is an AdaLoRA run's result, which is plain LoRA."""
+    other = ("eval=tofu_reference", f"eval.reference_model_path={tuned[1]}")
+    run = finetune(pocket, saves, "ft", *ADA, *other, "eval.at_end=true", "eval.clients_every_n_rounds=3")
     assert history(run)[-1]["by_clients"]
     assert (run / "TOFU_SUMMARY.json").is_file()
 

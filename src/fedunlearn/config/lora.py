@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -34,7 +34,7 @@ class LoraArgs:
     pissa, pissa_niter_N (arXiv:2404.02948), olora (arXiv:2406.01775). bias: the base's biases that are trained too; lora_bias: one beside every B.
     modules_to_save: modules trained whole, which travel with the adapter. fan_in_fan_out: whether weights are stored [in, out]; null: looked at, layer by layer.
     lora_dropout always comes from here, never from a loaded adapter. preset: whose values these are where `lora=` chose one.
-    peft_type: LORA, or ADALORA (arXiv:2303.10512), whose own keys are init_r to orth_reg_weight (aggregation.adalora.AdaLora; null: PEFT's defaults).
+    peft_type: LORA (null too), or ADALORA (arXiv:2303.10512), whose own keys are init_r to orth_reg_weight (aggregation.adalora.AdaLora; null: PEFT's defaults).
     """
 
     r: int | None
@@ -56,7 +56,7 @@ class LoraArgs:
     fan_in_fan_out: bool | None = None
     task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
     preset: Preset | None = None
-    peft_type: Literal["LORA", "ADALORA"] = "LORA"
+    peft_type: Literal["LORA", "ADALORA"] | None = None
     init_r: int | None = None
     target_r: int | None = None
     tinit: int | None = None
@@ -193,6 +193,13 @@ def _budget_rules(budget: AdaLora) -> list[tuple[bool, str]]:
             f"{AT}orth_reg_weight={budget.orth_reg_weight} must lie between 0 (no penalty) and 1e6",
         ),
     ]  # fmt: skip
+
+
+def without_adalora(args: LoraArgs) -> LoraArgs:
+    """Gives what is left of it beside an adapter that is loaded, which is plain LoRA and has an alpha of its own; plain LoRA's as it is."""
+    if args.adalora is None:
+        return args
+    return replace(args, peft_type=None, lora_alpha=None, **dict.fromkeys(OF_ADALORA))
 
 
 def given(args: LoraArgs) -> dict[str, object]:

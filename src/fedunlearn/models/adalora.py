@@ -20,7 +20,8 @@ DEVIATION = 0.02
 def adalora_config(values: Mapping[str, object], budget: AdaLora) -> AdaLoraConfig:
     """Gives PEFT's config. values: those of config.lora.given.
 
-    total_step is the least that PEFT takes: its own allocator is not asked, and how many rounds there are is the run's business.
+    total_step is the least that PEFT takes: its own allocator is not asked, and how many rounds there are is the run's business. rank_pattern stays empty: PEFT would
+    prune by it what is read out of the model.
     """
     own = {field.name: getattr(budget, field.name) for field in fields(budget)}
     return AdaLoraConfig(**{**values, **own, "total_step": budget.least_rounds})
