@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from fedunlearn.aggregation.gauges.as_is import AsIs
 
 from fedunlearn.aggregation.adalora import scales_of_triplets
+from fedunlearn.aggregation.gauges.base import Gauge
 from fedunlearn.aggregation.reduce import Choices, Cohort, reduce_round
 from fedunlearn.aggregation.reducers.factor_mean import FactorMean
 from fedunlearn.aggregation.robust.off import Off
@@ -29,7 +29,7 @@ def measured(clients):
     start = made(0)
     scales = scales_of_triplets({"init_r": 4, "lora_alpha": 6}, start)
     cohort = Cohort(adapter=start, scales=scales, weights=WEIGHTS, read=lambda k, name: clients[k][name], round=1, seed=0)  # fmt: skip
-    reduced = reduce_round(Choices(reducer=FactorMean(), gauge=AsIs(), robust=Off()), cohort)
+    reduced = reduce_round(Choices(reducer=FactorMean(), gauge=Gauge(), robust=Off()), cohort)
     assert set(reduced.mean) == set(start)
     return reduced, error_of_triplets(cohort, reduced)
 
