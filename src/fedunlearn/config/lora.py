@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from fedunlearn.aggregation.adalora import AdaLora
 from fedunlearn.errors import UserError
@@ -199,7 +199,8 @@ def without_adalora(args: LoraArgs) -> LoraArgs:
     """Gives what is left of it beside an adapter that is loaded, which is plain LoRA and has an alpha of its own; plain LoRA's as it is."""
     if args.adalora is None:
         return args
-    return replace(args, peft_type=None, lora_alpha=None, **dict.fromkeys(OF_ADALORA))
+    nulls: dict[str, Any] = dict.fromkeys(("peft_type", "lora_alpha", *OF_ADALORA))
+    return replace(args, **nulls)
 
 
 def given(args: LoraArgs) -> dict[str, object]:
