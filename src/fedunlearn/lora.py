@@ -44,8 +44,12 @@ def begin(base: PreTrainedModel, args: LoraArgs, seed: int = 0) -> PeftModel:
     """Gives the base with a fresh trainable adapter `default`, which says what the base says, drawn from `seed` by args.init_lora_weights (null: A uniform, B zero).
 
     What pissa and olora take out of the base stands in a side-car: the base's tensors stay as they are. Raises UserError for a target that matches nothing,
-    and for an initialisation that these layers cannot have; the base is as it was then.
+    an initialisation that these layers cannot have, and AdaLoRA, whose ranks a run's server gives out; the base is as it was then.
     """
+    if args.adalora is not None:
+        raise UserError(
+            "peft_type=ADALORA: its ranks are given out by a run's server, round by round; set it to LORA, or train by src/fed_train.py"
+        )
     config = lora_config_of(args, None, base.name_or_path, base)
     initial = True if args.init_lora_weights is None else args.init_lora_weights
     config.init_lora_weights = True  # what is saved must not have PEFT change the base

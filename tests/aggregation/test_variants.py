@@ -16,13 +16,14 @@ from fedunlearn.aggregation.reducers.trimmed_mean import TrimmedMean
 from fedunlearn.records.rounds import Trained
 
 ROOT = Path(__file__).resolve().parents[2]
-DORA, PISSA = Variant(dora=True), Variant(initial="pissa")
+DORA, PISSA, ADALORA = Variant(dora=True), Variant(initial="pissa"), Variant(adalora=True)
 COLUMNS = {
     "rsLoRA, gaussian": [Variant(), Variant(initial="gaussian")],
     "DoRA": [DORA],
     "bias, modules_to_save": [Variant(bias=True), Variant(modules_to_save=True), Variant(bias=True, modules_to_save=True)],
     "lora_bias": [Variant(lora_bias=True)],
     "orthogonal": [Variant(initial="orthogonal")],
+    "AdaLoRA": [ADALORA, Variant(adalora=True, bias=True), Variant(adalora=True, modules_to_save=True)],
     "pissa, olora": [PISSA, Variant(initial="pissa_niter_4"), Variant(initial="olora")],
 }  # fmt: skip
 PRODUCT_METHOD = OwnSteps(name="Negation", changes=True, fresh=False)
@@ -86,6 +87,19 @@ REFUSED = [
     (DORA, {"robust": "Krum", "reweighs": True}, None, "use_dora=true beside robust Krum: it compares products.*choose robust=off"),
     (DORA, {"ranks_differ": True}, None, "use_dora=true beside partition.ranks or lora_alphas: .*leave them null"),
     (DORA, {}, REPLAY, "use_dora=true beside method Rollback, a server-side one, .*choose a local method"),
+    (ADALORA, {"reducer": "product"}, None, r"peft_type=ADALORA beside aggregation.reducer=product: an update is there B diag\(E\) A.*choose aggregation=fedit"),
+    (ADALORA, {"reducer": "trimmed_mean"}, None, "peft_type=ADALORA beside aggregation.reducer=trimmed_mean"),
+    (ADALORA, {"residual": "sidecar"}, None, "peft_type=ADALORA beside aggregation.residual=sidecar: .*masked would live on"),
+    (ADALORA, {"residual": "feedback"}, None, "peft_type=ADALORA beside aggregation.residual=feedback"),
+    (ADALORA, {"gauge": "procrustes"}, None, "peft_type=ADALORA beside aggregation.gauge=procrustes: .*remembered by its place"),
+    (ADALORA, {"gauge": "balanced"}, None, "peft_type=ADALORA beside aggregation.gauge=balanced"),
+    (ADALORA, {"mask": "b"}, None, "peft_type=ADALORA beside aggregation.mask=b: a factor that rests has no update"),
+    (ADALORA, {"mask": "alternate"}, None, "peft_type=ADALORA beside aggregation.mask=alternate"),
+    (ADALORA, {"weights": "product_norm"}, None, "peft_type=ADALORA beside aggregation.weights=product_norm: .*choose weights=owned"),
+    (ADALORA, {"robust": "Krum", "reweighs": True}, None, "peft_type=ADALORA beside robust Krum: it compares products.*choose robust=off"),
+    (ADALORA, {"strategy": "flwr.X", "foreign": True, "sends_mean": False}, None, "peft_type=ADALORA beside strategy flwr.X: .*choose strategy=fedavg"),
+    (ADALORA, {"ranks_differ": True}, None, "peft_type=ADALORA beside partition.ranks or lora_alphas: the server gives out the ranks.*leave them null"),
+    (ADALORA, {}, REPLAY, "peft_type=ADALORA beside method Rollback, a server-side one, .*choose a local method"),
     (Variant(dora=True, lora_bias=True), {}, None, "use_dora=true beside lora_bias=true: PEFT has no layer of both"),
     (Variant(initial="gaussian", lora_bias=True), {}, None, "init_lora_weights=gaussian beside lora_bias=true: PEFT knows"),
     (Variant(bias=True, modules_to_save=True), {}, PRODUCT_METHOD, "bias, modules_to_save beside method Negation: .*what they learnt of the forget rows would stay"),
@@ -133,6 +147,8 @@ class TestReading:
 
     def test_each_key_arrives(self):
         config = {"use_dora": True, "lora_bias": True, "bias": "lora_only", "modules_to_save": ["lm_head"], "init_lora_weights": "olora", "target_parameters": ["mlp.experts.down_proj"]}  # fmt: skip
+        assert variant_of({"peft_type": "ADALORA"}) == Variant(adalora=True, initial="None")
+        assert variant_of({"peft_type": "LORA"}) == Variant(initial="None")
         assert variant_of(config) == Variant(dora=True, lora_bias=True, bias=True, modules_to_save=True, initial="olora", experts=True)  # fmt: skip
 
 

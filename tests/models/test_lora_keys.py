@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 from helpers_architectures import CONFIGS, full, tiny
 from helpers_models import lora_args
-from peft import LoraConfig, PeftModelForCausalLM
+from peft import AdaLoraConfig, LoraConfig, PeftModelForCausalLM
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper
@@ -18,6 +18,7 @@ from fedunlearn.models.lora_config import lora_config_of
 from fedunlearn.models.skeleton import skeleton
 
 THEIRS = [field.name for field in fields(LoraConfig)]
+ADALORA = {field.name for field in fields(AdaLoraConfig)}
 OURS = {field.name for field in fields(LoraArgs)}
 AT = "model.model_args.lora_config"
 
@@ -94,12 +95,13 @@ SEEN = {
 @pytest.mark.parametrize("key", THEIRS)
 def test_each_of_peft_s_keys_is_ours_or_refused(key):
     assert (key in OURS) != (key in REFUSED)
-    assert key in REFUSED or key in SEEN or key == "task_type"
+    assert key in REFUSED or key in SEEN or key in ("task_type", "peft_type")
 
 
 def test_ours_are_peft_s_but_for_the_preset():
-    assert OURS - set(THEIRS) == {"preset"}
-    assert not set(REFUSED) - set(THEIRS)
+    """AdaLoRA's own: tests/models/test_adalora.py."""
+    assert OURS - set(THEIRS) - ADALORA == {"preset"}
+    assert not set(REFUSED) - set(THEIRS) - ADALORA
 
 
 @pytest.mark.parametrize("key", SEEN)
@@ -110,6 +112,11 @@ def test_each_of_ours_is_seen_in_what_is_built(key):
     if key != "fan_in_fan_out":
         left = {name: value for name, value in changed.items() if name == "kind"}
         assert not seen(made(**left))
+
+
+def test_the_kind_is_one_of_two():
+    assert read(peft_type="LORA") == []
+    assert read(peft_type="IA3") == [f"{AT}.peft_type='IA3' does not fit; allowed: LORA, ADALORA or null"]
 
 
 def test_the_task_is_the_one_there_is():

@@ -32,11 +32,12 @@ class Combination:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What an adapter is beside pairs of factors, or began with. bias, modules_to_save, lora_bias: whether it has such tensors. initial: `pissa`, `olora`,
+    """What an adapter is beside pairs of factors, or began with. adalora: whether triplets stand in place of the pairs. bias, modules_to_save, lora_bias: whether it has such tensors. initial: `pissa`, `olora`,
     `orthogonal` or whatever else its init_lora_weights says. experts: some of its pairs are fused experts'.
     """
 
     dora: bool = False
+    adalora: bool = False
     lora_bias: bool = False
     bias: bool = False
     modules_to_save: bool = False
@@ -54,6 +55,7 @@ def variant_of(config: Mapping[str, object]) -> Variant:
     """Reads it from PEFT's keys, of a yaml or of an adapter; what is left out or null is PEFT's default."""
     return Variant(
         dora=bool(config.get("use_dora")),
+        adalora=config.get("peft_type") == "ADALORA",
         lora_bias=bool(config.get("lora_bias")),
         bias=config.get("bias") not in (None, "none"),
         modules_to_save=bool(config.get("modules_to_save")),
@@ -75,6 +77,7 @@ def variant_faults(c: Combination, variant: Variant, method: OwnSteps | None) ->
     """Gives a sentence for everything beside which this variant would be wrong; empty where all is right. method: None for a local one."""
     rules = (
         *_dora(c, variant, method),
+        *(_adalora(c, method) if variant.adalora else ()),
         *_plain(c, variant, method),
         *_initial(c, variant),
         *_experts(c, variant, method),
@@ -123,6 +126,50 @@ def _dora(c: Combination, variant: Variant, method: OwnSteps | None) -> list[tup
         (
             method is None,
             f"{at} beside method {method and method.name}, a server-side one, which works on products: {why}; choose a local method, or use_dora=false",
+        ),
+    ]  # fmt: skip
+
+
+def _adalora(c: Combination, method: OwnSteps | None) -> list[tuple[bool, str]]:
+    at, way = "peft_type=ADALORA", "choose aggregation=fedit, or peft_type=LORA"
+    why = "an update is there B diag(E) A, and what is averaged, and importance is of, are A, E and B apart"
+    return [
+        (
+            c.reducer == "factors",
+            f"{at} beside aggregation.reducer={c.reducer}: {why}; {way}",
+        ),
+        (
+            c.residual == "dropped",
+            f"{at} beside aggregation.residual={c.residual}: what is left over is a product, and ranks that are masked would live on in it; {way}",
+        ),
+        (
+            c.gauge == "as_is",
+            f"{at} beside aggregation.gauge={c.gauge}: it turns or refactors pairs, and a rank's importance is remembered by its place; {way}",
+        ),
+        (
+            c.mask == "both",
+            f"{at} beside aggregation.mask={c.mask}: a factor that rests has no update, and importance needs one of each; {way}",
+        ),
+        (
+            c.weights != "product_norm",
+            f"{at} beside aggregation.weights=product_norm: there is no s B A; choose weights=owned or uniform",
+        ),
+        (
+            not c.reweighs,
+            f"{at} beside robust {c.robust}: it compares products, and {why}; choose robust=off",
+        ),
+        (
+            not c.foreign,
+            f"{at} beside strategy {c.strategy}: Flower's does its own averaging, and the server's mask comes after a step of ours; choose strategy=fedavg, fedprox, fedadam or another of "
+            "configs/strategy, or peft_type=LORA",
+        ),
+        (
+            not c.ranks_differ,
+            f"{at} beside partition.ranks or lora_alphas: the server gives out the ranks, one mask for all; leave them null",
+        ),
+        (
+            method is None,
+            f"{at} beside method {method and method.name}, a server-side one, which works on products: {why}; choose a local method, or peft_type=LORA",
         ),
     ]  # fmt: skip
 

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 
+from fedunlearn.aggregation.adalora import scales_of_triplets
 from fedunlearn.records.adapter import A, B, Tensors
 from fedunlearn.records.shape import ClientShape, lora_scale
 
@@ -74,8 +75,9 @@ def scale_of(peft_config: Mapping[str, object], module: Module, rank: int) -> fl
 
 
 def scales_of(peft_config: Mapping[str, object], tensors: Tensors) -> dict[str, float]:
-    """Gives s of every module of an adapter, by module name."""
-    return {m.name: scale_of(peft_config, m, tensors[m.a].shape[0]) for m in modules_of(tensors)}
+    """Gives s of every module of an adapter, AdaLoRA's triplets among them, by module name."""
+    pairs = {m.name: scale_of(peft_config, m, tensors[m.a].shape[0]) for m in modules_of(tensors)}
+    return {**pairs, **scales_of_triplets(peft_config, tensors)}
 
 
 def read_factors(tensors: Tensors, module: Module, scale: float) -> Factors:

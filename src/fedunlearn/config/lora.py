@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
+from fedunlearn.aggregation.adalora import AdaLora
 from fedunlearn.errors import UserError
 from fedunlearn.limits import LARGEST, SMALLEST
 
@@ -18,6 +19,8 @@ PRESET_TARGETS: Mapping[Preset, tuple[str, ...]] = MappingProxyType(
 """What the files of configs/lora/ say of dropout and targets: a base that cannot take it, or calls its layers otherwise, gets what comes nearest."""
 INITIALISATIONS = re.compile(r"gaussian|orthogonal|olora|pissa|pissa_niter_[1-9]\d{0,2}")
 AT = "model.model_args.lora_config."
+OF_ADALORA = tuple(field.name for field in fields(AdaLora))
+"""The keys that PEFT's AdaLoraConfig has beside LoraConfig's, but for total_step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,7 @@ class LoraArgs:
     pissa, pissa_niter_N (arXiv:2404.02948), olora (arXiv:2406.01775). bias: the base's biases that are trained too; lora_bias: one beside every B.
     modules_to_save: modules trained whole, which travel with the adapter. fan_in_fan_out: whether weights are stored [in, out]; null: looked at, layer by layer.
     lora_dropout always comes from here, never from a loaded adapter. preset: whose values these are where `lora=` chose one.
+    peft_type: LORA (null too), or ADALORA (arXiv:2303.10512), whose own keys are init_r to orth_reg_weight (aggregation.adalora.AdaLora; null: PEFT's defaults).
     """
 
     r: int | None
@@ -52,11 +56,59 @@ class LoraArgs:
     fan_in_fan_out: bool | None = None
     task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
     preset: Preset | None = None
+    peft_type: Literal["LORA", "ADALORA"] | None = None
+    init_r: int | None = None
+    target_r: int | None = None
+    tinit: int | None = None
+    tfinal: int | None = None
+    deltaT: int | None = None  # noqa: N815 - PEFT's name
+    beta1: float | None = None
+    beta2: float | None = None
+    orth_reg_weight: float | None = None
 
     def __post_init__(self) -> None:
-        faults = [fault for holds, fault in (*self._number_rules(), *self._name_rules()) if not holds]
+        rules = (*self._number_rules(), *self._name_rules(), *self._adalora_rules())
+        faults = [fault for holds, fault in rules if not holds]
         if faults:
             raise UserError(*faults)
+
+    @property
+    def adalora(self) -> AdaLora | None:
+        """AdaLoRA's own settings; None for plain LoRA."""
+        own = {key: getattr(self, key) for key in OF_ADALORA}
+        return AdaLora(**{k: v for k, v in own.items() if v is not None}) if self.peft_type == "ADALORA" else None
+
+    def _adalora_rules(self) -> list[tuple[bool, str]]:
+        if self.adalora is not None:
+            return [*self._without_layers(), *_budget_rules(self.adalora)]
+        given = [key for key in OF_ADALORA if getattr(self, key) is not None]
+        return [
+            (
+                not given,
+                f"{AT}{', '.join(given)} beside peft_type=LORA, which has no budget of ranks: set peft_type=ADALORA (and r=null), or leave them out",
+            )
+        ]
+
+    def _without_layers(self) -> list[tuple[bool, str]]:
+        """What PEFT's AdaLoRA layers do not have, and mostly pass over in silence."""
+        why = {
+            "r": "ranks begin at init_r and come down to target_r: set r=null",
+            "use_rslora": "AdaLoRA divides lora_alpha by init_r: set it to false",
+            "use_dora": "AdaLoRA has no magnitudes: set it to false, or peft_type=LORA",
+            "init_lora_weights": "AdaLoRA begins with singular values of 0 between factors of its own: set it to true",
+            "lora_bias": "AdaLoRA's layers have no bias: set it to false, or peft_type=LORA",
+            "rank_pattern": "which module gets which rank is what AdaLoRA finds out: leave it out",
+            "alpha_pattern": "AdaLoRA's layers have one lora_alpha: leave it out",
+            "target_parameters": "AdaLoRA has no layer for fused experts: name linear layers in target_modules, or set peft_type=LORA",
+        }
+        return [
+            (
+                value in (None, False, {}, ()) or (key == "init_lora_weights" and value is True),
+                f"{AT}{key}={str(value).lower() if isinstance(value, bool) else value} beside peft_type=ADALORA: {told}",
+            )
+            for key, told in why.items()
+            for value in [getattr(self, key)]
+        ]
 
     def _number_rules(self) -> list[tuple[bool, str]]:
         ranks = {f"rank_pattern[{name!r}]": rank for name, rank in (self.rank_pattern or {}).items()}
@@ -120,6 +172,37 @@ class LoraArgs:
         }
 
 
+def _budget_rules(budget: AdaLora) -> list[tuple[bool, str]]:
+    at = f"{AT}target_r={budget.target_r} beside init_r={budget.init_r}"
+    return [
+        (budget.init_r >= 1, f"{AT}init_r={budget.init_r} is no rank: a whole number from 1"),
+        (
+            1 <= budget.target_r <= max(budget.init_r, 1),
+            f"{at}: the mean rank at the end must lie between 1 and init_r (null: {AdaLora.target_r} and {AdaLora.init_r}); equal to it nothing is given up",
+        ),
+        *(
+            (getattr(budget, key) >= least, f"{AT}{key}={getattr(budget, key)} must be a whole number of rounds from {least}")
+            for key, least in {"tinit": 0, "tfinal": 0, "deltaT": 1}.items()
+        ),
+        *(
+            (0 < getattr(budget, key) < 1, f"{AT}{key}={getattr(budget, key)} must lie between 0 and 1, without either: PEFT's default is 0.85")
+            for key in ("beta1", "beta2")
+        ),
+        (
+            0 <= budget.orth_reg_weight <= LARGEST,
+            f"{AT}orth_reg_weight={budget.orth_reg_weight} must lie between 0 (no penalty) and 1e6",
+        ),
+    ]  # fmt: skip
+
+
+def without_adalora(args: LoraArgs) -> LoraArgs:
+    """Gives what is left of it beside an adapter that is loaded, which is plain LoRA and has an alpha of its own; plain LoRA's as it is."""
+    if args.adalora is None:
+        return args
+    nulls: dict[str, Any] = dict.fromkeys(("peft_type", "lora_alpha", *OF_ADALORA))
+    return replace(args, **nulls)
+
+
 def given(args: LoraArgs) -> dict[str, object]:
     """Gives what is not null, lists as lists: what PEFT's LoraConfig is called with. Without the preset's name."""
     values = {field.name: getattr(args, field.name) for field in fields(args) if field.name != "preset"}
@@ -130,7 +213,7 @@ def given(args: LoraArgs) -> dict[str, object]:
 
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
-        "peft_type": "adapters are LoRA; AdaLoRA's clients would each prune singular values of their own, and the mean of adapters pruned apart is neither's: leave it out",
+        "total_step": "AdaLoRA's schedule counts rounds here, for the server gives out ranks, and trainer.federated.num_rounds says how many there are: leave it out",
         "auto_mapping": "PEFT writes it for itself: leave it out",
         "peft_version": "PEFT writes it for itself: leave it out",
         "base_model_name_or_path": "the base is model.model_args.pretrained_model_name_or_path: leave it out",
@@ -156,4 +239,4 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "ensure_weight_tying": "a head tied to its embedding is refused as a target: leave it out",
     }
 )
-"""Keys of PEFT's LoraConfig that no run takes, each with the reason and the way out."""
+"""Keys of PEFT's LoraConfig and AdaLoraConfig that no run takes, each with the reason and the way out."""

@@ -41,6 +41,11 @@ class ModelArgs:
         initial = None if lora is None else lora.init_lora_weights
         return [
             (
+                self.quantization is None or lora is None or lora.adalora is None,
+                f"{said} beside lora_config.peft_type=ADALORA: it is untried over a rounded base, and PEFT has such layers for bitsandbytes alone; set "
+                "quantization=null, or peft_type=LORA",
+            ),
+            (
                 not self.use_lora or lora is not None,
                 "model.model_args.lora_config=null with use_lora=true: give r, lora_alpha and target_modules (null = the loaded adapter's)",
             ),

@@ -17,6 +17,7 @@ from fedunlearn.aggregation.fedprox import FedProx
 from fedunlearn.aggregation.flower import FlowerStrategy
 from fedunlearn.aggregation.robust.base import Robust
 from fedunlearn.aggregation.robust.off import Off
+from fedunlearn.config.adalora_rules import adalora_rules
 from fedunlearn.config.benchmark import benchmark_rules, raw_text_rules
 from fedunlearn.config.data import CollatorConfig, DataConfig, PartitionConfig, PathsConfig, task_name_rule
 from fedunlearn.config.evaluation import EvalConfig
@@ -275,6 +276,9 @@ class TrainRun:
             *self._request_rules(),
             *self._server_rules(),
             *training_rules(self.trainer.parallel, self.mode, self.launcher, self._moves_by_hand),
+            *adalora_rules(
+                self.model.model_args.lora_config, self.trainer, self.ledger, len(self.requests or ()) if unlearn else 1
+            ),
             (
                 not (self.overwrite and self.resume),
                 "overwrite=true beside resume=true: choose one (start anew, or go on)",

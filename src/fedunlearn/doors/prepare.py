@@ -12,6 +12,7 @@ from fedunlearn.aggregation.combinations import variant_of
 from fedunlearn.aggregation.factors import modules_of
 from fedunlearn.aggregation.flower import FlowerStrategy
 from fedunlearn.config.launcher import LocalLauncher
+from fedunlearn.config.lora import without_adalora
 from fedunlearn.config.parallel import parallel_args
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.data.alternates import given_alternates
@@ -46,7 +47,7 @@ from fedunlearn.models.export import unit_scaled
 from fedunlearn.models.hidden_states import num_blocks
 from fedunlearn.models.initial import from_base
 from fedunlearn.models.resident import Resident, resident
-from fedunlearn.models.source import ModelSource, resolve_source
+from fedunlearn.models.source import ModelSource, adapter_folder, resolve_source
 from fedunlearn.records.adapter import Adapter, B
 from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.records.partition import OwnedRows, Partition
@@ -336,9 +337,12 @@ def find_inputs(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> Inputs:
 
 
 def at_model(run: R, path: str) -> R:
-    """The run with another model in its model's place: a base, an adapter or a run. An initialisation stays behind: adapters bring their values along."""
-    lora = run.model.model_args.lora_config
-    lora = None if lora is None else replace(lora, init_lora_weights=None)
+    """The run with another model in its model's place: a base, an adapter or a run. An initialisation stays behind, and of AdaLoRA all: adapters bring their values along."""
+    lora, place = run.model.model_args.lora_config, Path(path).expanduser()
+    if lora is not None:
+        adapter = place.exists() and adapter_folder(place, "eval.reference_model_path") is not None
+        lora = without_adalora(lora) if adapter else lora
+        lora = replace(lora, init_lora_weights=None)
     args = replace(run.model.model_args, pretrained_model_name_or_path=path, lora_model_path=None, lora_config=lora)
     return replace(run, model=replace(run.model, model_args=args))
 

@@ -10,6 +10,7 @@ import torch
 from fedunlearn.aggregation.factors import Factors, modules_of, plain_of, read_factors, scales_of
 from fedunlearn.aggregation.gauges.svd import balanced
 from fedunlearn.aggregation.product import LowRank, product_of, truncated_svd, weighted_sum
+from fedunlearn.models.adalora import folded
 from fedunlearn.records.adapter import Adapter, Tensors
 
 ExportRank = Literal["exact", "r"]
@@ -24,14 +25,14 @@ class Stacked:
 
 
 def export(adapter: Adapter, rank: ExportRank) -> tuple[Adapter, Stacked | None]:
-    """Gives an adapter without side-car, and what it was where it is now a stack; one without a side-car comes back as it is.
+    """Gives an adapter without side-car, and what it was where it is now a stack; one without a side-car comes back as it is, AdaLoRA's as plain LoRA (models.adalora.folded).
 
     `exact`: [s B, side-car's B] and [A; side-car's A], saved with lora_alpha = R (sqrt(R) under rsLoRA), so that PEFT's own factor is 1 and
     the scales sit in B and in LoRA's own biases. `r`: the best rank-r approximation of that sum, balanced, with the adapter's own scale. Raises ValueError
     for a side-car beside DoRA's magnitudes, which no sum of products is.
     """
     if not adapter.sidecar:
-        return adapter, None
+        return folded(adapter), None
     if adapter.peft_config.get("use_dora"):
         raise ValueError("a side-car beside DoRA's magnitudes is no adapter of either kind")
     scales = scales_of(adapter.peft_config, adapter.tensors)

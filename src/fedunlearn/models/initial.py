@@ -16,6 +16,7 @@ from peft.utils.integrations import dequantize_module_weight
 
 from fedunlearn.aggregation.factors import Module, fresh_a, modules_of
 from fedunlearn.errors import UserError
+from fedunlearn.models.adalora import drawn_triplets
 from fedunlearn.models.adapter_tensors import ACTIVE, live_tensors
 from fedunlearn.models.base_biases import stored_biases
 from fedunlearn.models.saved_modules import stored_values
@@ -36,7 +37,7 @@ def draw_fresh(model: PeftModel, seed: int, initial: bool | str = True) -> Tenso
     """Gives the active adapter fresh values, and gives the side-car that belongs beside them (empty but for pissa and olora).
 
     initial: true (A uniform in +-1/sqrt(d_in), as PEFT draws it, B zero), gaussian, orthogonal, pissa, pissa_niter_N, olora. Magnitudes are the
-    base's own norms, biases and saved modules the base's own values, LoRA's biases zero: the model then says what the base says. Drawn on the CPU from a
+    base's own norms, biases and saved modules the base's own values, LoRA's biases zero, AdaLoRA's singular values zero between normal factors: the model then says what the base says. Drawn on the CPU from a
     generator of its own, so that device and global random state do not matter; what is made of the base's weights is made on its device, once a model and
     seed. Raises UserError for an initialisation that these layers cannot have, ValueError for a tensor that is none of these.
     """
@@ -63,8 +64,9 @@ def _plain(model: PeftModel) -> dict[str, torch.Tensor]:
     for path, layer in _layers(model):
         if ACTIVE in layer.lora_magnitude_vector:
             plain[path + MAGNITUDE] = torch.linalg.norm(_weight(layer), dim=1)
-        if ACTIVE in layer.lora_B and layer.lora_B[ACTIVE].bias is not None:
-            plain[path + LORA_BIAS] = torch.zeros_like(layer.lora_B[ACTIVE].bias)
+        bias = getattr(dict(layer.lora_B.items()).get(ACTIVE), "bias", None)  # AdaLoRA's B is no module
+        if bias is not None:
+            plain[path + LORA_BIAS] = torch.zeros_like(bias)
     return plain
 
 
@@ -85,7 +87,7 @@ def _drawn(
     values: dict[str, torch.Tensor] = {}
     for module in modules:
         values[module.a], values[module.b] = draw(module, live[module.a].shape, live[module.b].shape, generator)
-    return values
+    return {**values, **drawn_triplets(live, generator)}
 
 
 def _uniform(

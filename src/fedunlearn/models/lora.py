@@ -12,6 +12,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from transformers import PreTrainedModel
 
 from fedunlearn.errors import UserError
+from fedunlearn.models.adalora import freeze_ranks, is_adalora
 from fedunlearn.models.adapter_tensors import ACTIVE, live_parameters, write_tensors
 from fedunlearn.models.base_biases import biases_of, keep_stored, stored_biases
 from fedunlearn.models.lora_rules import check_on_base, rank_of, warn_of_ranks
@@ -42,6 +43,7 @@ def attach_lora(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
         warnings.filterwarnings("ignore", "`lora_bias=True` was passed")  # merging is ours
         model: PeftModel = get_peft_model(base, _drawn_later(config))
     model.peft_config[ACTIVE].init_lora_weights = config.init_lora_weights
+    freeze_ranks(model)
     check_built(model, config, found)
     check_saved(model, config.modules_to_save)
     widen_saved(model, ACTIVE)
@@ -89,7 +91,8 @@ def check_built(model: PeftModel, config: LoraConfig, found: Targets) -> None:
         if isinstance(layer, LoraLayer):
             parameter = isinstance(layer, ParamWrapper)
             name = f"{path}.{layer.parameter_name}".replace(".base_layer", "") if parameter else path
-            built[name] = (len(layer.lora_A[ACTIVE].weight), layer.num_experts if parameter else 1)
+            factor = layer.lora_A[ACTIVE]
+            built[name] = (len(getattr(factor, "weight", factor)), layer.num_experts if parameter else 1)
     assert set(built) == found.modules | found.experts, sorted(set(built) ^ (found.modules | found.experts))[:3]
     odd = {name: rows for name, (rows, experts) in built.items() if rows != experts * rank_of(config, name)}
     assert not odd, odd
@@ -98,7 +101,8 @@ def check_built(model: PeftModel, config: LoraConfig, found: Targets) -> None:
 def check_trainable(model: PeftModel) -> None:
     """Asserts our own invariant: the trainable parameters are exactly the active adapter's, the biases of the base that it trains among them."""
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    wanted = {name for name, _ in model.named_parameters() if f".{ACTIVE}." in name} | stored_biases(model).keys()
+    own = {name for name, _ in model.named_parameters() if f".{ACTIVE}." in f"{name}." and ".ranknum." not in name}
+    wanted = own | stored_biases(model).keys()
     assert trainable == wanted, sorted(trainable ^ wanted)[:3]
     assert trainable, "no trainable adapter parameter"
 
@@ -107,10 +111,13 @@ def hold_reference(model: PeftModel, weights: Weights) -> None:
     """Puts a frozen second adapter with these values on the one base (made on first use); the active adapter stays as it is."""
     if REFERENCE not in model.peft_config:
         known = {**model.peft_config[ACTIVE].to_dict(), "bias": "none"}
+        if is_adalora(model.peft_config[ACTIVE]):
+            known["inference_mode"] = True  # PEFT trains one AdaLoRA adapter of a model at most
         config = _drawn_later(PeftConfig.from_peft_type(**known))
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`lora_bias=True` was passed")
             model.add_adapter(REFERENCE, config)
+        freeze_ranks(model)
         widen_saved(model, REFERENCE)
         model.set_adapter(ACTIVE)
     write_tensors(model, weights.factors, REFERENCE)

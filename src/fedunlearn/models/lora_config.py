@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from peft import LoraConfig, PeftConfig
 from transformers import PreTrainedModel
 
-from fedunlearn.config.lora import AT, REFUSED, LoraArgs, given
+from fedunlearn.config.lora import AT, OF_ADALORA, REFUSED, LoraArgs, given
 from fedunlearn.errors import UserError
+from fedunlearn.models.adalora import adalora_config
 from fedunlearn.models.lora_rules import check_on_base, settle_dropout, settle_targets
 from fedunlearn.models.targets import Targets, find_targets, with_targets
 from fedunlearn.records.adapter import Adapter
@@ -55,6 +56,9 @@ def lora_config_of(
     of the yaml differs from the loaded adapter's, or is null without one, or does not suit the base.
     """
     missing = [key for key in ("r", "lora_alpha", "target_modules") if getattr(args, key) is None]
+    if args.adalora is not None:
+        _check_fresh(loaded)
+        missing.remove("r")
     if missing and loaded is None:
         raise UserError(*(f"{AT}{key}=null without an adapter to take it from: give a value" for key in missing))
     config = _of_yaml(args, base) if loaded is None else _of_loaded(args, loaded, base)
@@ -75,7 +79,7 @@ def lora_config_of(
 def _of_yaml(args: LoraArgs, base: PreTrainedModel | None) -> LoraConfig:
     values = given(args)
     targets = values.pop("target_modules", None)
-    config = LoraConfig(**values)
+    config = LoraConfig(**values) if args.adalora is None else adalora_config(values, args.adalora)
     config.target_modules = (
         set(targets) if isinstance(targets, list) else targets
     )  # a text beside layers: PEFT refuses it before it is names
@@ -95,11 +99,25 @@ def _of_loaded(args: LoraArgs, loaded: Adapter, base: PreTrainedModel | None) ->
     return _peft_config(loaded.peft_config)
 
 
+def _check_fresh(loaded: Adapter | None) -> None:
+    """Raises UserError for an adapter beneath AdaLoRA."""
+    if loaded is not None:
+        raise UserError(
+            f"{AT}peft_type=ADALORA beside an adapter that is loaded: AdaLoRA gives out the ranks of a fresh adapter, and a loaded one has its own (an AdaLoRA run's "
+            f"result is plain LoRA); set peft_type=LORA, with {', '.join(OF_ADALORA)} left out and r=null, or name a base"
+        )
+
+
 def check_agreement(args: LoraArgs, peft_config: Mapping[str, object], base: PreTrainedModel | None = None) -> None:
     """Raises UserError naming every value of the yaml that is not the loaded adapter's (null agrees with all).
 
     base: with it two ways of naming the same modules agree; without it the words themselves are compared.
     """
+    if peft_config.get("peft_type") == "ADALORA":
+        raise UserError(
+            "the adapter's peft_type='ADALORA': it is a round's checkpoint of an AdaLoRA run, or a foreign one, and holds all ranks, masked ones among them; name the run's own "
+            "folder, whose adapter/ is plain LoRA"
+        )
     if peft_config.get("peft_type") != "LORA":
         raise UserError(
             f"the adapter's peft_type={peft_config.get('peft_type')!r} is not LORA: only LoRA adapters are understood"

@@ -11,6 +11,7 @@ from torch import nn
 
 from fedunlearn.config.lora import AT, PRESET_DROPOUT, PRESET_TARGETS, Preset
 from fedunlearn.errors import UserError
+from fedunlearn.models.adalora import is_adalora
 from fedunlearn.models.layers import layers_of, sides_of
 from fedunlearn.models.targets import KINDS, Targets
 
@@ -63,6 +64,8 @@ def settle_dropout(config: LoraConfig, found: Targets, preset: Preset | None) ->
 def rank_of(config: LoraConfig, module: str) -> int:
     """Gives the rank that a module has by r and rank_pattern."""
     patterns: Mapping[str, int] = config.rank_pattern or {}
+    if is_adalora(config):
+        return int(config.init_r)
     return patterns.get(get_pattern_key(list(patterns), module), config.r)
 
 
@@ -72,8 +75,9 @@ def warn_of_ranks(base: nn.Module, config: LoraConfig, found: Targets) -> None:
     if above:
         first = min(above)
         log.warning(
-            "%sr=%d is above the smaller side of %d of %d targets (%s has %d): what lies beyond adds parameters and no rank",
+            "%s%s=%d is above the smaller side of %d of %d targets (%s has %d): what lies beyond adds parameters and no rank",
             AT,
+            "init_r" if is_adalora(config) else "r",
             rank_of(config, first),
             len(above),
             len(found.modules) + len(found.experts),
@@ -114,6 +118,7 @@ def _expert_faults(config: LoraConfig, at: str) -> Iterable[str]:
         (config.lora_dropout == 0, f"{AT}lora_dropout={config.lora_dropout:g}"),  # never a loaded adapter's
         (not config.use_dora, f"{at}use_dora=true"),
         (not config.lora_bias, f"{at}lora_bias=true"),
+        (not is_adalora(config), f"{at}peft_type=ADALORA"),
         (not str(initial).startswith(("pissa", "olora")), f"{at}init_lora_weights={initial}"),
     )
     return [f"{said} beside fused experts: {ON_EXPERTS}" for holds, said in rules if not holds]

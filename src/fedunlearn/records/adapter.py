@@ -42,7 +42,7 @@ class Adapter:
     """What is trained of one base, and optionally a frozen side-car beside it.
 
     tensors: PEFT state-dict name -> float32 or bfloat16 tensor on the CPU, in name order: pairs of LoRA factors (fused experts as one
-    pair each, see models.experts) and plain tensors (magnitudes, biases, saved modules). peft_config: adapter_config.json
+    pair each, see models.experts) and plain tensors (magnitudes, biases, saved modules, AdaLoRA's triplets). peft_config: adapter_config.json
     as PEFT writes it, plain JSON values. base_fingerprint: sha256 of the base's stored tensors; None in a foreign folder.
     sidecar: see Weights. Equality and hash go by numbers (bit by bit), config and fingerprint.
     """

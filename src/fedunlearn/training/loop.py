@@ -11,6 +11,7 @@ from fedunlearn.data.collator import collate
 from fedunlearn.methods.base import Method
 from fedunlearn.methods.retain import cross_entropy
 from fedunlearn.methods.tokens import Memory, Need, StepDone, StepTotals, TokenLosses
+from fedunlearn.models.adalora import penalty_weight
 from fedunlearn.models.adapter_tensors import live_gradients, live_parameters, live_tensors
 from fedunlearn.models.hidden_states import num_blocks
 from fedunlearn.models.ranks import module_scales
@@ -22,6 +23,7 @@ from fedunlearn.training.forward import OF_REFERENCE, token_losses
 from fedunlearn.training.guard import Guard
 from fedunlearn.training.local import LocalData, LocalSettings
 from fedunlearn.training.optimizer import build_optimizer, build_schedule
+from fedunlearn.training.orthogonality import pull_to_orthogonal
 from fedunlearn.training.projection import pull_inside
 from fedunlearn.training.steps import MicroBatch, Step, warmup_of
 
@@ -86,12 +88,14 @@ def run_steps(work: Work, steps: Sequence[Step], memory: Memory) -> Tally:
     now = live_tensors(work.made.model)
     start = {name: tensor.to(device) for name, tensor in work.start.items()}
     guard, tally = Guard(work.settings.guard, start), Tally(memory)
+    weight = penalty_weight(work.made.model)
     for number, step in enumerate(steps, 1):
         done = _backward(work, step, tally)
         tally.trained.update(index for part in step for index in part.rows)
         if tally.stop(guard.judge_loss(done.loss), number, len(steps)):
             break
         tally.losses.append(done.loss)
+        pull_to_orthogonal(live, weight)
         if task.mu:
             _pull_to_start(live_gradients(work.made.model), now, start, task.mu)
         work.crew.step(optimizer, args)

@@ -127,6 +127,19 @@ def test_nodes_build_the_adapter_that_the_server_has(kind, changed):
     assert tensors_of(kind, theirs) == tensors_of(kind, config)
 
 
+def test_nodes_build_adalora_as_the_server_does():
+    """Its ranks are the yaml's init_r; PEFT's r, which acts nowhere, is not told."""
+    base, own = skeleton(CONFIGS["phi"]), {"peft_type": "ADALORA", "init_r": 6, "target_r": 2, "tinit": 1}
+    said = {"r": None, "lora_alpha": 8.0, "target_modules": ("q_proj", "v_proj"), **own}
+    config = lora_config_of(LoraArgs(**said), None, "base", base)
+    reader = Reader()
+    args = reader.record(LoraArgs, json.loads(json.dumps(shaped({**YAML, **own}, plain_config(config)))), "lora_config")
+    assert reader.faults == []
+    theirs = lora_config_of(args, None, "base", base)
+    assert plain_config(theirs) == plain_config(config)
+    assert tensors_of("phi", theirs) == tensors_of("phi", config)
+
+
 def tensors_of(kind, config):
     """Name -> shape of what is trained, and the scale of each layer."""
     model = attach_lora(skeleton(CONFIGS[kind]), config)

@@ -131,4 +131,6 @@ def shaped(lora: Mapping[str, Any], peft_config: Mapping[str, Any]) -> dict[str,
     """A yaml's lora_config with the shape of an adapter that is there: nodes make theirs of it, and have no adapter to take it from."""
     known = {key: peft_config[key] for key in OF_THE_ADAPTER if key in peft_config}
     empty = {key for key, value in known.items() if value in ([], {}) and key != "target_modules"}
+    if peft_config.get("peft_type") == "ADALORA":  # whose ranks are init_r's, which the yaml has
+        empty |= {"r"}
     return {**lora, **known, **dict.fromkeys(empty)}
