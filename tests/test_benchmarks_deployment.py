@@ -8,12 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
 from deploying import faults, story
 from deployment import faults_table, story_table
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "benchmarks/deployment.py"]

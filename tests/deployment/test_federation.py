@@ -10,8 +10,7 @@ from contextlib import suppress
 
 import psutil
 import pytest
-from helpers_runs import SMALL, adapter_tensors, finetune, history, unlearn
-from helpers_sites import (
+from federation_here import (
     DOOR,
     MODEL,
     SCRIPTS,
@@ -24,6 +23,7 @@ from helpers_sites import (
     start_node,
     until,
 )
+from helpers_runs import SMALL, adapter_tensors, finetune, history, unlearn
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.deployment
