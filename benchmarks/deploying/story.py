@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from differences import largest_difference
 from federation_here import DOOR, FederationHere, Running, submitted
-from safetensors.torch import load_file
 
 from fedunlearn.data.pocket.build import PocketPaths
 from fedunlearn.evals.files import EVAL_FILE
 from fedunlearn.federation.checkpoint import read_history
 from fedunlearn.federation.rounds import ROLL_CALL
-from fedunlearn.models.adapter_files import WEIGHTS
 from fedunlearn.reporting.run_folder import DONE
 
 CLIENTS, TOLERANCE, LATEST = 3, 1e-6, 1800.0
@@ -150,11 +149,3 @@ def _play_here(saves: Path, pocket: PocketPaths, act: Act, rounds: int) -> None:
         "eval.at_end=false",
     )
     Running(saves / f"{act.task}.log", DOOR, *words, *more).done(LATEST)
-
-
-def largest_difference(one: Path, other: Path) -> float:
-    """Of two runs' adapters; infinite where names or shapes differ."""
-    mine, its = (load_file(folder / "adapter" / WEIGHTS) for folder in (one, other))
-    if {name: t.shape for name, t in mine.items()} != {name: t.shape for name, t in its.items()}:
-        return float("inf")
-    return max(float((mine[name] - its[name]).abs().max()) for name in mine)
