@@ -124,9 +124,8 @@ class Keeper:
         """Starts a worker and connects to it. Raises UserError where that cannot be."""
         self.end()
         limit = self.site.worker.start_timeout
-        with _alone(
-            Path(self.site.work_dir) / "workers.lock", limit
-        ):  # two bases may have room one by one, and not both
+        # two bases may have room one by one, and not both
+        with _alone(Path(self.site.work_dir) / "workers.lock", limit):
             needed = self._checked_memory()
             process = self._spawn(needed)
         end = time.monotonic() + limit
