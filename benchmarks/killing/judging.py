@@ -25,8 +25,8 @@ SECONDS_TEXT = 20
 class Attacked:
     """One run. at: seconds after its start at which it was killed; whole: rounds on disk then; in_write: a checkpoint was half-written.
 
-    repeated: rounds under way at the kill that were run again; lost: rounds on disk that were. differing: bytes of the result; by: its largest difference. faults: why it does not
-    hold. seconds: until it was done.
+    repeated: rounds under way at the kill, which must be run again (taken from what was on disk then, not counted; 0 where the run goes on by itself); lost: rounds
+    on disk that were run again. differing: bytes of the result; by: its largest difference. faults: why it does not hold. seconds: until it was done.
     """
 
     launcher: str
