@@ -77,8 +77,8 @@ def _alone(field: Field, whole: "Mapping[str, Future[Undisturbed]]", number: int
 def table_of(done: list[Attacked]) -> Table:
     """One line a run."""
     table = Table(
-        *("launcher", "run", "killed", "when", "at", "rounds on disk", "repeated", "lost", "bytes differing", "by"),
-        *("seconds", ""),
+        *("launcher", "run", "killed", "when", "at", "rounds on disk", "run again: under way at the kill", "lost"),
+        *("bytes differing", "by", "seconds", ""),
     )
     for one in sorted(done, key=lambda one: (one.launcher, one.run)):
         when = f"{one.when}, half-written" if one.in_write else one.when

@@ -13,12 +13,14 @@ from pathlib import Path
 import psutil
 import yaml
 
+from fedunlearn.data.pocket.build import PocketPaths
 from fedunlearn.sites.certificates import Federation, make_federation
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS, DOOR = ROOT / "scripts", ROOT / "src" / "fed_train.py"
 MODEL = "pocket-base"
 """What nodes know the base by."""
+START = "model.model_args.pretrained_model_name_or_path="
 SOON, STARTED, UP, ENDED, HEARTBEAT = 10.0, 60.0, 120.0, 30.0, 150.0
 """Seconds until a fault of a site is told, until a node or the SuperLink is up, until all has ended, and until the SuperLink misses a killed node."""
 WORKER, SERVER_APP, SUPERLINK = "fedunlearn.federation.deployed.worker", "flwr-serverapp", "flower-superlink"
@@ -28,6 +30,27 @@ _TAKEN = re.compile(r"run \d+ at ")
 
 class FailedError(RuntimeError):
     """A process did not do what it was started for; its text says what it said."""
+
+
+def door_words(kind: str, task: str, *more: str) -> tuple[str, ...]:
+    """The door's command for experiment={kind}/tofu/pocket, without its Python; later overrides win."""
+    name = "unlearn-lora.yaml" if kind == "unlearn" else "train-lora.yaml"
+    return (str(DOOR), f"--config-name={name}", f"experiment={kind}/tofu/pocket", f"task_name={task}", *more)
+
+
+def pocket_words(pocket: PocketPaths, saves: Path) -> tuple[str, ...]:
+    """What a command is told that runs on this machine alone: the pocket's data and base; runs and cache lie below `saves`."""
+    return (
+        f"tofu_path={pocket.data}",
+        f"{START}{pocket.model}",
+        f"paths.saves_dir={saves}",
+        f"paths.cache_dir={saves}/cache",
+    )
+
+
+def run_folder(saves: Path, kind: str, task: str) -> Path:
+    """Where a run of such a command lies."""
+    return saves / ("unlearn" if kind == "unlearn" else "finetune") / task
 
 
 def free_port() -> int:
@@ -204,18 +227,13 @@ class FederationHere:
         )
 
     def submit(self, kind: str, task: str, *more: str) -> Running:
-        """Starts the door's command for experiment={kind}/tofu/pocket and gives it, running; later overrides win."""
-        name = "unlearn-lora.yaml" if kind == "unlearn" else "train-lora.yaml"
-        return Running(
-            self.folder / f"{task}.log",
-            *(DOOR, f"--config-name={name}", f"experiment={kind}/tofu/pocket", *self.launcher, f"task_name={task}"),
-            *(f"model.model_args.pretrained_model_name_or_path={MODEL}", f"trainer.federated.num_clients={len(self.nodes)}"),
-            *more,
-        )  # fmt: skip
+        """Starts the door's command and gives it, running; see door_words."""
+        here = (*self.launcher, f"{START}{MODEL}", f"trainer.federated.num_clients={len(self.nodes)}")
+        return Running(self.folder / f"{task}.log", *door_words(kind, task, *here, *more))
 
     def run_folder(self, kind: str, task: str) -> Path:
         """Where a run lies on the server."""
-        return self.saves / ("unlearn" if kind == "unlearn" else "finetune") / task
+        return run_folder(self.saves, kind, task)
 
     def processes(self) -> list[psutil.Process]:
         """All of it that is alive: the scripts, what they started, and the nodes' workers, which are in sessions of their own."""

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from federation_here import Running
 from helpers_hosts import SERVER, Hosts
-from helpers_sites import Running
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^```\n(.*?)^```$", re.MULTILINE | re.DOTALL)

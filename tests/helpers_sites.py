@@ -1,8 +1,7 @@
-"""A trial federation on loopback, and servers that answer as a real one, or just not quite."""
+"""Files of a trial server, and servers that answer as a real one, or just not quite."""
 
 import http.server
 import ssl
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,43 +10,6 @@ from email.utils import format_datetime
 from pathlib import Path
 
 from fedunlearn.sites.authority import Authority, Validity
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from federation_here import (
-    DOOR,
-    MODEL,
-    SCRIPTS,
-    SERVER_APP,
-    SUPERLINK,
-    FederationHere,
-    Running,
-    edit,
-    free_port,
-    start_node,
-    start_server,
-    trial,
-    until,
-)
-
-__all__ = [
-    "DOOR",
-    "MODEL",
-    "SCRIPTS",
-    "SERVER_APP",
-    "SUPERLINK",
-    "FederationHere",
-    "Running",
-    "answering",
-    "edit",
-    "free_port",
-    "server_files",
-    "start_node",
-    "start_server",
-    "trial",
-    "until",
-    "valid",
-]
 
 
 def valid(begins_in_hours: float, ends_in_hours: float) -> Validity:

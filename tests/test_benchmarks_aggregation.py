@@ -2,14 +2,10 @@
 
 import json
 import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import aggregation
 import aggregation_costs
+import pytest
 from aggregation import Peak, Report, faults, growth, pass_terms, shown
 from aggregation_costs import PRESETS, Cost, measure_matrix, over_layer
 

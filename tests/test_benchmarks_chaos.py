@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
 from killing.judging import Kill, Seen, judged
 from killing.launchers import LAUNCHERS
 from killing.stage import NUM_ROUNDS, Place

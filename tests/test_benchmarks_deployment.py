@@ -8,12 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
 from deploying import faults, story
 from deployment import faults_table, story_table
+from differences import largest_difference
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "benchmarks/deployment.py"]
@@ -65,8 +63,10 @@ def test_a_run_with_too_few_rounds_is_a_fault(tmp_path):
 
 def test_the_largest_difference_is_by_tensor_and_infinite_where_they_do_not_fit(tmp_path):
     one, other = a_run(tmp_path / "one", 1.0), a_run(tmp_path / "other", 1.5)
-    assert story.largest_difference(one, other) == 0.5
-    assert story.largest_difference(one, a_run(tmp_path / "third", name="b")) == float("inf")
+    assert largest_difference(one, other) == 0.5
+    assert largest_difference(one, a_run(tmp_path / "third", name="b")) == float("inf")
+    assert largest_difference(one, a_run(tmp_path / "fourth", float("nan"))) == float("inf")
+    assert largest_difference(one, tmp_path) == float("inf")
 
 
 def test_a_story_holds_where_every_adapter_is_launcher_locals():

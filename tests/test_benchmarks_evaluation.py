@@ -1,19 +1,14 @@
 """The evaluation benchmark on a tiny model and a made-up TOFU: both ways do the same work, it is counted right, and missed bounds are told."""
 
 import json
-import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
-
-import pytest
-from helpers_eval import LLAMA3_ARGS, SHARED, byte_tokenizer, llama3_tokenizer, needs_shared, tiny_llama, write_folder
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import evaluation
 import evaluation_plain as plain
+import pytest
 from evaluation_data import VOCAB, Bounds, Folded, made_case
+from helpers_eval import LLAMA3_ARGS, SHARED, byte_tokenizer, llama3_tokenizer, needs_shared, tiny_llama, write_folder
 
 from fedunlearn.data.chat import ChatFormat, EncodedRow
 from fedunlearn.data.tofu import load_tofu

@@ -8,12 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers_runs import finetune
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
 import scale
 import scale_run
+from helpers_runs import finetune
 from scale import Measured
 from scale_run import Shared, Size
 

@@ -11,9 +11,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from federation_here import Running
 from helpers_hosts import SERVER, Hosts, why_none
 from helpers_machines import IN_THE_SHELL, PLACED, ROOT, Line, Machines, checkout, lines_of
-from helpers_sites import Running
 
 from fedunlearn.config.launcher import SuperlinkLauncher
 from fedunlearn.config.sites import ClientSite, ServerSite, WorkerLimits, read_site

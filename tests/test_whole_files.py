@@ -8,7 +8,7 @@ import os
 import pytest
 
 from fedunlearn.errors import UserError
-from fedunlearn.files import append_line, canonical_json, whole_folder, write_bytes, write_json
+from fedunlearn.files import append_line, canonical_json, take_lock, whole_folder, write_bytes, write_json
 
 
 def full_disk(*_):
@@ -159,3 +159,18 @@ def test_json_that_cannot_be_written_leaves_the_file_as_it_was(tmp_path):
         write_json(tmp_path / "a.json", {"b": [1, 2], "c": math.nan})
     assert names(tmp_path) == ["a.json"]
     assert (tmp_path / "a.json").read_text() == '{\n  "b": [\n    1\n  ]\n}\n'
+
+
+def test_a_lock_is_taken_once_and_is_free_when_its_file_is_closed(tmp_path):
+    with (tmp_path / "lock").open("w") as one, (tmp_path / "lock").open("w") as other:
+        assert take_lock(one.fileno())
+        assert not take_lock(other.fileno())
+        one.close()
+        assert take_lock(other.fileno())
+
+
+def test_a_place_that_cannot_be_locked_is_no_lock_that_somebody_holds(tmp_path):
+    with (tmp_path / "lock").open("w") as file:
+        number = file.fileno()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        take_lock(number)

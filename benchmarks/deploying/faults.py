@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from differences import largest_difference
 from faults.recording import RECIPE
 from federation_here import SUPERLINK, FailedError, FederationHere, edit, until
 
-from deploying.story import CLIENTS, TOLERANCE, largest_difference
+from deploying.story import CLIENTS, TOLERANCE
 from fedunlearn.data.pocket.build import ensure_pocket
 from fedunlearn.federation.checkpoint import read_history
 

@@ -7,20 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from federation_here import DOOR, FederationHere, Running, submitted
-from safetensors.torch import load_file
+from differences import largest_difference
+from federation_here import START, FederationHere, Running, door_words, pocket_words, run_folder, submitted
 
 from fedunlearn.data.pocket.build import PocketPaths
 from fedunlearn.evals.files import EVAL_FILE
 from fedunlearn.federation.checkpoint import read_history
 from fedunlearn.federation.rounds import ROLL_CALL
-from fedunlearn.models.adapter_files import WEIGHTS
 from fedunlearn.reporting.run_folder import DONE
 
 CLIENTS, TOLERANCE, LATEST = 3, 1e-6, 1800.0
 SUMMARY = "TOFU_SUMMARY.json"
 FIGURES = {"forget Prob": "forget_Q_A_Prob", "utility": "model_utility", "forget quality": "forget_quality"}
-START = "model.model_args.pretrained_model_name_or_path="
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +87,7 @@ def tell_story(place: Path, pocket: PocketPaths, rounds: int) -> Story:
         for act in ACTS:
             if act.kind != "retrain":
                 _play_here(place / "local", pocket, act, min(rounds, act.recipe))
-                mine, its = (_folder(saves, act) for saves in (federation.saves, place / "local"))
+                mine, its = (run_folder(saves, act.kind, act.task) for saves in (federation.saves, place / "local"))
                 differences[act.task] = largest_difference(mine, its)
     return Story(acts=acts, differences=differences, up=up)
 
@@ -126,35 +124,16 @@ def _written(path: Path) -> float:
     return path.stat().st_mtime
 
 
-def _folder(saves: Path, act: Act) -> Path:
-    return saves / ("unlearn" if act.kind == "unlearn" else "finetune") / act.task
-
-
 def _play_here(saves: Path, pocket: PocketPaths, act: Act, rounds: int) -> None:
     """The same run with launcher=local, not evaluated."""
     saves.mkdir(exist_ok=True)
-    name = "unlearn-lora.yaml" if act.kind == "unlearn" else "train-lora.yaml"
     more = [word.format(saves=saves) for word in act.more if not word.startswith("retain_logs_path")]
     words = (
-        f"--config-name={name}",
-        f"experiment={act.kind}/tofu/pocket",
-        f"task_name={act.task}",
-        f"tofu_path={pocket.data}",
-        f"{START}{pocket.model}",
-        f"paths.saves_dir={saves}",
-        f"paths.cache_dir={saves}/cache",
+        *pocket_words(pocket, saves),
         f"trainer.federated.num_clients={CLIENTS}",
         f"trainer.federated.num_rounds={rounds}",
         "launcher=local",
         "launcher.threads=1",
         "eval.at_end=false",
     )
-    Running(saves / f"{act.task}.log", DOOR, *words, *more).done(LATEST)
-
-
-def largest_difference(one: Path, other: Path) -> float:
-    """Of two runs' adapters; infinite where names or shapes differ."""
-    mine, its = (load_file(folder / "adapter" / WEIGHTS) for folder in (one, other))
-    if {name: t.shape for name, t in mine.items()} != {name: t.shape for name, t in its.items()}:
-        return float("inf")
-    return max(float((mine[name] - its[name]).abs().max()) for name in mine)
+    Running(saves / f"{act.task}.log", *door_words(act.kind, act.task, *words, *more)).done(LATEST)

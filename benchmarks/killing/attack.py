@@ -1,6 +1,5 @@
 """One attack: start, kill, go on until it is done, compare with the run that nobody killed."""
 
-import fcntl
 import random
 import subprocess
 import time
@@ -10,6 +9,7 @@ from dataclasses import replace
 import psutil
 
 from fedunlearn.federation.rounds import ROLL_CALL
+from fedunlearn.files import take_lock
 from fedunlearn.reporting.run_lock import lock_path
 from killing.field import Field
 from killing.judging import Attacked, Kill, Seen, half_written, judged, lines_of
@@ -130,12 +130,10 @@ def _freed(place: Place, field: Field, than: Undisturbed) -> list[str]:
     path, end = lock_path(place.folder), time.monotonic() + within
     while path.is_file():
         with path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if take_lock(file.fileno()):
                 return []
-            except OSError:
-                if time.monotonic() > end:
-                    return [f"its folder was still in use {within:g} s after the kill"]
+        if time.monotonic() > end:
+            return [f"its folder was still in use {within:g} s after the kill"]
         time.sleep(0.05)
     return []
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from differences import largest_difference
 
 from fedunlearn.federation.checkpoint import HISTORY
 from fedunlearn.federation.ledger import FILE as LEDGER
@@ -26,8 +25,8 @@ SECONDS_TEXT = 20
 class Attacked:
     """One run. at: seconds after its start at which it was killed; whole: rounds on disk then; in_write: a checkpoint was half-written.
 
-    repeated: rounds under way at the kill that were run again; lost: rounds on disk that were. differing: bytes of the result; by: its largest difference. faults: why it does not
-    hold. seconds: until it was done.
+    repeated: rounds under way at the kill, which must be run again (taken from what was on disk then, not counted; 0 where the run goes on by itself); lost: rounds
+    on disk that were run again. differing: bytes of the result; by: its largest difference. faults: why it does not hold. seconds: until it was done.
     """
 
     launcher: str
@@ -98,7 +97,7 @@ def judged(kill: Kill, seen: Seen, faults: list[str], place: Place, than: Place,
     after = _inodes(folder)
     lost = sum(after.get(round) != inode for round, inode in seen.rounds.items())
     differing = _differing(folder / "adapter" / WEIGHTS, whole / "adapter" / WEIGHTS)
-    by = _largest(folder / "adapter" / WEIGHTS, whole / "adapter" / WEIGHTS) if differing else 0.0
+    by = largest_difference(folder, whole) if differing else 0.0
     faults = [*faults, *([f"{lost} whole rounds were run again"] if lost else [])]
     if by > launcher.tolerance or (differing and not launcher.tolerance):
         faults.append(f"{differing} bytes of the adapter differ, by {by:.1g} at most")
@@ -125,17 +124,6 @@ def judged(kill: Kill, seen: Seen, faults: list[str], place: Place, than: Place,
         faults=tuple(faults),
         seconds=round(seconds, 1),
     )
-
-
-def _largest(one: Path, other: Path) -> float:
-    """The largest difference of two adapters; infinite where their names or shapes differ, or one cannot be read."""
-    try:
-        mine, its = load_file(one), load_file(other)
-    except (OSError, SafetensorError):
-        return float("inf")
-    if {name: t.shape for name, t in mine.items()} != {name: t.shape for name, t in its.items()}:
-        return float("inf")
-    return max(float((mine[name] - its[name]).abs().max()) for name in mine)
 
 
 def _others_counted(lines: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[str]:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from faults.recording import RECIPE
+from federation_here import ROOT, START, door_words, pocket_words, run_folder
 
 from fedunlearn.data.pocket.build import PocketPaths, ensure_pocket
 from fedunlearn.federation.checkpoint import round_folder
 from fedunlearn.federation.rounds import ROLL_CALL
 
-ROOT = Path(__file__).resolve().parents[2]
 NUM_ROUNDS, NUM_CLIENTS = 4, 4
 COMMON = (
     f"trainer.federated.num_clients={NUM_CLIENTS}",
@@ -49,7 +49,7 @@ class Place:
     @property
     def folder(self) -> Path:
         """The run's own."""
-        return self.saves / "unlearn" / self.task
+        return run_folder(self.saves, "unlearn", self.task)
 
     @property
     def told(self) -> Path:
@@ -84,25 +84,16 @@ class Stage:
 
     def attacked(self, place: Place, *more: str) -> subprocess.Popen[bytes]:
         """Starts the command that is attacked; its data, adapter and config are the same each time, its folder is its own, and its cache where it is alone."""
-        start = f"model.model_args.pretrained_model_name_or_path={self.place / 'finetune' / 'tuned'}"
-        return self.start(place, "unlearn", start, *ATTACKED, *more)
+        start = run_folder(self.place, "finetune", "tuned")
+        return self.start(place, "unlearn", f"{START}{start}", *ATTACKED, *more)
 
     def start(self, place: Place, kind: str, *more: str) -> subprocess.Popen[bytes]:
         """Starts the door."""
-        name = "unlearn-lora.yaml" if kind == "unlearn" else "train-lora.yaml"
-        words = (
-            f"experiment={kind}/tofu/pocket",
-            f"tofu_path={self.pocket.data}",
-            f"model.model_args.pretrained_model_name_or_path={self.pocket.model}",
-            f"paths.saves_dir={place.saves}",
-            f"paths.cache_dir={place.saves}/cache",
-            f"task_name={place.task}",
-        )
+        words = door_words(kind, place.task, *pocket_words(self.pocket, place.saves), *COMMON, *more)
         place.saves.mkdir(parents=True, exist_ok=True)
-        door = (sys.executable, str(ROOT / "src" / "fed_train.py"), f"--config-name={name}")
         with place.told.open("ab") as told:
             return subprocess.Popen(
-                [*door, *words, *COMMON, *more], stdin=subprocess.DEVNULL, stdout=told, stderr=told, cwd=ROOT
+                [sys.executable, *words], stdin=subprocess.DEVNULL, stdout=told, stderr=told, cwd=ROOT
             )
 
 

@@ -4,6 +4,7 @@ The name is flushed too (the folder it stands in): after a power loss it is the 
 """
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -153,6 +154,20 @@ def _take_place(temporary: Path, path: Path) -> None:
         old.rename(path)
         raise
     _drop(old)
+
+
+def take_lock(file: int) -> bool:
+    """Whether an open file's lock is ours now; False where somebody else holds it. It goes with the open file, so with its process at the latest.
+
+    Raises OSError where the place cannot be locked at all.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True
 
 
 def disk_fault(error: OSError, path: Path) -> UserError:

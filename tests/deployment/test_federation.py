@@ -10,8 +10,8 @@ from contextlib import suppress
 
 import psutil
 import pytest
-from helpers_runs import SMALL, adapter_tensors, finetune, history, unlearn
-from helpers_sites import (
+from differences import largest_difference
+from federation_here import (
     DOOR,
     MODEL,
     SCRIPTS,
@@ -24,6 +24,7 @@ from helpers_sites import (
     start_node,
     until,
 )
+from helpers_runs import SMALL, finetune, history, unlearn
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.deployment
@@ -65,12 +66,6 @@ def tuned(federation, pocket):
     text = done(submit(federation, "finetune", "ft"))
     assert "result: finetune/ft under the server's saves_root" in text
     return text
-
-
-def largest_difference(mine, its):
-    mine, its = adapter_tensors(mine), adapter_tensors(its)
-    assert mine.keys() == its.keys()
-    return max(float((mine[name] - its[name]).abs().max()) for name in mine)
 
 
 def test_the_whole_story_is_launcher_locals(federation, tuned, pocket, saves):

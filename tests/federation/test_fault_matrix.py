@@ -6,13 +6,9 @@ import logging
 import shutil
 import sys
 from dataclasses import replace
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import fault_matrix
+import pytest
 from faults.catalogue import BY_NAME, FAULTS, ROLL_CALL_FAULTS
 from faults.cells import ALL, Bench, Cell, all_but, as_seen_by, cells_of
 from faults.isolated import real_cells

@@ -155,3 +155,12 @@ def test_ctrl_c_says_whether_the_run_was_stopped(monkeypatch, tmp_path, answer, 
     connection = _Connection(SuperlinkLauncher(address="127.0.0.1:1", insecure=True), tmp_path)
     assert said in connection.stop(RUN)
     assert asked == [("stop", "7", CONNECTION, "--format", "json")]
+
+
+def test_a_python_without_flowers_programs_is_told_in_one_message(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    connection = _Connection(SuperlinkLauncher(address="127.0.0.1:1", insecure=True), tmp_path)
+    with pytest.raises(
+        UserError, match=r"/flwr cannot be started \(No such file or directory\): install fedunlearn into"
+    ):
+        connection.status(RUN)

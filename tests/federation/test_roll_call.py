@@ -120,6 +120,15 @@ def test_it_ends_the_run_with_the_same_words_where_that_client_was_needed(reply,
     assert any(said in fault for fault in caught.value.faults)
 
 
+def test_a_node_that_tells_whose_it_is_as_it_fails_is_told_once():
+    called = call(GOOD, UserError("client 1: no data"), UserError("in client 2: no data"))
+    assert called.refused == (
+        "roll call: node 3 failed: client 1: no data",
+        "roll call: node 4 failed: in client 2: no data",
+        "roll call: client 2 is not there",
+    )
+
+
 def test_two_nodes_of_one_id_are_both_left_out_for_nobody_can_tell_which_is_it():
     called = call(GOOD, SECOND, SECOND)
     assert list(called.members) == [0]

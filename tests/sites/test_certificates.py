@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
-from helpers_sites import trial
+from federation_here import trial
 
 from fedunlearn.config.sites import ClientSite, ServerSite, read_site
 from fedunlearn.errors import UserError

@@ -9,7 +9,8 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     load_pem_private_key,
 )
-from helpers_sites import answering, edit, free_port, server_files, trial, valid
+from federation_here import edit, free_port, trial
+from helpers_sites import answering, server_files, valid
 
 from fedunlearn.config.sites import ClientSite, ServerSite, read_site
 from fedunlearn.errors import UserError

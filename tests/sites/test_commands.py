@@ -6,11 +6,11 @@ import tomllib
 
 import pytest
 import yaml
+from federation_here import edit, trial
 from flwr.common.config import parse_config_args
 from flwr.supercore.cli.flower_superexec import _parse_args as superexec_parser
 from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink as superlink_parser
 from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode as supernode_parser
-from helpers_sites import edit, trial
 
 from fedunlearn.config.addresses import Address
 from fedunlearn.config.sites import ClientSite, ServerSite, read_site

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers_sites import SCRIPTS, Running, edit, free_port, server_files, start_node, start_server, trial, valid
+from federation_here import SCRIPTS, Running, edit, free_port, start_node, start_server, trial
+from helpers_sites import server_files, valid
 
 from fedunlearn.config.sites import ServerSite, make_work_dir, read_site
 from fedunlearn.sites.authority import Authority

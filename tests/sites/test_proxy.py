@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from helpers_sites import edit, free_port, start_node, start_server, trial
+from federation_here import edit, free_port, start_node, start_server, trial
 
 from fedunlearn.sites.proxy import PROXY_PORT, nginx_conf
 

@@ -2,7 +2,7 @@
 
 import json
 
-from helpers_sites import edit, trial
+from federation_here import edit, trial
 
 from fedunlearn.config.sites import ServerSite, read_site
 from fedunlearn.sites.registry import clients_by_node, registry_path

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from helpers_sites import trial
+from federation_here import trial
 
 from fedunlearn.errors import UserError
 from fedunlearn.sites import running

@@ -17,8 +17,9 @@ _OR_NULL = {
 class EvalConfig:
     """What an evaluation computes, what it costs, and which definitions it takes.
 
-    name: the benchmark. metrics: by their names in the result's file. at_end: evaluate the result of a training or unlearning run. max_rows: rows of each data set (null: all; else the result
-    is marked as a trial). batch_tokens: padded tokens of one scoring batch. generation_batch_size: rows generated at once. max_new_tokens: tokens of an answer; data sets with a smaller limit of their own (MUSE's) keep that.
+    name: the benchmark. metrics: by their names in the result's file. at_end: evaluate the result of a training or unlearning run. max_rows: rows of each data
+    set (null: all; else the result is marked as a trial). batch_tokens: padded tokens of one scoring batch. generation_batch_size: rows generated at once.
+    max_new_tokens: tokens of an answer; data sets with a smaller limit of their own (MUSE's) keep that.
     compat: null = our definitions; `open-unlearning` = theirs, for comparison with published logs. question_key: which question of forget and retain rows is asked.
     holdout_split: rows that nobody trained on, for attacks; null: that of the forget split. reference_model_path: base, adapter or run that mia_reference compares with.
     gradnorm_of: whose gradients mia_gradnorm takes (see evals.gradnorm).

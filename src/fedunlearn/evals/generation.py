@@ -70,7 +70,8 @@ def generate_texts(
 ) -> tuple[str, ...]:
     """Gives the greedy continuation of each prompt, decoded without special tokens, cleaned and stripped; equal prompts once.
 
-    A row stops, and leaves its batch, at any eos id of the model's generation_config (the tokenizer's, where it names none). Sampling settings of that config do not act; its repetition_penalty does, as in the published numbers.
+    A row stops, and leaves its batch, at any eos id of the model's generation_config (the tokenizer's, where it names none). Sampling settings of that config
+    do not act; its repetition_penalty does, as in the published numbers.
     compat: a prompt's ids that equal the pad id are masked too, and positions counted over the others.
     stops: texts before which the decoded continuation is cut, one after the other, before it is stripped.
     """

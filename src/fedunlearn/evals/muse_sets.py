@@ -82,8 +82,9 @@ class Verbatim(RowSet[Passage]):
 
 @dataclass(frozen=True, kw_only=True)
 class Texts(RowSet[str]):
-    """privleak/<side>: whole texts, their first max_length ids; a label at every place but the first, which nothing stands before. opening: whether what the tokenizer opens a text with comes on top
-    of max_length, as in open-unlearning.
+    """privleak/<side>: whole texts, their first max_length ids; a label at every place but the first, which nothing stands before.
+
+    opening: whether what the tokenizer opens a text with comes on top of max_length, as in open-unlearning.
     """
 
     opening: bool = False

@@ -12,8 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Pipe
 
@@ -24,6 +23,7 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from fedunlearn.errors import UserError
 from fedunlearn.federation.faults import CLIENT_DIED, CLIENT_TIMEOUT, REPLY_TOO_LARGE, REPLY_UNREADABLE
 from fedunlearn.federation.local_grid import SequentialGrid
+from fedunlearn.federation.watchdog import watchdog
 from fedunlearn.federation.worker import READY, Charge
 
 log = logging.getLogger(__name__)
@@ -150,8 +150,13 @@ class _Worker:
     def exchange(self, frame: bytes, seconds: float, max_bytes: int) -> bytes:
         """Sends a frame and gives the one that comes back; the whole of both within `seconds`. Raises _WorkerError, the process being ended then."""
         late = threading.Event()
+
+        def bite() -> None:
+            late.set()
+            self._kill()
+
         try:
-            with _watchdog(seconds, late, self._kill):
+            with watchdog(seconds, bite):
                 self._pipe.send_bytes(frame)
                 return self._pipe.recv_bytes(max_bytes)
         except (EOFError, OSError, MemoryError) as error:
@@ -185,21 +190,3 @@ class _Worker:
     def _how(self) -> str:
         code = self._process.returncode
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-
-@contextmanager
-def _watchdog(seconds: float, late: threading.Event, kill: Callable[[], None]) -> Iterator[None]:
-    """Sets `late` and calls `kill` after so many seconds, from another thread; once the block is left it does nothing any more."""
-
-    def bite() -> None:
-        late.set()
-        kill()
-
-    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), bite)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()

@@ -25,8 +25,8 @@ from fedunlearn.records.shape import ClientShape
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LOOKS, SENT_AT_ONCE = 0.02, 256
-_SAYS_WHO = re.compile(r"roll call: node \d+ failed: client (\d{1,9}): ")
-"""A node that refuses tells whose it is; that client is not told as missing a second time."""
+_SAYS_WHO = re.compile(r"client (\d{1,9}): ")
+"""How the reason of a node that refuses begins: it tells whose it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +75,15 @@ class RollCall:
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What some nodes said. found: those who can take part, by the client id that they say. refused: a sentence for each that cannot. silent: who did not answer."""
+    """What some nodes said. found: those who can take part, by the client id that they say. refused: a sentence for each that cannot. silent: who did not answer.
+
+    named: the clients whose nodes failed, as far as these say so; whoever is told as failed is not told as missing too.
+    """
 
     found: Mapping[int, Sequence[Member]]
     refused: Sequence[str]
     silent: frozenset[int]
+    named: frozenset[int]
 
 
 def exchange(
@@ -133,7 +137,7 @@ def roll_call(
         if len(said) > 1
     ]
     members = {client: said[0] for client, said in sorted(found.items()) if len(said) == 1}
-    told = found.keys() | {int(said[1]) for fault in refused if (said := _SAYS_WHO.match(fault))}
+    told = found.keys() | answers.named
     refused += [f"roll call: client {row.client_id} is not there" for row in expected.rows if row.client_id not in told]
     _check_enough(members, expected, refused)
     for fault in refused:
@@ -147,15 +151,19 @@ def call_nodes(grid: Grid, nodes: Sequence[int], expected: Expectation, timeout:
     found: dict[int, list[Member]] = {}
     refused: list[str] = []
     silent: set[int] = set()
+    named: set[int] = set()
     keys = expected.keys()
     for node, reply in exchange(grid, messages, timeout):
+        if reply is None:
+            silent.add(node)
+        elif reply.has_error() and (said := _SAYS_WHO.match(_reason(reply))):
+            named.add(int(said[1]))
         member = _read_member(node, reply)
         faults = [member] if isinstance(member, str) else _mismatches(member, expected, keys)
-        silent |= {node} if reply is None else set()
         refused += faults
         if not isinstance(member, str) and not faults:
             found.setdefault(member.declared.client_id, []).append(member)
-    return Answers(found=found, refused=refused, silent=frozenset(silent))
+    return Answers(found=found, refused=refused, silent=frozenset(silent), named=frozenset(named))
 
 
 def _check_enough(members: Mapping[int, Member], expected: Expectation, refused: Sequence[str]) -> None:
@@ -176,13 +184,17 @@ def _read_member(node: int, reply: Message | None) -> "Member | str":
     if reply is None:
         return f"roll call: node {node} did not answer in time"
     if reply.has_error():
-        return f"roll call: node {node} failed: {one_line(reply.error.reason or '')}"
+        return f"roll call: node {node} failed: {_reason(reply)}"
     try:
         check_records(reply.content, REPLY)
         declared = unpack_scalars(RollCallReply, typed_record(ConfigRecord, reply.content.get(REPLY)))
         return Member(node_id=node, declared=declared, bytes_up=content_bytes(reply.content))
     except Exception as error:  # whatever a node can send costs it its own place, never the run
         return f"roll call: the reply of node {node} cannot be read: {one_line(str(error))}"
+
+
+def _reason(reply: Message) -> str:
+    return one_line(reply.error.reason or "")
 
 
 def _wait_for_nodes(grid: Grid, num_clients: int, timeout: float) -> list[int]:

@@ -4,11 +4,10 @@ import json
 import logging
 import os
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from fedunlearn.federation.client_app import make_client_app
 from fedunlearn.federation.launchers.ray import FAILURE
 from fedunlearn.federation.ray_cluster import attach, check_nodes, wait_for_room
 from fedunlearn.federation.server_app import make_server_app
+from fedunlearn.federation.watchdog import watchdog
 from fedunlearn.federation.worker import end_with_parent
 from fedunlearn.files import write_json
 from fedunlearn.reporting.run_folder import run_path
@@ -59,7 +59,7 @@ def main(config_json: str) -> None:
 def _enter_cluster(run: TrainRun, launcher: RayLauncher, folder: Path) -> None:
     """Attaches, and sees to it that every node can work; the engine finds Ray initialised. Raises UserError where it cannot be, within start_timeout."""
     end = time.monotonic() + launcher.start_timeout
-    with _at_most(launcher, folder):
+    with watchdog(launcher.start_timeout, partial(_give_up, launcher, folder)):  # Ray tries without end
         attach(launcher)
     patience = end - time.monotonic() if launcher.address else 0.0  # nobody joins a cluster of one's own, or leaves it
     nodes = wait_for_room(launcher, patience)
@@ -81,28 +81,16 @@ def needed_by_clients(run: TrainRun) -> list[Path]:
     return [Path(name).expanduser() for name in named if name is not None]
 
 
-@contextmanager
-def _at_most(launcher: RayLauncher, folder: Path) -> Iterator[None]:
-    """Ends this process where what is inside takes longer than launcher.start_timeout: Ray tries without end."""
-
-    def give_up() -> None:
-        where = f"launcher.address={launcher.address!r}" if launcher.address else "launcher=ray"
-        _tell(
-            folder,
-            [
-                f"{where}: no Ray cluster let this process in within launcher.start_timeout={launcher.start_timeout:g} s. Is it the head's address (ray start --head "
-                "--port=...), and is this machine one of its nodes?"
-            ],
-        )
-        os._exit(1)
-
-    timer = threading.Timer(launcher.start_timeout, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+def _give_up(launcher: RayLauncher, folder: Path) -> None:
+    where = f"launcher.address={launcher.address!r}" if launcher.address else "launcher=ray"
+    _tell(
+        folder,
+        [
+            f"{where}: no Ray cluster let this process in within launcher.start_timeout={launcher.start_timeout:g} s. Is it the head's address (ray start --head "
+            "--port=...), and is this machine one of its nodes?"
+        ],
+    )
+    os._exit(1)
 
 
 def _telling(inner: ServerApp, folder: Path) -> ServerApp:

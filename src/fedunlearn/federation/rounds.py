@@ -107,7 +107,7 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, reads_reference: bool, n
     timeout = run.trainer.federated.roll_call_timeout
     answers = timeout if run.launcher.clock == "round" else math.inf
     nodes = nodes or Nodes()
-    expected, content = replace(_expectation(run, folder, start), keys=nodes.keys), nodes.content
+    expected, content = _expectation(run, folder, start, nodes), nodes.content
     called = roll_call(grid, expected, timeout, answers, content)
     _write_roll_call(folder, called)
     check_all_there(run, called.refused)
@@ -171,7 +171,7 @@ def _conductor(run: TrainRun, folder: Path, start: Start, stepper: Stepper) -> C
     )
 
 
-def _expectation(run: TrainRun, folder: Path, start: Start) -> Expectation:
+def _expectation(run: TrainRun, folder: Path, start: Start, nodes: Nodes) -> Expectation:
     return Expectation(
         rows=start.rows,
         shapes=client_shapes(run, start.adapter.peft_config),
@@ -182,6 +182,7 @@ def _expectation(run: TrainRun, folder: Path, start: Start) -> Expectation:
         partition_hash=read_partition(folder / FILE).hash,
         request_hash=own_request(folder).hash,
         min_clients=run.trainer.federated.min_clients,
+        keys=nodes.keys,
     )
 
 

@@ -4,8 +4,6 @@ The lock is <parent>/.<folder's name>.lock: beside the folder, not in it, for a 
 It is there while a run goes on, and says who holds it.
 """
 
-import errno
-import fcntl
 import json
 import logging
 import os
@@ -16,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedunlearn.errors import UserError
-from fedunlearn.files import disk_fault, settle
+from fedunlearn.files import disk_fault, settle, take_lock
 from fedunlearn.reporting.run_folder import folder_exists
 
 log = logging.getLogger(__name__)
@@ -64,14 +62,17 @@ def _acquired(folder: Path, path: Path) -> int:
     while True:
         file = _opened(folder, path)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not take_lock(file):
+                raise _in_use(folder, path)
             if _is_at(file, path):
                 _say_who(file)
                 return file
-        except OSError as error:
-            told = _in_use(folder, path) if error.errno in (errno.EAGAIN, errno.EACCES) else disk_fault(error, path)
+        except UserError:
             os.close(file)
-            raise told from error
+            raise
+        except OSError as error:
+            os.close(file)
+            raise disk_fault(error, path) from error
         os.close(file)  # its holder ended and took it away in between
 
 

@@ -47,7 +47,7 @@ def superlink_command(site: ServerSite, site_file: Path) -> Command:
     return Command(
         name="SuperLink",
         argv=(
-            *(_program("flower-superlink"), "--host", listen.host, "--port", str(listen.port), *tls),
+            *(program("flower-superlink"), "--host", listen.host, "--port", str(listen.port), *tls),
             *("--isolation", "process", "--database", str(site.database_path)),
             "--disable-runtime-dependency-installation",
             *(("--log-file", site.log_file) if site.log_file else ()),
@@ -62,7 +62,7 @@ def superexec_command(site: ServerSite, site_file: Path) -> Command:
     return Command(
         name="SuperExec",
         argv=(
-            *(_program("flower-superexec"), "--runtime-api-address", str(connect_address(site))),
+            *(program("flower-superexec"), "--runtime-api-address", str(connect_address(site))),
             *(("--root-certificates", site.tls.ca) if site.tls else ("--insecure",)),
             *("--parent-pid", str(os.getpid())),
         ),
@@ -87,14 +87,14 @@ def supernode_command(site: ClientSite, site_file: Path, pid: int) -> Command:
     return Command(
         name="SuperNode",
         argv=(
-            *(_program("flower-supernode"), "--superlink", site.superlink),
+            *(program("flower-supernode"), "--superlink", site.superlink),
             *(("--insecure",) if site.insecure else ()),
             *(("--root-certificates", site.ca) if site.ca else ()),
             *(("--auth-supernode-private-key", site.key) if site.key else ()),
             *("--host", listen.host, "--port", str(listen.port)),
             *("--node-config", node_config(site_file, pid)),
         ),
-        environment=_environment(site.work_dir),
+        environment=flower_environment(flower_home(site.work_dir)),
         folder=site.work_dir,
     )
 
@@ -136,23 +136,10 @@ def flower_home(work_dir: str) -> Path:
     return Path(work_dir) / "flower"
 
 
-def _cli(site: ServerSite, site_file: Path, *words: str) -> Command:
-    verb = words[0]
-    return Command(
-        name=f"flwr supernode {verb}",
-        argv=(_program("flwr"), "supernode", *words, CONNECTION, "--format", "json"),
-        environment=_server_environment(site, site_file),
-        folder=site.work_dir,
-    )
-
-
-def _server_environment(site: ServerSite, site_file: Path) -> dict[str, str]:
-    return {**_environment(site.work_dir), SITE_VARIABLE: os.path.abspath(site_file)}
-
-
-def _environment(work_dir: str) -> dict[str, str]:
+def flower_environment(home: Path) -> dict[str, str]:
+    """What is set for Flower's programs beside what is inherited: no look-ups of outside hosts, nothing installed. home: see flower_home."""
     return {
-        "FLWR_HOME": str(flower_home(work_dir)),
+        "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -160,8 +147,23 @@ def _environment(work_dir: str) -> dict[str, str]:
     }
 
 
-def _program(name: str) -> str:
+def program(name: str) -> str:
+    """The path of one of Flower's programs, as they are installed for this Python."""
     return os.path.join(_programs(), name)
+
+
+def _cli(site: ServerSite, site_file: Path, *words: str) -> Command:
+    verb = words[0]
+    return Command(
+        name=f"flwr supernode {verb}",
+        argv=(program("flwr"), "supernode", *words, CONNECTION, "--format", "json"),
+        environment=_server_environment(site, site_file),
+        folder=site.work_dir,
+    )
+
+
+def _server_environment(site: ServerSite, site_file: Path) -> dict[str, str]:
+    return {**flower_environment(flower_home(site.work_dir)), SITE_VARIABLE: os.path.abspath(site_file)}
 
 
 def _programs() -> str:

@@ -1,7 +1,6 @@
 """Processes in the foreground: their lines passed on, their end told, and ended whole with ours."""
 
 import ctypes
-import fcntl
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from fedunlearn.errors import UserError
+from fedunlearn.files import take_lock
 from fedunlearn.sites.commands import Command
 from fedunlearn.sites.exits import why_ended
 
@@ -138,12 +138,10 @@ def alone_in(work_dir: str) -> Iterator[None]:
     """Holds the work_dir's lock, which the system takes away when we die. Raises UserError where another site holds it."""
     path = Path(work_dir) / "site.lock"
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not take_lock(file.fileno()):
             raise UserError(
                 f"work_dir={work_dir!r}: another site is running in it: end that one, or give each site a work_dir of its own"
-            ) from error
+            )
         yield
 
 

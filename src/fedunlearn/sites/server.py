@@ -41,8 +41,8 @@ _RESTARTS, _WITHIN = 5, 600.0
 def run_server(site_file: Path, *, only_print: bool = False) -> None:
     """Checks the site, runs its SuperLink until we are asked to end.
 
-    only_print: tells the commands and does nothing. A process that dies is started again: the SuperLink's state is on disk, and a run goes on without it for a while; with the SuperExec the ServerApps end. Raises
-    UserError for every fault of the site, and where a process does not start or dies too often.
+    only_print: tells the commands and does nothing. A process that dies is started again: the SuperLink's state is on disk, and a run goes on without it for a
+    while; with the SuperExec the ServerApps end. Raises UserError for every fault of the site, and where a process does not start or dies too often.
     """
     site = read_site(site_file, ServerSite)
     superlink, superexec = superlink_command(site, site_file), superexec_command(site, site_file)

@@ -8,8 +8,8 @@ import time
 
 import psutil
 import pytest
+from federation_here import SCRIPTS
 from helpers_deployed import ThinGrid, client_site, run_deployed, submitted, write_sites
-from helpers_sites import SCRIPTS
 
 from fedunlearn.federation.deployed.ending import Asked, end_workers
 

@@ -1,4 +1,8 @@
-"""What passes between the processes of a run over a SuperLink, beside its rounds: the submitted config, the lines told to the submitter, and what a node is told at the roll call in place of the run's folder that clients of one machine read. Knows no torch."""
+"""What passes between the processes of a run over a SuperLink, beside its rounds. Knows no torch.
+
+It is the submitted config, the lines told to the submitter, and what a node is told at the roll call in place of the run's folder that clients of one machine
+read.
+"""
 
 import json
 from collections.abc import Mapping

@@ -1,6 +1,5 @@
 """Finding, starting and ending the worker of a node. Knows no torch, so that a ClientApp that uses it starts quickly."""
 
-import fcntl
 import json
 import os
 import signal
@@ -18,7 +17,7 @@ import psutil
 from fedunlearn.config.sites import ClientSite, make_work_dir
 from fedunlearn.errors import UserError
 from fedunlearn.federation.deployed.frames import ClosedError, Frame, FrameError, Patience, receive_frame, send_frame
-from fedunlearn.files import write_json
+from fedunlearn.files import take_lock, write_json
 
 MODULE = "fedunlearn.federation.deployed.worker"
 SECONDS_BETWEEN_LOOKS, SECONDS_TO_END, SECONDS_TO_REAP = 0.05, 10.0, 1.0
@@ -125,9 +124,8 @@ class Keeper:
         """Starts a worker and connects to it. Raises UserError where that cannot be."""
         self.end()
         limit = self.site.worker.start_timeout
-        with _alone(
-            Path(self.site.work_dir) / "workers.lock", limit
-        ):  # two bases may have room one by one, and not both
+        # two bases may have room one by one, and not both
+        with _alone(Path(self.site.work_dir) / "workers.lock", limit):
             needed = self._checked_memory()
             process = self._spawn(needed)
         end = time.monotonic() + limit
@@ -247,19 +245,11 @@ def _alone(lock: Path, seconds: float) -> Iterator[None]:
     """Inside the block nobody else has this lock; it goes with its process. Raises LateError where others hold it for so long."""
     end = time.monotonic() + seconds
     with lock.open("w") as file:
-        while not _is_locked(file.fileno()):
+        while not take_lock(file.fileno()):
             if time.monotonic() > end:
                 raise LateError(f"other tasks kept this node's worker busy for {seconds:g} s, nothing was done")
             time.sleep(SECONDS_BETWEEN_LOOKS)
         yield
-
-
-def _is_locked(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _until(end: float) -> Patience:

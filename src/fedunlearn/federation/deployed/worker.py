@@ -115,10 +115,7 @@ class Worker:
                 return _fault(reply.error.code, reply.error.reason or "")
             described, blobs = pack_content(reply.content)
             return Frame({"content": described}, blobs)
-        except (UserError, FrameError) as error:
-            return _fault(CLIENT_RAISED, str(error))
-        except _UnwantedError as error:
-            log.warning("%s", error)
+        except (UserError, FrameError, _UnwantedError) as error:
             return _fault(CLIENT_RAISED, str(error))
         except Exception as error:
             log.exception("a message could not be answered")
@@ -190,7 +187,8 @@ def _ending_with(there: socket.socket) -> Iterator[None]:
     poll = select.poll()
     poll.register(there, select.POLLRDHUP)
     if poll.poll(0):
-        raise _UnwantedError("who asked is gone: nothing was done")
+        log.warning("who asked is gone: nothing was done")
+        raise _UnwantedError("nobody waited for the answer")
 
     def watch() -> None:
         while not done.is_set():

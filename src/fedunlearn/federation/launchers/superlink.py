@@ -20,12 +20,11 @@ import fedunlearn
 from fedunlearn.config.launcher import SuperlinkLauncher
 from fedunlearn.errors import UserError
 from fedunlearn.federation.deployed.brief import CONFIG_KEY, GO_ON, TOLD
-from fedunlearn.sites.commands import CONNECTION, answer_in, flower_config
+from fedunlearn.sites.commands import CONNECTION, answer_in, flower_config, flower_environment, program
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LOOKS, SECONDS_FOR_A_COMMAND = 2.0, 60.0
-FLWR = [sys.executable, "-c", "from flwr.cli.app import app; app()"]
-QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "NO_COLOR": "1", "COLUMNS": "200"}
+PLAIN = {"NO_COLOR": "1", "COLUMNS": "200"}
 ENDED, STOPPED = "finished:", "finished:stopped"
 BUNDLE = f"""[project]
 name = "fedunlearn-run"
@@ -100,10 +99,10 @@ class _Connection:
         return f"run {run_id} could not be stopped at the server ({_words(answer)}): it may go on there"
 
     def command(self, *words: str) -> str:
-        """Gives what a command of Flower's wrote."""
+        """Gives what a command of Flower's wrote. Raises UserError where there is no such program."""
         try:
             done = subprocess.run(
-                [*FLWR, *words],
+                [program("flwr"), *words],
                 env=self._environment,
                 capture_output=True,
                 text=True,
@@ -112,12 +111,16 @@ class _Connection:
             )
         except subprocess.TimeoutExpired:
             return f"no answer within {SECONDS_FOR_A_COMMAND:g} s"
+        except OSError as error:
+            raise UserError(
+                f"launcher=superlink: {program('flwr')} cannot be started ({error.strerror or error}): install fedunlearn into this Python ({sys.executable})"
+            ) from error
         return done.stdout if done.stdout.strip() else done.stderr
 
     def lines(self, run_id: int) -> Iterator[str]:
         """The run's log as it grows, until the run or the connection ends."""
         process = subprocess.Popen(
-            [*FLWR, "log", str(run_id), CONNECTION],
+            [program("flwr"), "log", str(run_id), CONNECTION],
             env={**self._environment, "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -133,7 +136,7 @@ class _Connection:
 
     @property
     def _environment(self) -> dict[str, str]:
-        return {**os.environ, **QUIET, "FLWR_HOME": str(self.home)}
+        return {**os.environ, **flower_environment(self.home), **PLAIN}
 
 
 @contextmanager
