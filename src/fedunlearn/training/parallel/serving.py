@@ -4,10 +4,7 @@ import importlib
 import json
 import logging
 import os
-import select
-import signal
 import socket
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from fedunlearn.errors import UserError
+from fedunlearn.orphans import end_with_parent
 from fedunlearn.reporting.console import set_logging
 from fedunlearn.training.parallel.job import Frame, receive, send
 
@@ -72,18 +70,6 @@ def serve(fd: int) -> None:
     except Exception as error:  # whatever it is, the one who asked is told, and ends the others
         log.debug("process %d", place.rank, exc_info=True)
         send(pipe, Frame({"error": f"{type(error).__name__}: {error}"}, {}))
-
-
-def end_with_parent(fd: int) -> None:
-    """Ends this process's group when the other end of the socket `fd` is closed, as it is when whoever started it dies, however that happens."""
-    threading.Thread(target=_watch, args=(fd,), daemon=True).start()
-
-
-def _watch(fd: int) -> None:
-    poll = select.poll()
-    poll.register(fd, 0)  # POLLHUP is told unasked
-    poll.poll()
-    os.killpg(os.getpid(), signal.SIGKILL)
 
 
 def join(place: Place) -> torch.device:
