@@ -134,6 +134,20 @@ def test_a_checkpoint_without_its_importance_is_damaged(pocket, tuned, tmp_path)
         read_checkpoint(place)
 
 
+def test_a_saved_module_travels_beside_it(pocket, saves):
+    run = finetune(pocket, saves, "head", *ADA, LORA + "modules_to_save=[lm_head]")
+    assert history(run)[-1]["metrics"]["ranks"] == 28
+    (name,) = [name for name in adapter_tensors(run) if "lora_" not in name]
+    began = load_adapter(run / "start")[0].tensors
+    assert not torch.equal(adapter_tensors(run)[name], began[name])
+    plain = AutoModelForCausalLM.from_pretrained(pocket.model, dtype=torch.float32)
+    ours = tiny(pocket, saves, "unlearn", "look", f"model.model_args.pretrained_model_name_or_path={run}", *PLAIN).run
+    made = resident(ours.model, resolve_source(ours.model.model_args, saves), seed=0, max_length=256, pocket_dir=saves)
+    found, theirs = logits_of(made.model), logits_of(PeftModel.from_pretrained(plain, run / "adapter").eval())
+    assert float((found - theirs).abs().max() / theirs.abs().max()) < 1e-6
+    release()
+
+
 def test_nothing_is_masked_where_the_budget_is_the_beginning(pocket, saves):
     run = finetune(pocket, saves, "all", *ADA, LORA + "target_r=4", LORA + "orth_reg_weight=0")
     assert [line["metrics"]["ranks"] for line in history(run)] == [56, 56, 56]
