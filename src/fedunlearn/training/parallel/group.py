@@ -30,6 +30,9 @@ from fedunlearn.training.parallel.serving import serve
 serve(int(sys.argv[2]))
 """
 
+PATIENCE = 1.0
+"""Seconds until it is clear that no process died where one of them tells of an error."""
+
 
 class GroupError(RuntimeError):
     """The processes did not do what they were asked: one of them raised, died or was late. All of them have been ended."""
@@ -114,12 +117,27 @@ class Group:
             for pipe in ready:
                 assert isinstance(pipe, Connection)
                 one = waiting.pop(pipe)
-                found[one.rank] = _read(one)
+                found[one.rank] = answer = _read(one)
+                if "error" in answer.said:
+                    raise GroupError(f"{self._cause(one, answer.said['error'])}: all of them were ended")
         return [found[rank] for rank in sorted(found)]
+
+    def _cause(self, told: _Process, error: str) -> str:
+        """Says why one of them met an error: another that died, where one did, for what the rest tell is only that it is missed."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            codes = [one.process.poll() for one in self._processes]
+            for rank, code in enumerate(codes):
+                if code:
+                    return f"process {rank} died ({_how(code)})"
+            if None not in codes:
+                break
+            time.sleep(0.02)
+        return f"process {told.rank}: {error}"
 
 
 def _read(one: _Process) -> Frame:
-    """Gives a process's answer. Raises UserError or GroupError where it is none."""
+    """Gives a process's answer. Raises UserError where that is what it met, GroupError where there is none."""
     try:
         answer = receive(one.pipe)
     except (EOFError, OSError) as error:
@@ -128,8 +146,6 @@ def _read(one: _Process) -> Frame:
         raise GroupError(f"process {one.rank} died ({_how(one.process.returncode)}): all of them were ended") from error
     if "faults" in answer.said:
         raise UserError(*answer.said["faults"])
-    if "error" in answer.said:
-        raise GroupError(f"process {one.rank}: {answer.said['error']}: all of them were ended")
     return answer
 
 
