@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 import torch
-from helpers_training import FORGET, RETAIN, flat, made_model, train_args, with_alternates
+from helpers_training import EVERY, FORGET, GRADIENT, RETAIN, flat, made_model, name_of, train_args, with_alternates
 
 from fedunlearn.config.data import CollatorConfig
 from fedunlearn.config.parallel import ParallelArgs
@@ -63,7 +63,7 @@ def team(made, scratch):
 def work(made, carry_out, method=None, batch=3, mu=0.0, **args):
     """Two epochs, two micro-batches a step, AdamW at 1e-3."""
     settings = LocalSettings(
-        args=train_args(gradient_accumulation_steps=2, per_device_train_batch_size=batch, **args),
+        args=train_args(**{"gradient_accumulation_steps": 2, "per_device_train_batch_size": batch, **args}),
         collator=CollatorConfig(),
         method=method,
     )
@@ -85,6 +85,16 @@ def test_two_processes_give_the_adapter_of_one(made, team, method, batch):
     assert together.loss == pytest.approx(alone.loss, abs=1e-4, rel=1e-5)
     for count in ("num_trained", "num_steps", "num_tokens", "num_reference_tokens", "stopped"):
         assert getattr(together, count) == getattr(alone, count), count
+
+
+@pytest.mark.parametrize("method", EVERY, ids=name_of)
+def test_every_methods_gradient_is_that_of_one_process(made, team, method):
+    """To 5e-6 of its largest entry, one step by SGD: rows are summed in another order. Adam divides by what may be rounding itself, and makes up to 1e-4 of it."""
+    whole = {**GRADIENT, "gradient_accumulation_steps": 1}
+    together, alone = work(made, team.carry_out, method, 8, **whole), work(made, None, method, 8, **whole)
+    start = flat(made.start.tensors)
+    found, wanted = flat(together.tensors) - start, flat(alone.tensors) - start
+    assert float((found - wanted).abs().max()) < 5e-6 * float(wanted.abs().max())
 
 
 def test_clipping_and_the_proximal_term_see_the_whole_gradient(made, team):

@@ -116,10 +116,4 @@ def check_team(made: Resident, args: ParallelArgs, device: torch.device) -> Para
             f"trainer.parallel={args.kind} beside a quantised base: its packed weights cannot be cut into shards; choose trainer.parallel=none, "
             "or a base that is not quantised"
         )
-    odd = [name for name, p in model.named_parameters() if p.requires_grad and f".{ACTIVE}." not in f"{name}."]
-    if odd:
-        raise UserError(
-            f"trainer.parallel={args.kind}: {odd[0]!r} is a parameter of the base that is trained (lora_config.bias), and the base lies in shards: set "
-            "lora_config.bias=none, or trainer.parallel=none"
-        )
     return known
