@@ -5,11 +5,15 @@ import signal
 import time
 from typing import Any
 
+import torch
+from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from fedunlearn.training.parallel.job import Frame
 from fedunlearn.training.parallel.rank import Sharer
-from fedunlearn.training.parallel.serving import Place
+from fedunlearn.training.parallel.serving import Place, join
 
 
 class Lost:
@@ -37,6 +41,24 @@ class Wrong:
             raise ValueError("a fault of its own")
         time.sleep(60)
         raise AssertionError
+
+
+class Split:
+    """LoRA over layers that transformers' own plan has split among the processes."""
+
+    def __init__(self, place: Place) -> None:
+        join(place)
+        numbers = {"RANK": place.rank, "LOCAL_RANK": place.rank, "WORLD_SIZE": place.world}
+        os.environ.update({name: str(number) for name, number in numbers.items()})
+        base = AutoModelForCausalLM.from_pretrained(
+            place.folder, distributed_config=DistributedConfig(tp_size=place.world)
+        )
+        lora = LoraConfig(r=2, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM")
+        self._model, self.ready = get_peft_model(base, lora), {}
+
+    def do(self, job: Frame) -> Frame:
+        self._model(torch.arange(10).view(2, 5)).logits.sum().backward()
+        return Frame({}, {})
 
 
 class Looked(Sharer):

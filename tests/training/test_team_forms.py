@@ -23,9 +23,8 @@ from fedunlearn.records.adapter import Adapter, Weights
 from fedunlearn.records.rounds import ClientTask, Role
 from fedunlearn.training.client_update import client_update
 from fedunlearn.training.local import LocalSettings
-from fedunlearn.training.parallel import team as teams
 from fedunlearn.training.parallel.job import Frame
-from fedunlearn.training.parallel.team import Team
+from fedunlearn.training.parallel.team import ENTRY, Team
 
 STEP = {**GRADIENT, "learning_rate": 1.0, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 """One step by SGD over eight rows: the step is the gradient."""
@@ -65,10 +64,9 @@ def team_of(tmp_path):
     """Makes two processes for a model; they end with the test."""
     made = []
 
-    def start(resident):
-        made.append(
-            Team(resident, ParallelArgs(kind="fsdp", processes=2), device="cpu", timeout=120.0, scratch=tmp_path)
-        )
+    def start(resident, entry=ENTRY):
+        args = ParallelArgs(kind="fsdp", processes=2)
+        made.append(Team(resident, args, device="cpu", timeout=120.0, scratch=tmp_path, entry=entry))
         return made[-1]
 
     yield start
@@ -102,11 +100,10 @@ def test_modules_of_a_16_bit_base_are_trained_in_float32_there_too(team_of):
 
 
 @pytest.mark.parametrize(("kind", "lora"), [("llama", {}), ("qwen2", {"bias": "lora_only"}), ("qwen3_moe", {})])
-def test_every_tensor_of_the_base_is_a_dtensor_in_two_shards(team_of, monkeypatch, kind, lora):
+def test_every_tensor_of_the_base_is_a_dtensor_in_two_shards(team_of, kind, lora):
     """Before a job and after it: accelerate would make DistributedDataParallel of it on the CPU, and say nothing. What is trained is whole on each."""
-    monkeypatch.setattr(teams, "ENTRY", "helpers_members:Looked")
     made = resident_of(kind, **lora)
-    team = team_of(made)
+    team = team_of(made, "helpers_members:Looked")
     work(made, team.carry_out)
     before, after = [held["lie"] for held in team.held], [a.said for a in team._group.ask(Frame({"job": "look"}, {}))]
     trained = {name for name, p in made.model.named_parameters() if p.requires_grad or ".reference." in name}

@@ -35,12 +35,14 @@ class Team:
     """The processes that share one client's work, or that of all clients of a process, one after another.
 
     made: the client's model, whole, on the CPU. args: with its number of processes. device: what the processes work on, `cpu` or `cuda`. timeout: seconds for one job, and
-    for the start. scratch: where the base is written for the start, and taken away again. They are started by the first job.
+    for the start. scratch: where the base is written for the start, and taken away again. entry: what each of them is (see Group). They are started by the first job.
     """
 
-    def __init__(self, made: Resident, args: ParallelArgs, *, device: str, timeout: float, scratch: Path) -> None:
+    def __init__(
+        self, made: Resident, args: ParallelArgs, *, device: str, timeout: float, scratch: Path, entry: str = ENTRY
+    ) -> None:
         self._made, self._args, self._scratch = made, args, scratch
-        self._group = Group(ENTRY, args.processes or 0, device=device, timeout=timeout)
+        self._group = Group(entry, args.processes or 0, device=device, timeout=timeout)
         self.held: tuple[Mapping[str, int], ...] = ()
         """What each process holds, in bytes (shards.Held), once they are started."""
 
