@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
+from fedunlearn.training.parallel.group import MALLOC
 from fedunlearn.training.parallel.job import Frame
 from fedunlearn.training.parallel.rank import Sharer
 from fedunlearn.training.parallel.serving import Place, join
+from fedunlearn.training.parallel.shards import WEIGHTS
 
 
 class Lost:
@@ -69,6 +72,9 @@ class Looked(Sharer):
         self.ready = {"held": {**self.ready["held"], "lie": self._lie()}}
 
     def do(self, job: Frame) -> Frame:
+        if job.said["job"] == "memory":
+            mapped = WEIGHTS in Path("/proc/self/maps").read_text()
+            return Frame({"mapped": mapped, "malloc": {name: os.environ.get(name) for name in MALLOC}}, {})
         return Frame(self._lie(), {}) if job.said["job"] == "look" else super().do(job)
 
     def _lie(self) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def alive(pids):
 
 def test_a_process_that_dies_ends_the_task_and_all_the_others(made, team):
     work(made, team.carry_out)
-    pids = team._group.pids
+    pids = team.group.pids
     os.kill(pids[1], signal.SIGKILL)
     with pytest.raises(GroupError, match=r"process 1 died \(signal SIGKILL\)|cannot be reached"):
         work(made, team.carry_out)
@@ -161,22 +161,22 @@ def test_a_process_that_dies_ends_the_task_and_all_the_others(made, team):
 
 def test_a_process_that_hangs_ends_the_task_at_the_deadline(made, team):
     work(made, team.carry_out)
-    pids = team._group.pids
+    pids = team.group.pids
     os.kill(pids[1], signal.SIGSTOP)
-    team._group.timeout, usual = 3.0, team._group.timeout
+    team.group.timeout, usual = 3.0, team.group.timeout
     try:
         with pytest.raises(GroupError, match=r"processes \[0, 1\] of 2 did not answer within 3 s"):
             work(made, team.carry_out)
     finally:
-        team._group.timeout = usual
+        team.group.timeout = usual
     assert alive(pids) == []
 
 
 def test_processes_end_with_the_client_that_started_them(made, team):
     """Its end of the sockets closes, as it does when a process is killed."""
     work(made, team.carry_out)
-    processes = [one.process for one in team._group._processes]
-    for one in team._group._processes:
+    processes = [one.process for one in team.group._processes]
+    for one in team.group._processes:
         one.pipe.close()
     deadline = time.monotonic() + 120
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:

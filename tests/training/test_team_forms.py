@@ -1,5 +1,8 @@
 """Adapters that are more than pairs of factors, over two processes: DoRA, modules trained whole, trained biases, fused experts; and how all of it lies there."""
 
+import os
+import sys
+
 import pytest
 import torch
 from helpers_eval import tiny_chat
@@ -23,6 +26,7 @@ from fedunlearn.records.adapter import Adapter, Weights
 from fedunlearn.records.rounds import ClientTask, Role
 from fedunlearn.training.client_update import client_update
 from fedunlearn.training.local import LocalSettings
+from fedunlearn.training.parallel.group import LARGE, MALLOC
 from fedunlearn.training.parallel.job import Frame
 from fedunlearn.training.parallel.team import ENTRY, Team
 
@@ -105,7 +109,7 @@ def test_every_tensor_of_the_base_is_a_dtensor_in_two_shards(team_of, kind, lora
     made = resident_of(kind, **lora)
     team = team_of(made, "helpers_members:Looked")
     work(made, team.carry_out)
-    before, after = [held["lie"] for held in team.held], [a.said for a in team._group.ask(Frame({"job": "look"}, {}))]
+    before, after = [held["lie"] for held in team.held], [a.said for a in team.group.ask(Frame({"job": "look"}, {}))]
     trained = {name for name, p in made.model.named_parameters() if p.requires_grad or ".reference." in name}
     assert before == after
     for name, lies in {name: [lie[name] for lie in after] for name in after[0]}.items():
@@ -114,3 +118,13 @@ def test_every_tensor_of_the_base_is_a_dtensor_in_two_shards(team_of, kind, lora
             assert all((lie["places"], lie["world"]) == (["S(0)"], 2) for lie in lies), name
             assert sum(lie["here"] for lie in lies) == lies[0]["of"], name
             assert all(0 < lie["here"] < lie["of"] for lie in lies), name
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc tells what is mapped")
+def test_no_process_keeps_the_whole_base_in_memory(team_of):
+    """Not as the file either that it was read from: one view of it would keep all of it. A layer that is let go goes back to the system."""
+    team = team_of(resident_of("qwen2", bias="lora_only"), "helpers_members:Looked")
+    work(resident_of("qwen2", bias="lora_only"), team.carry_out)
+    told = [answer.said for answer in team.group.ask(Frame({"job": "memory"}, {}))]
+    assert [said["mapped"] for said in told] == [False, False]
+    assert all(said["malloc"] == dict.fromkeys(MALLOC, os.environ.get(MALLOC[0], str(LARGE))) for said in told)

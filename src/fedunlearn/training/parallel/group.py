@@ -30,6 +30,8 @@ from fedunlearn.training.parallel.serving import serve
 serve(int(sys.argv[2]))
 """
 
+MALLOC, LARGE = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), 2**20
+"""glibc's: blocks above so many bytes go back to the system when they are freed. A layer is gathered and let go again and again, and would be kept in several copies."""
 PATIENCE = 1.0
 """Seconds until it is clear that no process died where one of them tells of an error."""
 
@@ -91,6 +93,7 @@ class Group:
                 pass_fds=[there.fileno()],
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,
+                env={**dict.fromkeys(MALLOC, str(LARGE)), **os.environ},
             )
         place = Place(
             rank=rank,

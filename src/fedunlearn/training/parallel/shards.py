@@ -80,8 +80,10 @@ def sharded_model(folder: Path, attention: str, device: torch.device) -> PeftMod
     model = empty_model(folder, attention)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     paths = {module: path for path, module in model.named_modules()}
-    with safe_open(folder / WEIGHTS, framework="pt", device=str(device)) as file:
-        for unit in _units(model):
+    for unit in _units(model):
+        with safe_open(
+            folder / WEIGHTS, framework="pt", device=str(device)
+        ) as file:  # a file that is closed is not in memory any more
             _fill(unit, paths[unit], file, device)
             whole = {p for name, p in unit.named_parameters(paths[unit]) if _is_adapter(name) or p.requires_grad}
             fully_shard(unit, mesh=mesh, ignored_params=whole)
@@ -118,7 +120,7 @@ def _fill(unit: nn.Module, path: str, file: Any, device: torch.device) -> None:
                 places.setdefault(parameter, []).append((module, leaf, f"{below}.{leaf}".lstrip(".")))
         for leaf, buffer in module.named_buffers(recurse=False):
             if buffer.device.type == "meta":
-                value = file.get_tensor(f"{BUFFER}{below}.{leaf}".replace("/.", "/"))
+                value = file.get_tensor(f"{BUFFER}{below}.{leaf}".replace("/.", "/")).clone()  # no view of the file
                 module.register_buffer(leaf, value, persistent=leaf not in module._non_persistent_buffers_set)
     for parameter, homes in places.items():
         name = next((name for _, _, name in homes if name in stored), "")
@@ -138,7 +140,8 @@ def _made(parameter: nn.Parameter, name: str, shown: str, file: Any, device: tor
         raise ValueError(
             f"the base's tensor {name!r} has shape {tuple(value.shape)} instead of {tuple(parameter.shape)}"
         )
-    return nn.Parameter(value, requires_grad=parameter.requires_grad)
+    trained = parameter.requires_grad
+    return nn.Parameter(value.clone() if trained else value, requires_grad=trained)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ class Team:
         self, made: Resident, args: ParallelArgs, *, device: str, timeout: float, scratch: Path, entry: str = ENTRY
     ) -> None:
         self._made, self._args, self._scratch = made, args, scratch
-        self._group = Group(entry, args.processes or 0, device=device, timeout=timeout)
+        self.group = Group(entry, args.processes or 0, device=device, timeout=timeout)
         self.held: tuple[Mapping[str, int], ...] = ()
         """What each process holds, in bytes (shards.Held), once they are started."""
 
@@ -68,16 +68,16 @@ class Team:
 
     def close(self) -> None:
         """Ends the processes and waits for them."""
-        self._group.close()
+        self.group.close()
 
     def _scales(self) -> dict[str, object]:
         return {"scales": dict(scales_in(self._made.model))}
 
     def _ask(self, frame: Frame) -> Frame:
         """Gives the job to all processes, and the first one's answer. Raises as Group.ask."""
-        if not self._group.pids:
+        if not self.group.pids:
             self._start()
-        answers = self._group.ask(frame)
+        answers = self.group.ask(frame)
         hashes = {answer.said["hash"] for answer in answers}
         if len(hashes) != 1:
             self.close()
@@ -97,7 +97,7 @@ class Team:
         self._scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="team", dir=self._scratch) as folder:
             save_parts(made, Path(folder))
-            self.held = tuple(said["held"] for said in self._group.start(Path(folder), charge))
+            self.held = tuple(said["held"] for said in self.group.start(Path(folder), charge))
         shards = "/".join(f"{held['shards'] / 1e6:.1f}" for held in self.held)
         log.info("%d processes hold %s MB of the base, and the adapter whole", len(self.held), shards)
 
