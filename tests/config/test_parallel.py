@@ -40,7 +40,7 @@ def test_the_clients_own_process_holds_the_base_on_the_cpu():
         ("ddp", {}, r"trainer\.parallel='ddp' does not fit"),
         ({"kind": "fsdp", "processes": 1}, {}, r"processes=1 must lie between 2 and 1024.*one process is parallel=none"),
         ({"kind": "none", "processes": 2}, {}, r"processes=2 beside kind=none"),
-        ({"kind": "deepspeed", "zero_stage": 3}, {}, r"zero_stage=3: DeepSpeed would cut the adapter into shards.*choose kind=fsdp"),
+        ({"kind": "deepspeed", "zero_stage": 3}, {}, r"zero_stage=3: DeepSpeed .* cuts the adapter into shards beside the base.*choose kind=fsdp"),
         ({"kind": "fsdp", "ranks": 2}, {}, r"trainer\.parallel\.ranks=2 is an unknown key"),
         ("tp", {}, r"LoRA cannot be trained over layers split .* Choose trainer\.parallel=fsdp"),
         ("fsdp", RAY, r"trainer\.parallel=fsdp beside launcher=ray: every actor would start processes of its own"),

@@ -43,6 +43,15 @@ def weights_of(run):
     return load_file(run / "adapter" / "adapter_model.safetensors")
 
 
+@pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
+def test_a_probe_by_several_processes_is_refused_whatever_it_attacks_with(probe, kind):
+    """The difference of two adapters too: it trains nothing, and a base in shards would not be measured."""
+    with pytest.raises(UserError, match=rf"trainer\.parallel={kind} beside mode='probe': .*leave it at none"):
+        probe(
+            {"diff": "run"}, "oracle", "probe.attacks=[difference]", "probe.finetuned=run", f"trainer.parallel={kind}"
+        )
+
+
 def test_every_attack_on_every_model_and_the_models_stay_as_they_were(pocket, saves, probe, models):
     tuned, oracle, un = models
     before = [weights_of(run) for run in models]

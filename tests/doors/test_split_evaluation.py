@@ -3,11 +3,20 @@
 import json
 
 import pytest
+import torch
+from helpers_eval import tiny_chat
+from helpers_families import adapter_of, base_of
 from helpers_runs import CONFIGS, finetune
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 
 from fedunlearn.doors.compose import compose
 from fedunlearn.doors.evaluation import run_evaluation
+from fedunlearn.doors.split_evaluation import MODEL, _write_merged
 from fedunlearn.errors import UserError
+from fedunlearn.models.adapter_tensors import write_tensors
+from fedunlearn.models.lora import attach_lora
+from fedunlearn.models.resident import Resident
 
 
 @pytest.fixture
@@ -42,6 +51,46 @@ def test_two_processes_find_what_one_does(pocket, saves, evaluation):
     base = figures(saves, "base")  # the adapter is in it: without one the figures are others
     assert max(abs(base[name] - value) for name, value in whole.items() if value is not None) > 1e-3
     assert list((saves / "cache" / "teams").iterdir()) == []
+
+
+def resident_of(kind, **lora):
+    """A family's tiny base with an adapter that acts."""
+    adapter = adapter_of(kind, **lora)
+    model = attach_lora(base_of(kind), LoraConfig(**adapter.peft_config))
+    write_tensors(model, adapter.tensors)
+    return Resident(model.eval(), tiny_chat(), "print", "a tiny base", torch.device("cpu"), adapter)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [
+        ("llama", {"use_dora": True}),
+        ("llama", {"modules_to_save": ["lm_head"]}),
+        ("gpt2", {"use_dora": True, "fan_in_fan_out": True}),
+        ("qwen2", {"bias": "lora_only", "target_modules": ["q_proj", "o_proj"]}),
+        ("qwen3_moe", {}),
+    ],
+)
+def test_what_the_processes_read_is_the_model_with_its_adapter(tmp_path, kind, lora):
+    made = resident_of(kind, **lora)
+    ids = torch.arange(12).view(2, 6) + 5
+    with torch.no_grad(), made.model.disable_adapter():
+        plain = made.model(ids).logits
+    with torch.no_grad():
+        wanted = made.model(ids).logits
+        _write_merged(made, tmp_path)
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / MODEL)(ids).logits
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert (plain - wanted).abs().max() > 0.05
+
+
+def test_an_adapter_that_cannot_be_merged_is_refused_with_the_way_out(tmp_path):
+    made = resident_of("llama", lora_bias=True)
+    with pytest.raises(
+        UserError, match=r"Linear has no bias to merge it into[\s\S]*set parallel=none, which evaluates it beside"
+    ):
+        _write_merged(made, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_number_of_processes_that_does_not_fit_is_refused(pocket, saves, evaluation):

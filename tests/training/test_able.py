@@ -49,6 +49,14 @@ def test_an_optimiser_whose_package_is_missing(made, optim, monkeypatch):
         check_able(replace(made, device=torch.device("cuda")), train_args(optim=optim))
 
 
+def test_what_counts_is_where_the_steps_are_made(made, monkeypatch):
+    """With trainer.parallel the client's own process holds the base on the CPU, and others train on devices."""
+    monkeypatch.setattr(able.importlib.util, "find_spec", lambda name: name)
+    check_able(made, train_args(optim="adamw_bnb_8bit"), torch.device("cuda"))
+    with pytest.raises(UserError, match=r"optim=adamw_bnb_8bit needs a CUDA device"):
+        train(made, None, optim="adamw_bnb_8bit")
+
+
 def test_compiling_without_a_compiler(made, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"trainer\.args\.torch_compile=true: on the cpu torch needs a C\+\+ compiler"):

@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 import torch
-from helpers_training import FORGET, RETAIN, flat, made_model, train_args, with_alternates
+from helpers_training import EVERY, FORGET, GRADIENT, RETAIN, flat, made_model, name_of, train_args, with_alternates
 
 from fedunlearn.config.data import CollatorConfig
 from fedunlearn.config.parallel import ParallelArgs
@@ -63,7 +63,7 @@ def team(made, scratch):
 def work(made, carry_out, method=None, batch=3, mu=0.0, **args):
     """Two epochs, two micro-batches a step, AdamW at 1e-3."""
     settings = LocalSettings(
-        args=train_args(gradient_accumulation_steps=2, per_device_train_batch_size=batch, **args),
+        args=train_args(**{"gradient_accumulation_steps": 2, "per_device_train_batch_size": batch, **args}),
         collator=CollatorConfig(),
         method=method,
     )
@@ -85,6 +85,16 @@ def test_two_processes_give_the_adapter_of_one(made, team, method, batch):
     assert together.loss == pytest.approx(alone.loss, abs=1e-4, rel=1e-5)
     for count in ("num_trained", "num_steps", "num_tokens", "num_reference_tokens", "stopped"):
         assert getattr(together, count) == getattr(alone, count), count
+
+
+@pytest.mark.parametrize("method", EVERY, ids=name_of)
+def test_every_methods_gradient_is_that_of_one_process(made, team, method):
+    """To 5e-6 of its largest entry, one step by SGD: rows are summed in another order. Adam divides by what may be rounding itself, and makes up to 1e-4 of it."""
+    whole = {**GRADIENT, "gradient_accumulation_steps": 1}
+    together, alone = work(made, team.carry_out, method, 8, **whole), work(made, None, method, 8, **whole)
+    start = flat(made.start.tensors)
+    found, wanted = flat(together.tensors) - start, flat(alone.tensors) - start
+    assert float((found - wanted).abs().max()) < 5e-6 * float(wanted.abs().max())
 
 
 def test_clipping_and_the_proximal_term_see_the_whole_gradient(made, team):
@@ -142,7 +152,7 @@ def alive(pids):
 
 def test_a_process_that_dies_ends_the_task_and_all_the_others(made, team):
     work(made, team.carry_out)
-    pids = team._group.pids
+    pids = team.group.pids
     os.kill(pids[1], signal.SIGKILL)
     with pytest.raises(GroupError, match=r"process 1 died \(signal SIGKILL\)|cannot be reached"):
         work(made, team.carry_out)
@@ -151,22 +161,22 @@ def test_a_process_that_dies_ends_the_task_and_all_the_others(made, team):
 
 def test_a_process_that_hangs_ends_the_task_at_the_deadline(made, team):
     work(made, team.carry_out)
-    pids = team._group.pids
+    pids = team.group.pids
     os.kill(pids[1], signal.SIGSTOP)
-    team._group.timeout, usual = 3.0, team._group.timeout
+    team.group.timeout, usual = 3.0, team.group.timeout
     try:
         with pytest.raises(GroupError, match=r"processes \[0, 1\] of 2 did not answer within 3 s"):
             work(made, team.carry_out)
     finally:
-        team._group.timeout = usual
+        team.group.timeout = usual
     assert alive(pids) == []
 
 
 def test_processes_end_with_the_client_that_started_them(made, team):
     """Its end of the sockets closes, as it does when a process is killed."""
     work(made, team.carry_out)
-    processes = [one.process for one in team._group._processes]
-    for one in team._group._processes:
+    processes = [one.process for one in team.group._processes]
+    for one in team.group._processes:
         one.pipe.close()
     deadline = time.monotonic() + 120
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:

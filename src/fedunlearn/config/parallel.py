@@ -38,8 +38,9 @@ class ParallelArgs:
             )
         if self.zero_stage == 3:
             faults.append(
-                "parallel.zero_stage=3: DeepSpeed would cut the adapter into shards beside the base, and it is read whole after every step: leave it at 2, or choose "
-                "kind=fsdp, which has the base alone in shards"
+                "parallel.zero_stage=3: DeepSpeed (0.19.8 was tried) cuts the adapter into shards beside the base: its tensors lie elsewhere after every step, and "
+                "values that are written into them, as those that a task begins with, do not reach the shards. Leave it at 2, or choose kind=fsdp, which has the base "
+                "alone in shards"
             )
         if faults:
             raise UserError(*faults)

@@ -154,7 +154,7 @@ def _loaded(
     if made.start is None:
         raise ValueError("a federated run has an adapter")
     if isinstance(run.launcher, LocalLauncher):  # elsewhere each client says at the roll call what it can do
-        check_able(made, run.trainer.args)
+        check_able(made, run.trainer.args, choose_device(run.model.model_args))
     for check in (_check_variant, _check_ranks, _check_sides, _check_export):
         check(run, made.start)
     _check_method(run, made, data, owned)

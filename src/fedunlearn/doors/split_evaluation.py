@@ -29,7 +29,7 @@ from fedunlearn.evals.evaluation import evaluate_suite
 from fedunlearn.evals.files import FILES_OF, read_log, write_log
 from fedunlearn.evals.suites import read_suite
 from fedunlearn.models.base import choose_device, load_tokenizer
-from fedunlearn.models.casts import merge_and_cast
+from fedunlearn.models.merge import merged_base
 from fedunlearn.models.resident import Resident, release
 from fedunlearn.models.source import resolve_source
 from fedunlearn.records.evaluation import EvalLog
@@ -101,10 +101,15 @@ def check_plan(made: Resident, world: int) -> None:
 
 
 def _write_merged(made: Resident, folder: Path) -> None:
+    """Raises UserError for an adapter that cannot be merged."""
     model = made.model
     if made.start is not None:
-        merge_and_cast(model, lambda weight: weight)
-        model = model.unload()
+        try:
+            model, loss = merged_base(model, model.dtype)
+        except UserError as error:
+            way_out = "parallel=tp merges the adapter first: set parallel=none, which evaluates it beside the base"
+            raise UserError(*error.faults, way_out) from error
+        log.info("the adapter merged in %s: relative error %.1e", model.dtype, loss.error)
     model.save_pretrained(folder / MODEL)
     made.chat.tokenizer.save_pretrained(folder / TOKENIZER)
 

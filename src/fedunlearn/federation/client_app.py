@@ -38,7 +38,6 @@ from fedunlearn.federation.wire import (
 )
 from fedunlearn.records.adapter import Tensors, Weights
 from fedunlearn.records.requests import ReleasedRow
-from fedunlearn.training.able import check_able
 from fedunlearn.training.charges import charges_of
 from fedunlearn.training.local import LocalResult
 
@@ -95,7 +94,7 @@ def _roll_call(site: Site, client: int) -> RollCallReply:
         raise UserError(
             f"the run has clients 0 to {site.partition.num_clients - 1} only: correct this node's client_id"
         )
-    check_able(site.made, site.run.trainer.args)
+    site.check_able()
     rows, shape = site.counted(client), site.shapes[client]
     return RollCallReply(
         client_id=client,

@@ -37,6 +37,7 @@ from fedunlearn.records.requests import ReleasedRow, Request
 from fedunlearn.records.rounds import ClientRows, ClientTask, Role
 from fedunlearn.records.shape import ClientShape
 from fedunlearn.reporting.run_folder import run_path
+from fedunlearn.training.able import check_able
 from fedunlearn.training.charges import Charges
 from fedunlearn.training.client_update import client_update
 from fedunlearn.training.forward import OF_REFERENCE
@@ -90,6 +91,11 @@ class Site:
             timeout=run.trainer.federated.round_timeout,
             scratch=Path(run.paths.cache_dir) / "teams",
         )
+
+    def check_able(self) -> None:
+        """Raises UserError where this machine and its model cannot do what trainer.args and trainer.parallel ask for."""
+        check_able(self.made, self.run.trainer.args, choose_device(self.run.model.model_args))
+        _ = self.team
 
     @cached_property
     def data(self) -> Benchmark:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 
@@ -52,11 +53,13 @@ def _blocks(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
         children = list(parent.children())
         for place, child in enumerate(children):
             if isinstance(child, nn.ModuleList) and len(child) == count:
-                norms = [
-                    other
-                    for other in (*children[place + 1 :], *children[:place])
-                    if "norm" in type(other).__name__.lower()
-                ]
+                norms = [other for other in (*children[place + 1 :], *children[:place]) if _is_norm(other)]
                 if norms:
                     return child, norms[0]
     raise ValueError(f"{type(model).__name__}: no list of {count} decoder blocks with a norm beside it")
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it is a norm, one that is trained whole (modules_to_save) too."""
+    own = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+    return "norm" in type(own).__name__.lower()

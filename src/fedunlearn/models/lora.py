@@ -109,20 +109,26 @@ def check_trainable(model: PeftModel) -> None:
 
 def hold_reference(model: PeftModel, weights: Weights) -> None:
     """Puts a frozen second adapter with these values on the one base (made on first use); the active adapter stays as it is."""
-    if REFERENCE not in model.peft_config:
-        known = {**model.peft_config[ACTIVE].to_dict(), "bias": "none"}
-        if is_adalora(model.peft_config[ACTIVE]):
-            known["inference_mode"] = True  # PEFT trains one AdaLoRA adapter of a model at most
-        config = _drawn_later(PeftConfig.from_peft_type(**known))
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`lora_bias=True` was passed")
-            model.add_adapter(REFERENCE, config)
-        freeze_ranks(model)
-        widen_saved(model, REFERENCE)
-        model.set_adapter(ACTIVE)
+    add_reference(model)
     write_tensors(model, weights.factors, REFERENCE)
     put_sidecar(model, weights.sidecar, REFERENCE)
     check_trainable(model)
+
+
+def add_reference(model: PeftModel) -> None:
+    """Makes room for the reference's values beside the active adapter, of the same form, where there is none yet."""
+    if REFERENCE in model.peft_config:
+        return
+    known = {**model.peft_config[ACTIVE].to_dict(), "bias": "none"}
+    if is_adalora(model.peft_config[ACTIVE]):
+        known["inference_mode"] = True  # PEFT trains one AdaLoRA adapter of a model at most
+    config = _drawn_later(PeftConfig.from_peft_type(**known))
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`lora_bias=True` was passed")
+        model.add_adapter(REFERENCE, config)
+    freeze_ranks(model)
+    widen_saved(model, REFERENCE)
+    model.set_adapter(ACTIVE)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 
+import torch
 from torch import nn
 
 from fedunlearn.config.trainer import TrainArgs
@@ -14,15 +15,18 @@ from fedunlearn.models.resident import Resident
 from fedunlearn.training.optimizer import PACKAGES
 
 
-def check_able(made: Resident, args: TrainArgs) -> None:
-    """Raises UserError, all faults at once: gradient checkpointing on a model without it, an optimiser without CUDA or its package, torch.compile without a compiler."""
-    faults = [fault for holds, fault in _rules(made, args) if not holds]
+def check_able(made: Resident, args: TrainArgs, device: torch.device | None = None) -> None:
+    """Raises UserError, all faults at once: gradient checkpointing on a model without it, an optimiser without CUDA or its package, torch.compile without a compiler.
+
+    device: what the steps are made on; None: where the model is.
+    """
+    faults = [fault for holds, fault in _rules(made, args, (device or made.device).type) if not holds]
     if faults:
         raise UserError(*faults)
 
 
-def _rules(made: Resident, args: TrainArgs) -> list[tuple[bool, str]]:
-    at, base, device, package = "trainer.args.", inner_model(made.model), made.device.type, PACKAGES.get(args.optim)
+def _rules(made: Resident, args: TrainArgs, device: str) -> list[tuple[bool, str]]:
+    at, base, package = "trainer.args.", inner_model(made.model), PACKAGES.get(args.optim)
     return [
         (
             not args.gradient_checkpointing or bool(getattr(base, "supports_gradient_checkpointing", False)),

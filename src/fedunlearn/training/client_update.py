@@ -39,7 +39,6 @@ def client_update(
     is left in eval mode. carry_out: who makes the steps (training.parallel); None: this process. Raises ValueError for an idle task, one without rows, or
     unlearning without a method, UserError for more steps than settings.max_steps, and for what this model or machine cannot do.
     """
-    check_able(made, settings.args)
     rows = data.forget if task.role.on_forget_rows else data.retain
     if task.role is Role.IDLE or not rows:
         raise ValueError(f"client {task.client_id} has nothing to do as {task.role.value}")
@@ -53,7 +52,8 @@ def client_update(
 
 
 def carry_out_here(work: Work, steps: Sequence[Step]) -> tuple[Tensors, Tally]:
-    """Makes the steps in this process, from work.start, and gives the adapter they end at."""
+    """Makes the steps in this process, from work.start, and gives the adapter they end at. Raises UserError for what this model or machine cannot do."""
+    check_able(work.made, work.settings.args)
     model = work.made.model
     write_tensors(model, work.start)
     with _training_mode(model, work.settings.args, work.task):

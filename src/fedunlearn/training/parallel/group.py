@@ -30,6 +30,11 @@ from fedunlearn.training.parallel.serving import serve
 serve(int(sys.argv[2]))
 """
 
+MALLOC, LARGE = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), 2**20
+"""glibc's: blocks above so many bytes go back to the system when they are freed. A layer is gathered and let go again and again, and would be kept in several copies."""
+PATIENCE = 1.0
+"""Seconds until it is clear that no process died where one of them tells of an error."""
+
 
 class GroupError(RuntimeError):
     """The processes did not do what they were asked: one of them raised, died or was late. All of them have been ended."""
@@ -88,6 +93,7 @@ class Group:
                 pass_fds=[there.fileno()],
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,
+                env={**dict.fromkeys(MALLOC, str(LARGE)), **os.environ},
             )
         place = Place(
             rank=rank,
@@ -114,12 +120,27 @@ class Group:
             for pipe in ready:
                 assert isinstance(pipe, Connection)
                 one = waiting.pop(pipe)
-                found[one.rank] = _read(one)
+                found[one.rank] = answer = _read(one)
+                if "error" in answer.said:
+                    raise GroupError(f"{self._cause(one, answer.said['error'])}: all of them were ended")
         return [found[rank] for rank in sorted(found)]
+
+    def _cause(self, told: _Process, error: str) -> str:
+        """Says why one of them met an error: another that died, where one did, for what the rest tell is only that it is missed."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            codes = [one.process.poll() for one in self._processes]
+            for rank, code in enumerate(codes):
+                if code:
+                    return f"process {rank} died ({_how(code)})"
+            if None not in codes:
+                break
+            time.sleep(0.02)
+        return f"process {told.rank}: {error}"
 
 
 def _read(one: _Process) -> Frame:
-    """Gives a process's answer. Raises UserError or GroupError where it is none."""
+    """Gives a process's answer. Raises UserError where that is what it met, GroupError where there is none."""
     try:
         answer = receive(one.pipe)
     except (EOFError, OSError) as error:
@@ -128,8 +149,6 @@ def _read(one: _Process) -> Frame:
         raise GroupError(f"process {one.rank} died ({_how(one.process.returncode)}): all of them were ended") from error
     if "faults" in answer.said:
         raise UserError(*answer.said["faults"])
-    if "error" in answer.said:
-        raise GroupError(f"process {one.rank}: {answer.said['error']}: all of them were ended")
     return answer
 
 

@@ -1,8 +1,9 @@
 """The base in shards: each process holds its part of every layer, and one layer whole while it works on it.
 
-FSDP2 (torch's fully_shard). The adapter's parameters are left out of it: they are whole on each process, plain tensors.
+FSDP2 (torch's fully_shard). What is trained is left out of it, the base's own biases with lora_config.bias among it: whole on each process, plain tensors.
 """
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedunlearn.models.adapter_tensors import ACTIVE
+from fedunlearn.models.base_biases import keep_stored, stored_biases
 from fedunlearn.models.hidden_states import decoder_blocks
-from fedunlearn.models.lora import REFERENCE, attach_lora
+from fedunlearn.models.lora import REFERENCE, add_reference, attach_lora
 from fedunlearn.models.resident import Resident
 
 WEIGHTS, MODEL, ADAPTER, TOKENIZER = "base.safetensors", "model", "adapter", "tokenizer"
@@ -29,12 +31,17 @@ BUFFER = "buffer/"
 
 
 def save_parts(made: Resident, folder: Path) -> None:
-    """Writes what the other processes build the same model from: the base's tensors, its config, the adapter's config, the tokenizer."""
+    """Writes what the other processes build the same model from: the base's tensors as it is stored, its config, the adapter's config, the tokenizer."""
     model = made.model
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if not _is_adapter(name)}
+    base = {name: p for name, p in model.named_parameters() if not _is_adapter(name)} | dict(stored_biases(model))
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in base.items()}
     buffers = {BUFFER + name: buffer.detach().cpu().clone() for name, buffer in model.named_buffers()}
     safetensors.torch.save_file({**tensors, **buffers}, folder / WEIGHTS)
-    model.get_base_model().config.save_pretrained(folder / MODEL)
+    config = copy.deepcopy(model.get_base_model().config)
+    config.dtype = (
+        model.dtype
+    )  # it may be the file's still, and what stands beside a module of 16 bits is cast (saved_modules)
+    config.save_pretrained(folder / MODEL)
     model.peft_config[ACTIVE].save_pretrained(str(folder / ADAPTER))
     made.chat.tokenizer.save_pretrained(folder / TOKENIZER)
 
@@ -56,9 +63,13 @@ def empty_model(folder: Path, attention: str) -> PeftModel:
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
         model = attach_lora(base.requires_grad_(False), read_adapter_config(folder))
-        model.add_adapter(REFERENCE, read_adapter_config(folder))
-    model.set_adapter(ACTIVE)
+        add_reference(model)
     return model.eval()
+
+
+def _remember_biases(model: PeftModel) -> None:
+    """Tells what the base's trained biases are now that they have numbers."""
+    keep_stored(model, {name: p for name, p in model.named_parameters() if p.requires_grad and not _is_adapter(name)})
 
 
 def sharded_model(folder: Path, attention: str, device: torch.device) -> PeftModel:
@@ -69,11 +80,14 @@ def sharded_model(folder: Path, attention: str, device: torch.device) -> PeftMod
     model = empty_model(folder, attention)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     paths = {module: path for path, module in model.named_modules()}
-    with safe_open(folder / WEIGHTS, framework="pt", device=str(device)) as file:
-        for unit in _units(model):
+    for unit in _units(model):
+        with safe_open(
+            folder / WEIGHTS, framework="pt", device=str(device)
+        ) as file:  # a file that is closed is not in memory any more
             _fill(unit, paths[unit], file, device)
-            ignored = {p for name, p in unit.named_parameters(paths[unit]) if _is_adapter(name)}
-            fully_shard(unit, mesh=mesh, ignored_params=ignored)
+            whole = {p for name, p in unit.named_parameters(paths[unit]) if _is_adapter(name) or p.requires_grad}
+            fully_shard(unit, mesh=mesh, ignored_params=whole)
+    _remember_biases(model)
     return model
 
 
@@ -82,6 +96,7 @@ def whole_model(folder: Path, attention: str, device: torch.device) -> PeftModel
     model = empty_model(folder, attention)
     with safe_open(folder / WEIGHTS, framework="pt", device=str(device)) as file:
         _fill(model, "", file, device)
+    _remember_biases(model)
     return model
 
 
@@ -105,7 +120,7 @@ def _fill(unit: nn.Module, path: str, file: Any, device: torch.device) -> None:
                 places.setdefault(parameter, []).append((module, leaf, f"{below}.{leaf}".lstrip(".")))
         for leaf, buffer in module.named_buffers(recurse=False):
             if buffer.device.type == "meta":
-                value = file.get_tensor(f"{BUFFER}{below}.{leaf}".replace("/.", "/"))
+                value = file.get_tensor(f"{BUFFER}{below}.{leaf}".replace("/.", "/")).clone()  # no view of the file
                 module.register_buffer(leaf, value, persistent=leaf not in module._non_persistent_buffers_set)
     for parameter, homes in places.items():
         name = next((name for _, _, name in homes if name in stored), "")
@@ -125,12 +140,13 @@ def _made(parameter: nn.Parameter, name: str, shown: str, file: Any, device: tor
         raise ValueError(
             f"the base's tensor {name!r} has shape {tuple(value.shape)} instead of {tuple(parameter.shape)}"
         )
-    return nn.Parameter(value, requires_grad=False)
+    trained = parameter.requires_grad
+    return nn.Parameter(value.clone() if trained else value, requires_grad=trained)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """What one process holds of the model, in bytes. shards: of the base; whole: parameters that are not in shards (the adapters); largest: of one unit, gathered."""
+    """What one process holds of the model, in bytes. shards: of the base; whole: parameters that are not in shards (the adapters, and biases that are trained); largest: of one unit, gathered."""
 
     shards: int
     whole: int

@@ -35,12 +35,14 @@ class Team:
     """The processes that share one client's work, or that of all clients of a process, one after another.
 
     made: the client's model, whole, on the CPU. args: with its number of processes. device: what the processes work on, `cpu` or `cuda`. timeout: seconds for one job, and
-    for the start. scratch: where the base is written for the start, and taken away again. They are started by the first job.
+    for the start. scratch: where the base is written for the start, and taken away again. entry: what each of them is (see Group). They are started by the first job.
     """
 
-    def __init__(self, made: Resident, args: ParallelArgs, *, device: str, timeout: float, scratch: Path) -> None:
+    def __init__(
+        self, made: Resident, args: ParallelArgs, *, device: str, timeout: float, scratch: Path, entry: str = ENTRY
+    ) -> None:
         self._made, self._args, self._scratch = made, args, scratch
-        self._group = Group(ENTRY, args.processes or 0, device=device, timeout=timeout)
+        self.group = Group(entry, args.processes or 0, device=device, timeout=timeout)
         self.held: tuple[Mapping[str, int], ...] = ()
         """What each process holds, in bytes (shards.Held), once they are started."""
 
@@ -66,16 +68,16 @@ class Team:
 
     def close(self) -> None:
         """Ends the processes and waits for them."""
-        self._group.close()
+        self.group.close()
 
     def _scales(self) -> dict[str, object]:
         return {"scales": dict(scales_in(self._made.model))}
 
     def _ask(self, frame: Frame) -> Frame:
         """Gives the job to all processes, and the first one's answer. Raises as Group.ask."""
-        if not self._group.pids:
+        if not self.group.pids:
             self._start()
-        answers = self._group.ask(frame)
+        answers = self.group.ask(frame)
         hashes = {answer.said["hash"] for answer in answers}
         if len(hashes) != 1:
             self.close()
@@ -95,7 +97,7 @@ class Team:
         self._scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="team", dir=self._scratch) as folder:
             save_parts(made, Path(folder))
-            self.held = tuple(said["held"] for said in self._group.start(Path(folder), charge))
+            self.held = tuple(said["held"] for said in self.group.start(Path(folder), charge))
         shards = "/".join(f"{held['shards'] / 1e6:.1f}" for held in self.held)
         log.info("%d processes hold %s MB of the base, and the adapter whole", len(self.held), shards)
 
@@ -115,11 +117,5 @@ def check_team(made: Resident, args: ParallelArgs, device: torch.device) -> Para
         raise UserError(
             f"trainer.parallel={args.kind} beside a quantised base: its packed weights cannot be cut into shards; choose trainer.parallel=none, "
             "or a base that is not quantised"
-        )
-    odd = [name for name, p in model.named_parameters() if p.requires_grad and f".{ACTIVE}." not in f"{name}."]
-    if odd:
-        raise UserError(
-            f"trainer.parallel={args.kind}: {odd[0]!r} is a parameter of the base that is trained (lora_config.bias), and the base lies in shards: set "
-            "lora_config.bias=none, or trainer.parallel=none"
         )
     return known
