@@ -52,6 +52,13 @@ def test_what_has_no_sense_is_refused(parallel, others, said):
         run(parallel, **others)
 
 
+def test_compiled_blocks_are_refused_beside_it_and_taken_without():
+    trainer = {**PLAIN["trainer"], "args": {**PLAIN["trainer"]["args"], "torch_compile": True}}
+    assert parse_config({**PLAIN, "trainer": trainer}).trainer.args.torch_compile
+    with pytest.raises(UserError, match=r"trainer\.parallel=fsdp beside trainer\.args\.torch_compile=true"):
+        parse_config({**PLAIN, "trainer": {**trainer, "parallel": "fsdp"}})
+
+
 def test_fsdp_takes_the_proximal_term():
     assert run("fsdp", **FEDPROX).strategy.mu == 0.1
 

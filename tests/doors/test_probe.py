@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_families import base_of
 from helpers_runs import CONFIGS, SMALL, finetune, unlearn
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from fedunlearn.config.probe import ProbeConfig
 from fedunlearn.doors.compose import compose
@@ -155,6 +157,16 @@ def test_paths_that_are_no_models_and_a_missing_backend_are_told_at_once(saves, 
     assert "nowhere/oracle" in said
     assert torch.cuda.is_available() or "probe.backend=bitsandbytes" in said
     assert not (saves / "probe").exists()
+
+
+def test_fused_experts_are_not_cast_in_part(pocket, probe, tmp_path):
+    base = tmp_path / "moe"
+    base_of("qwen3_moe").save_pretrained(base)
+    AutoTokenizer.from_pretrained(pocket.model).save_pretrained(base)
+    with pytest.raises(
+        UserError, match=r"probe.attacks=\['bfloat16', 'int8', 'nf4'\] beside '.*/moe', whose base has fused experts"
+    ):
+        run_probe(probe({"a": base}, base, CASTS))
 
 
 def test_a_damaged_adapter_is_told_before_any_is_attacked(saves, probe, models, tmp_path):

@@ -6,14 +6,15 @@ from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.config.launcher import Launcher, RayLauncher
 from fedunlearn.config.lm_eval import LmEvalConfig
 from fedunlearn.config.parallel import NO_TP_TRAINING, Parallel, parallel_args
+from fedunlearn.config.trainer import TrainerConfig
 from fedunlearn.metrics.base import Part
 
 Rule = tuple[bool, str]
 
 
-def training_rules(said: Parallel, mode: str, launcher: Launcher, by_hand: Callable[[], bool]) -> list[Rule]:
+def training_rules(trainer: TrainerConfig, mode: str, launcher: Launcher, by_hand: Callable[[], bool]) -> list[Rule]:
     """Rules of a run that trains. by_hand: whether clients change gradients or parameters beside what the optimiser does."""
-    args = parallel_args(said)
+    args = parallel_args(trainer.parallel)
     parallel, at = args.kind != "none", f"trainer.parallel={args.kind}"
     return [
         (args.kind != "tp", NO_TP_TRAINING),
@@ -25,6 +26,10 @@ def training_rules(said: Parallel, mode: str, launcher: Launcher, by_hand: Calla
             not parallel or not isinstance(launcher, RayLauncher),
             f"{at} beside launcher=ray: every actor would start processes of its own on the same devices, with shards of a base each, and Ray knows nothing of "
             "their memory; choose launcher=local, whose clients share one set of processes, or launcher=superlink, one machine a client",
+        ),
+        (
+            not parallel or not trainer.args.torch_compile,
+            f"{at} beside trainer.args.torch_compile=true: blocks whose weights are gathered from other processes are not compiled here; set it to false",
         ),
         (
             args.kind != "deepspeed" or not by_hand(),

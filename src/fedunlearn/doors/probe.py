@@ -33,8 +33,10 @@ from fedunlearn.models.adapter_files import load_adapter, saved_hash
 from fedunlearn.models.adapter_tensors import ACTIVE, read_tensors, write_tensors
 from fedunlearn.models.casts import cast_of, merge_and_cast
 from fedunlearn.models.export import unit_scaled
+from fedunlearn.models.layers import layers_of
 from fedunlearn.models.resident import Resident, release
 from fedunlearn.models.sidecar import put_sidecar
+from fedunlearn.models.skeleton import skeleton
 from fedunlearn.models.source import ModelSource, resolve_source
 from fedunlearn.records.adapter import Adapter, Tensors
 from fedunlearn.records.probe import Figures, Leak, Probed, Subject
@@ -108,7 +110,9 @@ class Prober:
 
     def _whole(self, path: str) -> None:
         """Raises UserError for a path that names nothing, an adapter that is damaged, and for `difference` where it is none."""
-        folder = self.source(path).adapter
+        source = self.source(path)
+        self._check_casts(path, source)
+        folder = source.adapter
         if folder is not None:
             plain = plain_of(load_adapter(folder)[0].tensors)
             if plain and "difference" in self.run.probe.attacks:
@@ -118,6 +122,14 @@ class Prober:
         elif "difference" in self.run.probe.attacks:
             raise UserError(
                 f"probe.attacks has difference, and {path!r} is no adapter, of which two are compared: leave it out"
+            )
+
+    def _check_casts(self, path: str, source: ModelSource) -> None:
+        casts = [attack for attack in self.run.probe.attacks if attack in CASTS]
+        experts = layers_of(skeleton(source.base)).experts if casts else {}
+        if experts:
+            raise UserError(
+                f"probe.attacks={casts} beside {path!r}, whose base has fused experts ({min(experts)}): linear layers are cast, those are none; leave these attacks out"
             )
 
     def probed(self) -> Probed:
