@@ -77,7 +77,7 @@ def variant_faults(c: Combination, variant: Variant, method: OwnSteps | None) ->
     """Gives a sentence for everything beside which this variant would be wrong; empty where all is right. method: None for a local one."""
     rules = (
         *_dora(c, variant, method),
-        *(_adalora(c, method) if variant.adalora else ()),
+        *_adalora(c, variant, method),
         *_plain(c, variant, method),
         *_initial(c, variant),
         *_experts(c, variant, method),
@@ -88,32 +88,15 @@ def variant_faults(c: Combination, variant: Variant, method: OwnSteps | None) ->
 def _dora(c: Combination, variant: Variant, method: OwnSteps | None) -> list[tuple[bool, str]]:
     if not variant.dora:
         return []
-    at, way = "use_dora=true", "choose aggregation=fedit or aggregation=ffa, or use_dora=false"
-    why = "a weight is there its magnitude times a direction, W0 + s B A over its norm, and no sum of products is one"
+    at, why = (
+        "use_dora=true",
+        "a weight is there its magnitude times a direction, W0 + s B A over its norm, and no sum of products is one",
+    )
     return [
-        (
-            c.reducer == "factors",
-            f"{at} beside aggregation.reducer={c.reducer}: {why}; {way}",
-        ),
-        (
-            c.residual == "dropped",
-            f"{at} beside aggregation.residual={c.residual}: what is left over is a product, and {why}; {way}",
-        ),
-        (
-            c.gauge == "as_is",
-            f"{at} beside aggregation.gauge={c.gauge}: it turns or refactors factors as products, and magnitudes do not turn along; {way}",
-        ),
+        *_no_products(c, method, at, why, "choose aggregation=fedit or aggregation=ffa, or use_dora=false"),
         (
             c.mask != "alternate",
-            f"{at} beside aggregation.mask=alternate: alternating makes the mean of products exact, and {why}; {way}",
-        ),
-        (
-            c.weights != "product_norm",
-            f"{at} beside aggregation.weights=product_norm: the norm of s B A says nothing of a weight whose norm is its magnitude; choose weights=owned or uniform",
-        ),
-        (
-            not c.reweighs,
-            f"{at} beside robust {c.robust}: it compares products, and {why}; choose robust=off",
+            f"{at} beside aggregation.mask=alternate: alternating makes the mean of products exact, and {why}; choose aggregation=fedit or aggregation=ffa, or use_dora=false",
         ),
         (
             not c.ranks_differ,
@@ -123,40 +106,21 @@ def _dora(c: Combination, variant: Variant, method: OwnSteps | None) -> list[tup
             not variant.lora_bias,
             f"{at} beside lora_bias=true: PEFT has no layer of both; set lora_bias=false, or use_dora=false",
         ),
-        (
-            method is None,
-            f"{at} beside method {method and method.name}, a server-side one, which works on products: {why}; choose a local method, or use_dora=false",
-        ),
     ]  # fmt: skip
 
 
-def _adalora(c: Combination, method: OwnSteps | None) -> list[tuple[bool, str]]:
-    at, way = "peft_type=ADALORA", "choose aggregation=fedit, or peft_type=LORA"
-    why = "an update is there B diag(E) A, and what is averaged, and importance is of, are A, E and B apart"
+def _adalora(c: Combination, variant: Variant, method: OwnSteps | None) -> list[tuple[bool, str]]:
+    if not variant.adalora:
+        return []
+    at, why = (
+        "peft_type=ADALORA",
+        "an update is there B diag(E) A, and what is averaged, and importance is of, are A, E and B apart",
+    )
     return [
-        (
-            c.reducer == "factors",
-            f"{at} beside aggregation.reducer={c.reducer}: {why}; {way}",
-        ),
-        (
-            c.residual == "dropped",
-            f"{at} beside aggregation.residual={c.residual}: what is left over is a product, and ranks that are masked would live on in it; {way}",
-        ),
-        (
-            c.gauge == "as_is",
-            f"{at} beside aggregation.gauge={c.gauge}: it turns or refactors pairs, and a rank's importance is remembered by its place; {way}",
-        ),
+        *_no_products(c, method, at, why, "choose aggregation=fedit, or peft_type=LORA"),
         (
             c.mask == "both",
-            f"{at} beside aggregation.mask={c.mask}: a factor that rests has no update, and importance needs one of each; {way}",
-        ),
-        (
-            c.weights != "product_norm",
-            f"{at} beside aggregation.weights=product_norm: there is no s B A; choose weights=owned or uniform",
-        ),
-        (
-            not c.reweighs,
-            f"{at} beside robust {c.robust}: it compares products, and {why}; choose robust=off",
+            f"{at} beside aggregation.mask={c.mask}: a factor that rests has no update, and importance needs one of each; choose aggregation=fedit, or peft_type=LORA",
         ),
         (
             not c.foreign,
@@ -167,11 +131,28 @@ def _adalora(c: Combination, method: OwnSteps | None) -> list[tuple[bool, str]]:
             not c.ranks_differ,
             f"{at} beside partition.ranks or lora_alphas: the server gives out the ranks, one mask for all; leave them null",
         ),
+    ]  # fmt: skip
+
+
+def _no_products(c: Combination, method: OwnSteps | None, at: str, why: str, way: str) -> list[tuple[bool, str]]:
+    """What reads or makes products s B A, beside a variant whose update is none. why: that it is none; way: out."""
+    return [
+        (c.reducer == "factors", f"{at} beside aggregation.reducer={c.reducer}: {why}; {way}"),
+        (
+            c.residual == "dropped",
+            f"{at} beside aggregation.residual={c.residual}: what is left over is a product, and {why}; {way}",
+        ),
+        (c.gauge == "as_is", f"{at} beside aggregation.gauge={c.gauge}: it turns or refactors pairs, and {why}; {way}"),
+        (
+            c.weights != "product_norm",
+            f"{at} beside aggregation.weights=product_norm: the norm of s B A says nothing of it, for {why}; choose weights=owned or uniform",
+        ),
+        (not c.reweighs, f"{at} beside robust {c.robust}: it compares products, and {why}; choose robust=off"),
         (
             method is None,
-            f"{at} beside method {method and method.name}, a server-side one, which works on products: {why}; choose a local method, or peft_type=LORA",
+            f"{at} beside method {method and method.name}, a server-side one, which works on products: {why}; choose a local method, or leave {at} out",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _plain(c: Combination, variant: Variant, method: OwnSteps | None) -> list[tuple[bool, str]]:

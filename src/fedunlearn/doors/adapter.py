@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from fedunlearn.config.lora import LoraArgs
     from fedunlearn.doors.adapter_named import BaseArgs
 
-GROUPS = ("all-linear", "attention", "mlp")
-"""What --targets may name by one word."""
-
 
 def parser() -> argparse.ArgumentParser:
     """Gives the command line's parser; building it imports no torch."""
@@ -116,11 +113,10 @@ def _lora(args: argparse.Namespace) -> "LoraArgs | None":
         raise UserError(
             "an adapter that is to be needs --r and --targets (and --alpha, 2 r where it is not given; --rslora)"
         )
-    named = args.targets[0] if len(args.targets) == 1 and args.targets[0] in GROUPS else tuple(args.targets)
     return LoraArgs(
         r=args.r,
         lora_alpha=2.0 * args.r if args.alpha is None else args.alpha,
-        target_modules=named,
+        target_modules=tuple(args.targets),
         use_rslora=args.rslora,
     )
 
