@@ -39,6 +39,7 @@ CHAT = {TEMPLATE + "apply_chat_template": True, **dict.fromkeys(TAG_KEYS), **{ke
 APART = {
     "resume": {},
     "model.model_args.quantization": {},
+    "trainer.parallel": {},
     "trainer.args.warmup_epochs": {"trainer.args.warmup_steps": 0},
     "trainer.federated.num_train_clients": {"trainer.federated.fraction_train": 1.0},
     "muse_path": {"tofu_path": None, "eval.name": "muse"},
@@ -53,6 +54,7 @@ STEPS = {
     "model.model_args.lora_config.target_modules": ("k_proj", "o_proj"),
     "launcher.address": "127.0.0.1:6379",
     "trainer.parallel": "fsdp",
+    "model.model_args.lora_config.adapts": ("lora_dropout",),
     "probe.unlearned": {"a": "y"},
     "probe.attacks": ("difference", "nf4", "rounds", "relearn_forget"),
 }
@@ -90,6 +92,10 @@ FIXED_IN = {
     "eval/muse.yaml": {"eval.question_key", "eval.holdout_split", "eval.reference_model_path", "eval.gradnorm_of"},
     **{f"experiment/{kind}/muse/default.yaml": {"tofu_path"} for kind in ("eval", "finetune", "unlearn")},  # null there
     "paths/default.yaml": {"requests"},
+    **{
+        f"lora/{name}.yaml": {f"model.model_args.lora_config.{key}" for key in ("preset", "adapts")}
+        for name in ("fast", "balanced", "high")
+    },
     "protocol/all_clients.yaml": {"protocol.released"},
     "trainer/FederatedTrainer.yaml": {"trainer.federated.force_owners"},
 }
@@ -274,7 +280,7 @@ def parameters(record):
     found = []
     for field in (field for field in fields(record) if field.init):
         value = getattr(record, field.name)
-        if isinstance(record, LoraArgs) and value is None:
+        if isinstance(record, LoraArgs) and value in (None, ()):
             continue
         found += [f"{field.name}.{key}" for key in parameters(value)] if is_dataclass(value) else [field.name]
     return found

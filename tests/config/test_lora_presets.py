@@ -79,3 +79,17 @@ def test_a_preset_that_is_not_there_is_refused():
 def test_a_preset_without_an_adapter_is_refused():
     with pytest.raises(UserError, match=r"lora=fast with model.model_args.use_lora=false"):
         lora("lora=fast", "model.model_args.use_lora=false")
+
+
+def test_what_the_command_line_says_is_not_the_preset_s_to_change():
+    assert lora("lora=fast").adapts == ("target_modules", "lora_dropout")
+    assert lora("lora=fast", "model.model_args.lora_config.lora_dropout=0.1").adapts == ("target_modules",)
+    assert lora("lora=fast", "lora_target=q_proj,v_proj").adapts == ("lora_dropout",)
+
+
+@pytest.mark.parametrize("said", ["preset=high", "adapts=[lora_dropout]"])
+@pytest.mark.parametrize("beside", [(), ("lora=fast",)])
+def test_only_a_preset_names_itself(said, beside):
+    key = said.split("=")[0]
+    with pytest.raises(UserError, match=rf"lora_config\.{key} is set by a preset alone: choose one with lora=fast"):
+        lora(*beside, f"model.model_args.lora_config.{said}")

@@ -100,7 +100,7 @@ def test_each_of_peft_s_keys_is_ours_or_refused(key):
 
 def test_ours_are_peft_s_but_for_the_preset():
     """AdaLoRA's own: tests/models/test_adalora.py."""
-    assert OURS - set(THEIRS) - ADALORA == {"preset"}
+    assert OURS - set(THEIRS) - ADALORA == {"preset", "adapts"}
     assert not set(REFUSED) - set(THEIRS) - ADALORA
 
 

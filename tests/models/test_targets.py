@@ -17,13 +17,13 @@ from fedunlearn.models.adapter_files import save_adapter
 from fedunlearn.models.adapter_tensors import read_tensors, write_tensors
 from fedunlearn.models.lora import attach_lora
 from fedunlearn.models.lora_config import lora_config_of, plain_config
-from fedunlearn.models.lora_rules import say_once
 from fedunlearn.models.skeleton import skeleton
 from fedunlearn.models.targets import find_targets
+from fedunlearn.once import say_once
 from fedunlearn.records.adapter import Adapter
 
 AT = r"model\.model_args\.lora_config\."
-RULES = "fedunlearn.models.lora_rules"
+RULES = ("fedunlearn.models.lora_rules", "fedunlearn.once")
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +33,8 @@ def _nothing_said_yet():
 
 def config_of(kind, targets, **changed):
     words = targets if isinstance(targets, str | None) else tuple(targets)
+    if "preset" in changed:
+        changed = {"adapts": ("target_modules", "lora_dropout"), **changed}
     return lora_config_of(lora_args(target_modules=words, **changed), None, "base", skeleton(CONFIGS[kind]))
 
 
@@ -53,7 +55,7 @@ def built(model):
 
 
 def said(caplog):
-    return [record.getMessage() for record in caplog.records if record.name == RULES]
+    return [record.getMessage() for record in caplog.records if record.name in RULES]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -276,6 +278,17 @@ class TestExperts:
         with pytest.raises(UserError, match=r"lora_dropout=0\.2 beside fused experts"):
             config_of(kind, SEVEN, preset="balanced", lora_dropout=0.2)
 
+    def test_a_dropout_that_is_written_down_is_never_changed_though_it_equals_the_preset_s(self, kind):
+        with pytest.raises(UserError, match=r"lora_dropout=0\.1 beside fused experts"):
+            config_of(kind, SEVEN, preset="balanced", lora_dropout=0.1, adapts=("target_modules",))
+
+    @pytest.mark.parametrize("word", ["gate", "mlp"])
+    def test_the_router_is_no_saved_module_either(self, kind, word):
+        with pytest.raises(
+            UserError, match=rf"modules_to_save: '{word}' holds .*gate, the router, which is never trained"
+        ):
+            config_of(kind, "attention", modules_to_save=(word,))
+
     def test_a_preset_without_experts_keeps_its_dropout(self, kind, caplog):
         assert config_of(kind, ("q_proj", "v_proj"), preset="fast", lora_dropout=0.1).lora_dropout == 0.1
         assert not said(caplog)
@@ -302,6 +315,10 @@ class TestPresets:
         assert "this base has no layers called q_proj" in said(caplog)[0]
         with pytest.raises(UserError, match="matches no module"):
             config_of(kind, SEVEN)
+
+    def test_targets_that_are_written_down_stay_though_they_equal_the_preset_s(self):
+        with pytest.raises(UserError, match="'q_proj' matches no module"):
+            config_of("gpt2", ("q_proj", "v_proj"), preset="fast", adapts=("lora_dropout",))
 
     def test_other_targets_beside_a_preset_are_the_user_s(self):
         with pytest.raises(UserError, match="'q_proj' matches no module"):
@@ -331,3 +348,34 @@ class TestRanks:
         with caplog.at_level(logging.WARNING):
             attach_lora(tiny(kind), config_of(kind, "attention", r=16, lora_alpha=32.0))
         assert not said(caplog)
+
+
+class TestSavedModules:
+    @pytest.mark.parametrize(
+        ("kind", "word", "match"),
+        [
+            ("llama", "norm", r"'norm' names model.norm, but PEFT would train model.layers.0.input_layernorm too, which ends alike: give the whole name, 'model.norm'"),
+            ("llama", "proj", r"'proj' is no module's name, only the end of one \(model.layers.0.mlp.down_proj\)"),
+            ("llama", "act_fn", r"'act_fn' has no parameters \(model.layers.0.mlp.act_fn\)"),
+            ("llama", "rotary_emb", r"'rotary_emb' has no parameters"),
+        ],
+    )  # fmt: skip
+    def test_what_peft_would_take_for_more_or_for_nothing_is_refused(self, kind, word, match):
+        with pytest.raises(UserError, match=f"modules_to_save: {match}"):
+            config_of(kind, "attention", modules_to_save=(word,))
+
+    def test_the_whole_name_is_taken(self):
+        assert config_of("llama", "attention", modules_to_save=("model.norm",)).modules_to_save == ["model.norm"]
+
+    def test_targets_inside_and_tied_weights_are_told_once(self, caplog):
+        for _ in range(2):
+            assert config_of("llama", SEVEN, modules_to_save=("o_proj",)).modules_to_save == ["o_proj"]
+            assert config_of("gpt2", "attention", modules_to_save=("wte",)).modules_to_save == ["wte"]
+        whole, tied = said(caplog)
+        assert (
+            "modules_to_save=['o_proj']: what is trained whole has no pair; 2 of target_modules lie in there (model.layers.0.self_attn.o_proj)"
+            in whole
+        )
+        assert (
+            "modules_to_save=['wte']: its weight is one with the head's in this base; from here on the two part" in tied
+        )

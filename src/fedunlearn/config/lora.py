@@ -12,6 +12,8 @@ from fedunlearn.limits import LARGEST, SMALLEST
 
 Preset = Literal["fast", "balanced", "high"]
 PRESET_DROPOUT: Mapping[Preset, float] = MappingProxyType({"fast": 0.1, "balanced": 0.1, "high": 0.05})
+HIGHEST = 65_536
+"""No matrix of a model has more rows than that but a vocabulary's."""
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PRESET_TARGETS: Mapping[Preset, tuple[str, ...]] = MappingProxyType(
     {"fast": ("q_proj", "v_proj"), "balanced": SEVEN, "high": SEVEN}
@@ -33,7 +35,8 @@ class LoraArgs:
     name or pattern -> its own rank or alpha. use_dora: magnitudes apart (arXiv:2402.09353). init_lora_weights: true (A uniform, B zero), gaussian, orthogonal,
     pissa, pissa_niter_N (arXiv:2404.02948), olora (arXiv:2406.01775). bias: the base's biases that are trained too; lora_bias: one beside every B.
     modules_to_save: modules trained whole, which travel with the adapter. fan_in_fan_out: whether weights are stored [in, out]; null: looked at, layer by layer.
-    lora_dropout always comes from here, never from a loaded adapter. preset: whose values these are where `lora=` chose one.
+    lora_dropout always comes from here, never from a loaded adapter. preset: whose values these are where `lora=` chose one;
+    adapts: which of them, where they are the preset's own, a base that cannot take them gets otherwise (what the command line says never).
     peft_type: LORA (null too), or ADALORA (arXiv:2303.10512), whose own keys are init_r to orth_reg_weight (aggregation.adalora.AdaLora; null: PEFT's defaults).
     """
 
@@ -56,6 +59,7 @@ class LoraArgs:
     fan_in_fan_out: bool | None = None
     task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
     preset: Preset | None = None
+    adapts: tuple[Literal["target_modules", "lora_dropout"], ...] = ()
     peft_type: Literal["LORA", "ADALORA"] | None = None
     init_r: int | None = None
     target_r: int | None = None
@@ -117,7 +121,7 @@ class LoraArgs:
         listed = (layers,) if isinstance(layers, int) else layers
         return [
             *(
-                (rank is None or rank >= 1, f"{AT}{key}={rank} is no rank: a whole number from 1, or null for a loaded adapter's")
+                (rank is None or 1 <= rank <= HIGHEST, f"{AT}{key}={rank} is no rank: a whole number from 1 to {HIGHEST}, or null for a loaded adapter's")
                 for key, rank in {"r": self.r, **ranks}.items()
             ),
             *(
@@ -204,8 +208,8 @@ def without_adalora(args: LoraArgs) -> LoraArgs:
 
 
 def given(args: LoraArgs) -> dict[str, object]:
-    """Gives what is not null, lists as lists: what PEFT's LoraConfig is called with. Without the preset's name."""
-    values = {field.name: getattr(args, field.name) for field in fields(args) if field.name != "preset"}
+    """Gives what is not null, lists as lists: what PEFT's LoraConfig is called with. Without what the preset said of itself."""
+    values = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in ("preset", "adapts")}
     return {
         name: list(value) if isinstance(value, tuple) else value for name, value in values.items() if value is not None
     }

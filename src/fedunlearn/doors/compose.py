@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fedunlearn.config.parse import parse_config
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.doors.groups import Groups, open_groups
-from fedunlearn.doors.older_names import Translated, in_todays_names
+from fedunlearn.doors.older_names import Translated, in_todays_names, own_kept
 from fedunlearn.doors.override import SEARCHPATH, UserOverride, read_override
 from fedunlearn.errors import UserError
 
@@ -138,7 +138,8 @@ def _translated(config_name: str, overrides: Sequence[UserOverride], config: Dic
         places = [override.text for override in overrides if override.key == SEARCHPATH]
         return _plain(hydra.compose(config_name, [*places, *chosen]))
 
-    return in_todays_names(_plain(config), {override.key for override in overrides}, shipped)
+    said = {override.key for override in overrides}
+    return own_kept(in_todays_names(_plain(config), said, shipped), said)
 
 
 def _parsed(translated: Translated) -> TrainRun | EvalRun:

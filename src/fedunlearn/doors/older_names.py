@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -72,6 +72,23 @@ def in_todays_names(
         _put(made, today, value)
         told.append(f"{key}={values[key]!r} is understood as {today}={value!r}, its name here")
     return Translated(plain=made, told=tuple(told), faults=tuple(faults))
+
+
+def own_kept(translated: Translated, said: Collection[str]) -> Translated:
+    """Takes what the command line says out of what a preset lets a base change (lora_config.adapts), and refuses what only a preset may say of itself."""
+    lora = _get(translated.plain, LORA)
+    faults = tuple(
+        f"{LORA}.{key} is set by a preset alone: choose one with lora=fast, balanced or high, and leave it out"
+        for key in ("preset", "adapts")
+        if f"{LORA}.{key}" in said
+    )
+    adapts = lora.get("adapts") if isinstance(lora, Mapping) else None
+    if not isinstance(adapts, list):
+        return replace(translated, faults=(*translated.faults, *faults))
+    today = {*said, *(TODAY[name] for place in PLACES for name in TODAY if place + name in said)}
+    plain = copy.deepcopy(translated.plain)
+    _put(plain, f"{LORA}.adapts", [key for key in adapts if f"{LORA}.{key}" not in today])
+    return replace(translated, plain=plain, faults=(*translated.faults, *faults))
 
 
 def _value(name: str, value: object) -> object:

@@ -70,7 +70,7 @@ def lora_config_of(
     at = AT if loaded is None else ADAPTERS
     found = find_targets(base, config, at)
     config = with_targets(config, found)
-    settle_dropout(config, found, args.preset)
+    settle_dropout(config, found, args)
     check_on_base(config, found, at)
     _check_orientation(args, found)
     return config
@@ -84,7 +84,7 @@ def _of_yaml(args: LoraArgs, base: PreTrainedModel | None) -> LoraConfig:
         set(targets) if isinstance(targets, list) else targets
     )  # a text beside layers: PEFT refuses it before it is names
     if base is not None:
-        settle_targets(config, base, args.preset)
+        settle_targets(config, base, args)
     return config
 
 

@@ -1,6 +1,5 @@
 """What of an adapter's config cannot stand on one base: patterns that name nothing or two things, and what fused experts do not take."""
 
-import functools
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -9,11 +8,12 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from fedunlearn.config.lora import AT, PRESET_DROPOUT, PRESET_TARGETS, Preset
+from fedunlearn.config.lora import AT, PRESET_DROPOUT, PRESET_TARGETS, LoraArgs
 from fedunlearn.errors import UserError
 from fedunlearn.models.adalora import is_adalora
 from fedunlearn.models.layers import layers_of, sides_of
 from fedunlearn.models.targets import KINDS, Targets
+from fedunlearn.once import say_once
 
 log = logging.getLogger(__name__)
 FUSED_QUERIES = ("c_attn", "qkv_proj", "query_key_value", "Wqkv")
@@ -32,9 +32,14 @@ def check_on_base(config: LoraConfig, found: Targets, at: str = AT) -> None:
         raise UserError(*faults)
 
 
-def settle_targets(config: LoraConfig, base: nn.Module, preset: Preset | None) -> None:
+def settle_targets(config: LoraConfig, base: nn.Module, args: LoraArgs) -> None:
     """Puts a preset's own targets in a base's words, with one line, where it has no layers of those names; anybody else's stay, to be refused."""
-    if preset is None or set(config.target_modules or ()) != set(PRESET_TARGETS[preset]):
+    preset = args.preset
+    if (
+        preset is None
+        or "target_modules" not in args.adapts
+        or set(config.target_modules or ()) != set(PRESET_TARGETS[preset])
+    ):
         return
     layers = layers_of(base)
     if all(layers.names(word) for word in PRESET_TARGETS[preset]):
@@ -46,15 +51,11 @@ def settle_targets(config: LoraConfig, base: nn.Module, preset: Preset | None) -
     say_once(f"lora={preset}: this base has no layers called {missing}; what stands for them is {instead}")
 
 
-@functools.cache
-def say_once(line: str) -> None:
-    """Warns with the line, once a process: a config is settled anew at each stage of a run."""
-    log.warning("%s", line)
-
-
-def settle_dropout(config: LoraConfig, found: Targets, preset: Preset | None) -> None:
+def settle_dropout(config: LoraConfig, found: Targets, args: LoraArgs) -> None:
     """Puts a preset's own dropout to 0, with one line, where fused experts are targeted; anybody else's stays, for check_on_base to refuse."""
-    if found.experts and preset is not None and config.lora_dropout == PRESET_DROPOUT[preset]:
+    preset = args.preset
+    own = preset is None or "lora_dropout" not in args.adapts or config.lora_dropout != PRESET_DROPOUT[preset]
+    if found.experts and not own:
         say_once(
             f"lora={preset}: its lora_dropout={config.lora_dropout:g} is 0 here, for this base's experts are targeted and fused, and PEFT drops no input of theirs"
         )
@@ -77,7 +78,7 @@ def warn_of_ranks(base: nn.Module, config: LoraConfig, found: Targets) -> None:
         log.warning(
             "%s%s=%d is above the smaller side of %d of %d targets (%s has %d): what lies beyond adds parameters and no rank",
             AT,
-            "init_r" if is_adalora(config) else "r",
+            "r" if rank_of(config, first) == config.r else "init_r" if is_adalora(config) else "rank_pattern",
             rank_of(config, first),
             len(above),
             len(found.modules) + len(found.experts),

@@ -14,6 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from fedunlearn.config.lora import AT
 from fedunlearn.errors import UserError
 from fedunlearn.models.layers import PEFT_REWRITES, PIECES, Layers, end_of, layers_of
+from fedunlearn.models.saved_rules import inside, saved_faults, saved_lines
+from fedunlearn.once import say_once
 
 KINDS = ("attention", "mlp", "all-linear")
 
@@ -57,11 +59,15 @@ def find_targets(base: nn.Module, config: LoraConfig, at: str = AT) -> Targets:
     experts, faults = _whole_experts(layers, hits, at)
     experts |= _own_parameters(layers, config.target_parameters or (), faults, at)
     faults = [hit.fault for hit in hits if hit.fault] + faults
+    saved = config.modules_to_save or ()
+    faults += saved_faults(layers, saved, at)
     kept = _filtered(named | experts, config, faults, at)
     if not faults and not kept:
         faults.append(f"{at}target_modules={config.target_modules!r}: nothing is left of them after {_filters(config)}")
     if faults:
         raise UserError(*faults)
+    for line in saved_lines(layers, saved, [name for name in named | experts if inside(name, saved)]):
+        say_once(line)
     return _told(layers, config, named, kept & experts, kept & named, at)
 
 
@@ -163,8 +169,7 @@ def _filtered(named: frozenset[str], config: LoraConfig, faults: list[str], at: 
         if named and not out:
             faults.append(f"{at}exclude_modules: {word!r} excludes nothing of what target_modules names; leave it out")
         kept -= out
-    for word in config.modules_to_save or ():
-        kept -= {name for name in named if re.match(rf"(^|.*\.){re.escape(word)}($|\..*)", name)}
+    kept -= {name for name in named if inside(name, config.modules_to_save or ())}
     if config.layers_to_transform is None:
         return frozenset(kept)
     wanted = config.layers_to_transform
