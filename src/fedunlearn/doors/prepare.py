@@ -236,8 +236,8 @@ def at_model(run: R, path: str) -> R:
     """The run with another model in its model's place: a base, an adapter or a run. An initialisation stays behind, and of AdaLoRA all: adapters bring their values along."""
     lora, place = run.model.model_args.lora_config, Path(path).expanduser()
     if lora is not None:
-        adapter = place.exists() and adapter_folder(place, "eval.reference_model_path") is not None
-        lora = without_adalora(lora) if adapter else lora
+        asks = lora.adalora is not None and place.exists()
+        lora = without_adalora(lora) if asks and adapter_folder(place, "eval.reference_model_path") else lora
         lora = replace(lora, init_lora_weights=None)
     args = replace(run.model.model_args, pretrained_model_name_or_path=path, lora_model_path=None, lora_config=lora)
     return replace(run, model=replace(run.model, model_args=args))
