@@ -133,6 +133,20 @@ class TestAdded:
         assert torch.allclose(found.tensors[name], 3.0 * one.tensors[name] - 3.0 * two.tensors[name])
         assert found.peft_config["lora_bias"] is True
 
+    def test_where_some_have_biases_beside_b_the_others_get_zeros(self):
+        """PEFT's lora_bias is of all modules of one adapter."""
+        one = made(1, names=("m.q",), more={"m.q.lora_B.bias": (5,)}, lora_bias=True)
+        for rank in (None, 1):
+            found = added([one, made(2, names=("m.q", "m.v"))], [1.0, 1.0], rank).adapter
+            assert torch.allclose(found.tensors[f"{HEAD}m.q.lora_B.bias"], 1.5 * one.tensors[f"{HEAD}m.q.lora_B.bias"])
+            assert torch.equal(found.tensors[f"{HEAD}m.v.lora_B.bias"], torch.zeros(6))
+        assert not any(name.endswith("bias") for name in added([made(1), made(2)], [1.0, 1.0]).adapter.tensors)
+
+    def test_biases_beside_b_and_fused_experts_have_no_config(self):
+        one = made(1, names=("m.q",), more={"m.q.lora_B.bias": (5,)}, lora_bias=True)
+        with pytest.raises(UserError, match=r"lora_bias in one adapter beside target_parameters in another"):
+            added([one, made(2, names=("m.experts.0",), target_parameters=["experts.down_proj"])], [1.0, 1.0])
+
     def test_values_of_the_base_are_averaged(self):
         plain = {"m.head.weight": (2, 3), "m.q.base_layer.bias": (5,)}
         one, two = made(1, more=plain), made(2, more=plain)

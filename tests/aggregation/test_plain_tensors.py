@@ -5,13 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers_reduce import FLOAT64, made
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fedunlearn.aggregation import pieces
 from fedunlearn.aggregation.factors import cut_to, plain_of
 from fedunlearn.aggregation.gauges.base import Gauge
 from fedunlearn.aggregation.gauges.svd import Balanced
 from fedunlearn.aggregation.reduce import Choices, reduce_round, update_norms
 from fedunlearn.aggregation.reducers.best_rank import BestRank
 from fedunlearn.aggregation.reducers.factor_mean import FactorMean
+from fedunlearn.aggregation.reducers.trimmed_mean import TrimmedMean
+from fedunlearn.aggregation.robust.geometric_median import GeometricMedian
+from fedunlearn.aggregation.robust.krum import Krum
 from fedunlearn.aggregation.robust.norm_clipping import NormClipping
 from fedunlearn.aggregation.robust.off import Off
 from fedunlearn.records.rounds import Trained
@@ -65,6 +70,55 @@ def test_a_robust_weight_sees_them_and_leaves_their_share_to_the_old_one():
     moved = reduced.mean[M] - case.adapter[M]
     assert float(moved.norm()) == pytest.approx(0.5, abs=1e-9)
     assert torch.allclose(reduced.mean[H], case.adapter[H], rtol=0, atol=FLOAT64)
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers how many entries the largest tensor has that an operation made."""
+
+    def __init__(self):
+        super().__init__()
+        self.entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        made = found if isinstance(found, tuple | list) else [found]
+        self.entries = max(
+            [self.entries, *(t.numel() for t in made if isinstance(t, torch.Tensor) and not func.is_view)]
+        )
+        return found
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [replace(OFF, robust=Krum()), replace(OFF, robust=GeometricMedian()), replace(OFF, reducer=TrimmedMean(0.3))],
+)
+def test_a_large_one_is_taken_piece_by_piece(monkeypatch, choices):
+    """A saved head of every client at once would be more than the server has. What is made is no larger than one head, whoever takes part."""
+    case, heads = with_plain(made(5)), 20_000
+    draw = torch.Generator().manual_seed(1)
+    clients = {k: {**t, H: torch.randn(200, 100, generator=draw)} for k, t in case.clients.items()}
+    case = replace(case, clients=clients, adapter={**case.adapter, H: torch.randn(200, 100, generator=draw)})
+    with _Largest() as at_once:
+        whole = reduce_round(choices, case.cohort())
+    monkeypatch.setattr(pieces, "ENTRIES", 1200)
+    with _Largest() as by_pieces:
+        found = reduce_round(choices, case.cohort())
+    assert (at_once.entries, by_pieces.entries) == (5 * heads, heads)
+    assert found.weights == pytest.approx(whole.weights, abs=1e-12)
+    assert all(torch.allclose(found.mean[name], tensor, rtol=0, atol=FLOAT64) for name, tensor in whole.mean.items())
+    if isinstance(choices.reducer, TrimmedMean):
+        assert torch.equal(found.mean[H], whole.mean[H])
+
+
+def test_pieces_are_the_entries_in_order(monkeypatch):
+    monkeypatch.setattr(pieces, "ENTRIES", 9)
+    one, two = torch.arange(14.0).reshape(2, 7), torch.arange(14).reshape(7, 2).T
+    got = list(pieces.in_pieces([one, two]))
+    assert [len(part) for part, _ in got] == [4, 4, 4, 2]
+    assert torch.equal(torch.cat([part for part, _ in got]), one.flatten())
+    assert torch.equal(torch.cat([part for _, part in got]), two.flatten())
+    (alone,) = pieces.in_pieces([torch.tensor(3.0)])
+    assert alone[0].tolist() == [3.0]
 
 
 def test_norms_count_them_by_their_difference():

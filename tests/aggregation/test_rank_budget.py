@@ -16,6 +16,7 @@ from fedunlearn.aggregation.adalora import (
     is_gone,
     pairs_in,
     scales_of_triplets,
+    settle,
     triplets_of,
 )
 
@@ -197,6 +198,52 @@ def test_of_equal_importance_the_first_stay():
     done = allocate(AdaLora(init_r=RANK, target_r=1), before, mean, before, Importance(), 1, 1)
     stays = [(m.path, i) for m in triplets_of(before) for i in range(RANK)][: len(SIZES)]
     assert {(m.path, i) for m in triplets_of(before) for i in range(RANK)} - masked(done.tensors) == set(stays)
+
+
+class TestWithoutAnyUpdate:
+    """Rounds in which nobody worked, or nobody's update was usable."""
+
+    settings = AdaLora(init_r=RANK, target_r=1, deltaT=5)
+
+    def remembered(self):
+        before, mean = made(0), moved(made(0), 1)
+        return allocate(self.settings, before, mean, rounded(mean), Importance(), 1, 4)
+
+    def test_the_last_round_settles_by_what_is_remembered(self):
+        """The three of most s * u, as they are added up entry by entry; nothing is smoothed."""
+        first = self.remembered()
+        assert (first.kept, acting(first.tensors)) == (RANK * len(SIZES),) * 2
+        done = settle(self.settings, first.tensors, first.importance, 4, 4)
+        scores = {}
+        for path in SIZES:
+            a, e, b = (
+                first.importance.sensitivity[n].double() * first.importance.uncertainty[n].double()
+                for n in (path + ".lora_A", path + ".lora_E", path + ".lora_B")
+            )
+            scores |= {(path, i): float(e[i, 0] + a[i].mean() + b[:, i].mean()) for i in range(RANK)}
+        wanted = set(sorted(scores, key=scores.get, reverse=True)[: len(SIZES)])
+        everything = {(path, i) for path in SIZES for i in range(RANK)}
+        assert everything - masked(done.tensors) == wanted
+        assert done.kept == len(SIZES)
+        assert sum(int(is_gone(done.tensors[m.e], done.tensors[m.b]).sum()) for m in triplets_of(done.tensors)) == (
+            RANK - 1
+        ) * len(SIZES)
+        assert done.importance is first.importance
+        again = settle(self.settings, done.tensors, done.importance, 4, 4)
+        assert all(torch.equal(again.tensors[name], tensor) for name, tensor in done.tensors.items())
+
+    def test_before_ranks_settle_nothing_changes(self):
+        first = self.remembered()
+        done = settle(AdaLora(init_r=RANK, target_r=1), first.tensors, first.importance, 3, 4)
+        assert all(torch.equal(done.tensors[name], tensor) for name, tensor in first.tensors.items())
+        assert (done.kept, done.importance) == (RANK * len(SIZES), first.importance)
+
+    def test_where_no_round_ever_had_one_the_first_stay(self):
+        before = made(0)
+        done = settle(self.settings, before, Importance(), 4, 4)
+        everything = [(m.path, i) for m in triplets_of(before) for i in range(RANK)]
+        assert set(everything) - masked(done.tensors) == set(everything[: len(SIZES)])
+        assert done.kept == len(SIZES)
 
 
 def test_inputs_stay_as_they_are_and_memory_is_float32():

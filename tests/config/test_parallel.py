@@ -19,8 +19,8 @@ def run(parallel, **others):
 def test_a_word_and_a_record_say_the_same():
     assert parallel_args(run("fsdp").trainer.parallel) == ParallelArgs(kind="fsdp")
     assert run({"kind": "fsdp"}).trainer.parallel == ParallelArgs(kind="fsdp")
-    stated = run({"kind": "deepspeed", "processes": 4, "zero_stage": 2}).trainer.parallel
-    assert stated == ParallelArgs(kind="deepspeed", processes=4, zero_stage=2)
+    stated = run({"kind": "deepspeed", "processes": 4}).trainer.parallel
+    assert stated == ParallelArgs(kind="deepspeed", processes=4)
 
 
 def test_without_it_a_client_is_one_process_on_its_own_device():
@@ -40,7 +40,7 @@ def test_the_clients_own_process_holds_the_base_on_the_cpu():
         ("ddp", {}, r"trainer\.parallel='ddp' does not fit"),
         ({"kind": "fsdp", "processes": 1}, {}, r"processes=1 must lie between 2 and 1024.*one process is parallel=none"),
         ({"kind": "none", "processes": 2}, {}, r"processes=2 beside kind=none"),
-        ({"kind": "deepspeed", "zero_stage": 3}, {}, r"zero_stage=3: DeepSpeed .* cuts the adapter into shards beside the base.*choose kind=fsdp"),
+        ({"kind": "deepspeed", "zero_stage": 3}, {}, r"trainer\.parallel\.zero_stage=3 is refused: .*DeepSpeed .* cuts the adapter into shards beside the base.*choose kind=fsdp"),
         ({"kind": "fsdp", "ranks": 2}, {}, r"trainer\.parallel\.ranks=2 is an unknown key"),
         ("tp", {}, r"LoRA cannot be trained over layers split .* Choose trainer\.parallel=fsdp"),
         ("fsdp", RAY, r"trainer\.parallel=fsdp beside launcher=ray: every actor would start processes of its own"),

@@ -17,6 +17,7 @@ from fedunlearn.models.adapter_files import load_adapter
 from fedunlearn.models.label_logits import label_logits
 from fedunlearn.models.resident import release, resident
 from fedunlearn.models.source import resolve_source
+from fedunlearn.protocols.selection import select
 
 LORA = "++model.model_args.lora_config."
 MODULES = 14
@@ -153,6 +154,32 @@ def test_nothing_is_masked_where_the_budget_is_the_beginning(pocket, saves):
     assert [line["metrics"]["ranks"] for line in history(run)] == [56, 56, 56]
     acting, gone = live_ranks(run, 3)
     assert (set(acting.values()), gone) == ({4}, 0)
+
+
+def test_the_budget_is_met_though_nobody_works_in_the_last_round(pocket, saves):
+    """One client a round, and only owners work: here one does before round 4, and none in it. deltaT has no mask fall due before."""
+    drawn = {s: [select(range(4), seed=s, round=t, count=1) == (3,) for t in (1, 2, 3, 4)] for s in range(50)}
+    seed = next(s for s, owners in drawn.items() if any(owners) and not owners[3])
+    few = (
+        "partition=by_author",
+        "protocol=owners_only",
+        "trainer.federated.fraction_train=0.25",
+        "trainer.federated.force_owners=false",
+    )
+    said = (
+        *ADA,
+        LORA + "deltaT=5",
+        "trainer.federated.num_rounds=4",
+        f"trainer.args.seed={seed}",
+        "trainer.federated.keep_rounds=all",
+    )
+    run = unlearn(pocket, saves, None, "un", *few, *said, "method=grad_diff")
+    assert [bool(line["averaged"]) for line in history(run)] == drawn[seed]
+    assert [line["metrics"]["ranks"] for line in history(run)] == [56, 56, 56, 28]
+    acting, gone = live_ranks(run, 4)
+    assert (gone, sum(acting.values()) <= 28) == (28, True)
+    folded = adapter_tensors(run)
+    assert sum(len(t) for name, t in folded.items() if name.endswith(".lora_A.weight")) <= 28 + MODULES
 
 
 def test_a_reference_stands_beside_it_when_unlearning_begins_afresh(pocket, saves):

@@ -1,6 +1,7 @@
 """An evaluation over two processes, each with half of every layer: the metrics of one process."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from helpers_runs import CONFIGS, finetune
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
+from fedunlearn.doors import evaluation as evaluation_door
 from fedunlearn.doors.compose import compose
 from fedunlearn.doors.evaluation import run_evaluation
 from fedunlearn.doors.split_evaluation import MODEL, _write_merged
@@ -17,6 +19,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.models.adapter_tensors import write_tensors
 from fedunlearn.models.lora import attach_lora
 from fedunlearn.models.resident import Resident
+from fedunlearn.training.parallel.group import Group
 
 
 @pytest.fixture
@@ -39,11 +42,30 @@ def figures(saves, task):
     return {name: metric["agg_value"] for name, metric in log.items() if name != "provenance"}
 
 
-def test_two_processes_find_what_one_does(pocket, saves, evaluation):
+def test_two_processes_find_what_one_does(pocket, saves, evaluation, monkeypatch):
+    models, alive = [], []
+    load, start_group = evaluation_door.load_model, Group.start
+
+    def loaded(*said):
+        made = load(*said)
+        models.append(weakref.ref(made.model))
+        return made
+
+    def started(group, *said):
+        alive.append(models[-1]() is not None)
+        return start_group(group, *said)
+
+    monkeypatch.setattr(evaluation_door, "load_model", loaded)
+    monkeypatch.setattr(Group, "start", started)
     start = finetune(pocket, saves, "ft", "trainer.args.learning_rate=0.05", "trainer.args.num_train_epochs=5")
     run_evaluation(evaluation("whole", start))
     run_evaluation(evaluation("base", pocket.model))
     run_evaluation(evaluation("split", start, "parallel={kind:tp,processes:2}"))
+    assert (len(models), alive) == (3, [False])  # what two processes hold is not held a third time
+    told = [
+        json.loads((saves / "eval" / task / "provenance.json").read_text())["hashes"] for task in ("whole", "split")
+    ]
+    assert told[0] == told[1]
     whole, split = figures(saves, "whole"), figures(saves, "split")
     assert split.keys() == whole.keys()
     for name, value in whole.items():

@@ -202,6 +202,7 @@ def train(
     settings: dict | None = None,
     lr_scale: float = 1.0,
     mu: float = 0.0,
+    radius: float = 0.0,
     trained: Trained = Trained.BOTH,
     memory: Mapping[str, float] | None = None,
     **args: object,
@@ -210,7 +211,15 @@ def train(
     chosen = role or (Role.UNLEARN if method else Role.FINETUNE)
     known = (method.memory() if method else {}) if memory is None else memory
     task = ClientTask(
-        client_id=1, role=chosen, epochs=epochs, lr_scale=lr_scale, seed=seed, mu=mu, trained=trained, memory=known
+        client_id=1,
+        role=chosen,
+        epochs=epochs,
+        lr_scale=lr_scale,
+        seed=seed,
+        mu=mu,
+        radius=radius,
+        trained=trained,
+        memory=known,
     )
     local = LocalSettings(args=train_args(**args), collator=CollatorConfig(), method=method)
     return client_update(made, made.start.tensors, data, task, replace(local, **(settings or {})))

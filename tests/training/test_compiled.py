@@ -42,6 +42,21 @@ def test_every_block_is_compiled_inside_and_none_afterwards(made):
     assert not any("forward" in vars(block) for block in blocks)
 
 
+def test_where_one_block_cannot_be_compiled_none_stays_compiled(made, monkeypatch):
+    left = [torch.compile]
+
+    def once(forward, **said):
+        if not left:
+            raise RuntimeError("no compiler")
+        return left.pop()(forward, **said)
+
+    monkeypatch.setattr(torch, "compile", once)
+    with pytest.raises(RuntimeError, match="no compiler"), compiled_blocks(made.model):
+        pytest.fail("the block must not begin")
+    assert not left
+    assert not any("forward" in vars(block) for block in decoder_blocks(made.model))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [None, NPO(retain="kl"), RMU(layer=0)])
 @pytest.mark.parametrize("saving", [False, True])

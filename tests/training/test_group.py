@@ -1,5 +1,8 @@
 """Several processes that work as one: the error that is told is the one that was first."""
 
+import signal
+import subprocess
+
 import pytest
 from helpers_families import base_of
 
@@ -36,3 +39,37 @@ def test_tensor_parallel_training_fails_as_its_refusal_says(tmp_path):
         asked("Split", tmp_path)
     assert "RuntimeError: shape '[" in NO_TP_TRAINING
     assert "is invalid for input of size" in NO_TP_TRAINING
+
+
+def test_where_one_cannot_be_started_the_others_are_ended(tmp_path, monkeypatch):
+    """The system has room for one process, and not for the second."""
+    started, own = [], subprocess.Popen
+
+    def popen(*said, **more):
+        if started:
+            raise BlockingIOError("no room for another process")
+        started.append(own(*said, **more))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    group = Group("helpers_members:Wrong", 2, device="cpu", timeout=120.0)
+    with pytest.raises(BlockingIOError, match="no room"):
+        group.start(tmp_path, {})
+    (first,) = started
+    try:
+        assert first.returncode == -signal.SIGKILL
+        assert group.pids == ()
+    finally:
+        first.kill()
+
+
+def test_where_a_charge_cannot_be_sent_its_process_is_ended(tmp_path, monkeypatch):
+    started, own = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *s, **m: started.append(own(*s, **m)) or started[-1])
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        Group("helpers_members:Wrong", 2, device="cpu", timeout=120.0).start(tmp_path, {"charge": object()})
+    (first,) = started
+    try:
+        assert first.returncode == -signal.SIGKILL
+    finally:
+        first.kill()

@@ -1,9 +1,11 @@
 """DeepSpeed's ZeRO-2: the configuration that is composed, and where DeepSpeed is, the adapter of one process."""
 
 import importlib.util
+import os
 
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers_training import flat, made_model, train_args
 from test_team import work
 
@@ -11,7 +13,7 @@ from fedunlearn.config.parallel import ParallelArgs
 from fedunlearn.errors import UserError
 from fedunlearn.methods.npo import NPO
 from fedunlearn.training.parallel.team import Team, check_team
-from fedunlearn.training.parallel.zero import check_deepspeed, tell_numbers, zero_config
+from fedunlearn.training.parallel.zero import Zero, check_deepspeed, tell_numbers, zero_config
 
 there = importlib.util.find_spec("deepspeed") is not None
 
@@ -63,3 +65,17 @@ def test_two_processes_give_the_adapter_of_one(tmp_path):
             assert float((flat(together.tensors) - flat(alone.tensors)).abs().max()) < 1e-5
     finally:
         team.close()
+
+
+def test_a_task_leaves_nothing_in_accelerate_s_lists(monkeypatch):
+    """Accelerate's own accounts, over its own prepare; without DeepSpeed no engine comes of it, which is refused after it is listed."""
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    zero = Zero(0, 1, torch.device("cpu"))
+    zero._accelerator = accelerator
+    for _ in range(3):
+        model = torch.nn.Linear(2, 2)
+        with pytest.raises(ValueError, match="made a Linear and no DeepSpeed engine"):
+            zero.begin(model, torch.optim.SGD(model.parameters(), lr=0.1), train_args())
+        assert [accelerator._models, len(accelerator._optimizers)] == [[model], 1]
+    accelerator.free_memory()

@@ -112,21 +112,51 @@ def allocate(
     it. Sums are float64, what is kept is cast once. A triplet's importance is s(E_i) + mean_j s(A_ij) + mean_j s(B_ji), s = sensitivity * uncertainty (eq. 7,
     11); the `budget` largest of all modules stay, of equal ones the first by name and place. A mask sets E to 0, and the rank may come back
     (clients go on training it); the masks of the last tfinal + 1 rounds set B's column to 0 too, which no gradient moves then, so that it is gone.
+    The round that settles ranks adds its own update to the importance, where PEFT's last mask stands on that of the steps before total_step - tfinal.
     """
     modules, scores = triplets_of(after), list[torch.Tensor]()
     sensitivity, uncertainty = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
     for module in modules:
-        parts = {}
+        parts = dict[str, torch.Tensor]()
         for name in (module.a, module.e, module.b):
             now = after[name].double()
             sensed = (now * (mean[name] - before[name].double())).abs()
             s = _smooth(settings.beta1, old.sensitivity.get(name), sensed)
             u = _smooth(settings.beta2, old.uncertainty.get(name), (sensed - s).abs())
             sensitivity[name], uncertainty[name], parts[name] = s.float(), u.float(), s * u
-        scores.append(parts[module.e][:, 0] + parts[module.a].mean(1) + parts[module.b].mean(0))
-    importance = Importance(sensitivity=sensitivity, uncertainty=uncertainty)
+        scores.append(_pooled(module, parts))
     keep = _kept(settings, modules, scores, before, number, rounds)
-    gone = settings.settles(number, rounds)
+    importance = Importance(sensitivity=sensitivity, uncertainty=uncertainty)
+    return _allocated(modules, after, keep, importance, settings.settles(number, rounds))
+
+
+def settle(settings: AdaLora, adapter: Tensors, old: Importance, number: int, rounds: int) -> Allocated:
+    """Gives the adapter of a round without any update: where ranks settle, by the importance that is remembered, which stays as it is; before that nothing changes.
+
+    Where no round ever had an update every importance is 0: the first ranks stay, by name and place.
+    """
+    modules, gone = triplets_of(adapter), settings.settles(number, rounds)
+    names = [name for m in modules for name in (m.a, m.e, m.b)]
+    known = (
+        {name: old.sensitivity[name].double() * old.uncertainty[name].double() for name in names}
+        if old.sensitivity
+        else {name: torch.zeros_like(adapter[name], dtype=torch.float64) for name in names}
+    )
+    if gone:
+        keep = _kept(settings, modules, [_pooled(m, known) for m in modules], adapter, number, rounds)
+    else:
+        keep = [~is_gone(adapter[m.e], adapter[m.b]) for m in modules]
+    return _allocated(modules, adapter, keep, old, gone)
+
+
+def _pooled(module: Triplets, parts: Tensors) -> torch.Tensor:
+    """The importance of a module's triplets, [r] float64, of that of their entries."""
+    return parts[module.e][:, 0] + parts[module.a].mean(1) + parts[module.b].mean(0)
+
+
+def _allocated(
+    modules: tuple[Triplets, ...], after: Tensors, keep: list[torch.Tensor], importance: Importance, gone: bool
+) -> Allocated:
     tensors = {n: t for m, k in zip(modules, keep, strict=True) for n, t in _masked(m, after, k, gone).items()}
     return Allocated(tensors=tensors, importance=importance, kept=sum(int(k.sum()) for k in keep))
 

@@ -81,6 +81,9 @@ def added(adapters: Sequence[Adapter], weights: Sequence[float], rank: int | Non
     }
     tensors = {name: t for m, (b, a) in stored.items() for name, t in ((m.b, b), (m.a, a))}
     tensors |= {name: _plain(adapters, weights, name) for name in plain_of({n: n for a in adapters for n in a.tensors})}
+    if config["lora_bias"]:  # PEFT gives every module one then
+        lacking = {_bias_of(m): m for m in pairs if _bias_of(m) not in tensors}
+        tensors |= {name: torch.zeros(stored[m][0].shape[0]) for name, m in lacking.items()}
     prints = {a.base_fingerprint for a in adapters}
     made = Adapter(tensors, config, prints.pop() if len(prints) == 1 else None)
     return Summed(adapter=made, error=_error(wholes, stored), rank=max(int(a.shape[0]) for _, a in stored.values()))
@@ -134,7 +137,7 @@ def _check(adapters: Sequence[Adapter], weights: Sequence[float], averages: bool
         faults += [
             f"{name} {why}" + (f" (and {len(odd) - 1} tensors more)" if len(odd) > 1 else "") for name, why in odd[:1]
         ]
-    faults += _other_bases(adapters)
+    faults += [*_other_bases(adapters), *_without_place(adapters)]
     if faults:
         raise UserError(*dict.fromkeys(faults))
 
@@ -164,6 +167,16 @@ def _other_bases(adapters: Sequence[Adapter]) -> list[str]:
     if len(names) > 1 and any(a.base_fingerprint is None for a in adapters):
         return [
             f"the adapters name different bases ({', '.join(names)}), and not all carry a fingerprint: correct base_model_name_or_path in adapter_config.json"
+        ]
+    return []
+
+
+def _without_place(adapters: Sequence[Adapter]) -> list[str]:
+    """A sum has one config, and PEFT's lora_bias is of all its modules."""
+    known = [adapter.peft_config for adapter in adapters]
+    if any(c.get("lora_bias") for c in known) and any(c.get("target_parameters") for c in known):
+        return [
+            "lora_bias in one adapter beside target_parameters in another: PEFT has no bias beside fused experts, so that one config cannot say both; train without lora_bias"
         ]
     return []
 
@@ -212,6 +225,10 @@ def _plain(adapters: Sequence[Adapter], weights: Sequence[float], name: str) -> 
             total = part if total is None else total + part
     assert total is not None
     return total.float()
+
+
+def _bias_of(module: Module) -> str:
+    return module.b.removesuffix(".weight") + ".bias"
 
 
 def _config(adapters: Sequence[Adapter], pairs: Mapping[Module, LowRank]) -> dict[str, object]:

@@ -7,6 +7,7 @@ import torch
 
 from fedunlearn.aggregation.factors import Factors, Module, modules_of, plain_of, read_factors
 from fedunlearn.aggregation.gauges.base import Gauge, Moment
+from fedunlearn.aggregation.pieces import in_pieces
 from fedunlearn.aggregation.product import (
     LowRank,
     compressed,
@@ -205,9 +206,9 @@ def _weighting(robust: Robust, cohort: Cohort) -> Weighting:
         old = _old(cohort, module)
         gram += inner_products([update_of(client, old) for client in _clients(cohort, module)])
     for name in plain_of(cohort.adapter):
-        old_one = cohort.adapter[name].double()
-        moves = torch.stack([(cohort.read(client, name).double() - old_one).flatten() for client in clients])
-        gram += moves @ moves.T
+        for old_one, *theirs in in_pieces([cohort.adapter[name], *(cohort.read(client, name) for client in clients)]):
+            moves = torch.stack([one.double() - old_one.double() for one in theirs])
+            gram += moves @ moves.T
     try:
         return checked_weighting(robust.reweigh(weights, gram), len(clients))
     except Exception as error:  # a robust weight may be the user's own

@@ -1,6 +1,8 @@
 """The record of `trainer.parallel`: how many processes carry out one client's work, and how they share it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
 from fedunlearn.config.model import ModelConfig
@@ -17,14 +19,13 @@ NO_TP_TRAINING = (
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelArgs:
-    """kind: `fsdp`: the base in shards (torch's fully_shard), `deepspeed`: ZeRO, `tp`: layers split by the model's own plan, for evaluations.
+    """kind: `fsdp`: the base in shards (torch's fully_shard), `deepspeed`: ZeRO-2, `tp`: layers split by the model's own plan, for evaluations.
 
-    processes: how many; null: as many as there are CUDA devices, 2 without any. zero_stage: DeepSpeed's, 2 alone: gradients and the optimiser's state in shards.
+    processes: how many; null: as many as there are CUDA devices, 2 without any.
     """
 
     kind: Kind
     processes: int | None = None
-    zero_stage: Literal[2, 3] = 2
 
     def __post_init__(self) -> None:
         faults = []
@@ -36,15 +37,18 @@ class ParallelArgs:
             faults.append(
                 f"parallel.processes={self.processes} must lie between 2 and {MOST_PROCESSES}, or be null (one a CUDA device); one process is parallel=none"
             )
-        if self.zero_stage == 3:
-            faults.append(
-                "parallel.zero_stage=3: DeepSpeed (0.19.8 was tried) cuts the adapter into shards beside the base: its tensors lie elsewhere after every step, and "
-                "values that are written into them, as those that a task begins with, do not reach the shards. Leave it at 2, or choose kind=fsdp, which has the base "
-                "alone in shards"
-            )
         if faults:
             raise UserError(*faults)
 
+
+REFUSED: Mapping[str, str] = MappingProxyType(
+    {
+        "zero_stage": "DeepSpeed's stage is 2, which has gradients and the optimiser's state in shards; at 3 DeepSpeed (0.19.8 was tried) cuts the adapter into shards beside the "
+        "base: its tensors lie elsewhere after every step, and values that are written into them, as those that a task begins with, do not reach the shards. Leave it out, or "
+        "choose kind=fsdp, which has the base alone in shards"
+    }
+)
+"""Keys of the record that are not known, each with the reason and the way out."""
 
 Parallel = Kind | ParallelArgs
 """What a config may say: the kind alone, or the record."""

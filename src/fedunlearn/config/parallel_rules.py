@@ -1,7 +1,5 @@
 """What trainer.parallel, and an evaluation's parallel, do not go together with."""
 
-from collections.abc import Callable
-
 from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.config.launcher import Launcher, RayLauncher
 from fedunlearn.config.lm_eval import LmEvalConfig
@@ -12,7 +10,7 @@ from fedunlearn.metrics.base import Part
 Rule = tuple[bool, str]
 
 
-def training_rules(trainer: TrainerConfig, mode: str, launcher: Launcher, by_hand: Callable[[], bool]) -> list[Rule]:
+def training_rules(trainer: TrainerConfig, mode: str, launcher: Launcher, by_hand: bool) -> list[Rule]:
     """Rules of a run that trains. by_hand: whether clients change gradients or parameters beside what the optimiser does."""
     args = parallel_args(trainer.parallel)
     parallel, at = args.kind != "none", f"trainer.parallel={args.kind}"
@@ -32,7 +30,7 @@ def training_rules(trainer: TrainerConfig, mode: str, launcher: Launcher, by_han
             f"{at} beside trainer.args.torch_compile=true: blocks whose weights are gathered from other processes are not compiled here; set it to false",
         ),
         (
-            args.kind != "deepspeed" or not by_hand(),
+            args.kind != "deepspeed" or not by_hand,
             f"{at} beside strategy=fedprox, or a method that bounds how far a client may go: both work on gradients and parameters that DeepSpeed keeps in shards; "
             "choose trainer.parallel=fsdp",
         ),

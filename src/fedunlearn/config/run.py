@@ -275,7 +275,7 @@ class TrainRun:
             *self._alternate_rules(),
             *self._request_rules(),
             *self._server_rules(),
-            *training_rules(self.trainer, self.mode, self.launcher, self._moves_by_hand),
+            *training_rules(self.trainer, self.mode, self.launcher, self._moves_by_hand()),
             *adalora_rules(
                 self.model.model_args.lora_config, self.trainer, self.ledger, len(self.requests or ()) if unlearn else 1
             ),

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,17 @@ MODEL, TOKENIZER, FOUND = "model", "tokenizer", "found"
 SECONDS = 24 * 3600.0
 
 
-def split_evaluation(run: EvalRun, plain: Mapping[str, object], made: Resident, config_sha: str) -> EvalLog:
-    """Merges the adapter, hands the model to run.parallel's processes and gives what they found.
+def split_evaluation(
+    run: EvalRun, plain: Mapping[str, object], load: Callable[[], Resident], config_sha: str
+) -> EvalLog:
+    """Loads the model, merges the adapter, hands the result to run.parallel's processes and gives what they found.
 
-    The merged weights have the base's dtype. The process's model is spoilt and let go. Raises UserError where the model has no plan, cannot be split into that
-    many parts, or the devices are too few.
+    The merged weights have the base's dtype. load: gives the model, spoilt by the merge, to nobody but this function, which lets it go before the processes
+    begin. Raises UserError where the model has no plan, cannot be split into that many parts, or the devices are too few.
     """
     args = settled(parallel_args(run.parallel), choose_device(run.model.model_args).type, torch.cuda.device_count())
     world = args.processes or 0
+    made = load()
     check_plan(made, world)
     group = Group(
         f"{__name__}:{Splitter.__qualname__}", world, device=choose_device(run.model.model_args).type, timeout=SECONDS

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from fedunlearn.aggregation.adalora import A, AdaLora, B, E, allocate, as_pair, pairs_in
+from fedunlearn.aggregation.adalora import A, AdaLora, Allocated, B, E, allocate, as_pair, pairs_in, settle
 from fedunlearn.aggregation.reduce import Cohort, Reduced, aggregation_error
 from fedunlearn.federation.checkpoint import Checkpoint
 from fedunlearn.records.adapter import A as PAIR_A
@@ -19,8 +19,17 @@ def with_mask(
     before: what the round began with; after: what the server's optimiser made of it. rounds: of the whole run.
     """
     old, state = before.state.adapter, after.state
-    done = allocate(budget, old, mean.mean, state.adapter, before.importance, state.round, rounds)
-    masked = replace(state, adapter={**state.adapter, **done.tensors})
+    return _with(after, allocate(budget, old, mean.mean, state.adapter, before.importance, state.round, rounds))
+
+
+def without_update(budget: AdaLora, rounds: int, after: Checkpoint) -> tuple[Checkpoint, int]:
+    """Gives the checkpoint of a round in which nothing counted, its ranks settled where they are to be by then, and how many ranks of all modules are left."""
+    state = after.state
+    return _with(after, settle(budget, state.adapter, after.importance, state.round, rounds))
+
+
+def _with(after: Checkpoint, done: Allocated) -> tuple[Checkpoint, int]:
+    masked = replace(after.state, adapter={**after.state.adapter, **done.tensors})
     return replace(after, state=masked, importance=done.importance), done.kept
 
 

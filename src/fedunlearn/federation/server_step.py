@@ -20,7 +20,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.federation.block_store import BlockStore
 from fedunlearn.federation.checkpoint import Checkpoint
 from fedunlearn.federation.flower_strategy import WrappedStrategy
-from fedunlearn.federation.rank_budget import error_of_triplets, with_mask
+from fedunlearn.federation.rank_budget import error_of_triplets, with_mask, without_update
 from fedunlearn.federation.turn import TurnReport
 from fedunlearn.records.adapter import Tensors
 from fedunlearn.records.shape import ClientShape
@@ -96,6 +96,21 @@ def step(
         after, kept = with_mask(stepper.budget, run.total_rounds, before, after, reduced)
         (error, norm), figures = error_of_triplets(cohort, reduced), {"ranks": float(kept)}
     return replace(_stepped(after, reduced.weights, capped, error, norm), figures=figures)
+
+
+def no_step(stepper: Stepper, before: Checkpoint) -> Stepped:
+    """Gives a round in which nothing counted: all stays as it is, but that AdaLoRA's ranks settle in time."""
+    number = before.state.round + 1
+    log.warning("round %d: no client of the cohort had anything to do; the global adapter stays as it is", number)
+    after = replace(before, state=replace(before.state, round=number))
+    if stepper.budget is None:
+        return Stepped(after=after)
+    after, kept = without_update(stepper.budget, stepper.run.total_rounds, after)
+    if after.adapter_hash != before.adapter_hash:
+        log.warning(
+            "round %d: but AdaLoRA's ranks settle by now, by what earlier rounds tell: %d are left", number, kept
+        )
+    return Stepped(after=after, figures={"ranks": float(kept)})
 
 
 def averaged(stepper: Stepper, before: Checkpoint, weights: Mapping[int, float], read: ReadTensor) -> Checkpoint:

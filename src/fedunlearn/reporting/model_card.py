@@ -47,21 +47,21 @@ def card_text(card: Card) -> str:
     return "\n".join([*_front(card), *_what(card), *_how(card), *_figures(card), *_provenance(card)]) + "\n"
 
 
+def _is_central(card: Card) -> bool:
+    """Whether its run was the central baseline: one loop over all rows, for which no federation's settings acted."""
+    return card.run.get("door") == "central"
+
+
 def _base(card: Card) -> str:
     return str(card.adapter.peft_config.get("base_model_name_or_path") or "not named")
 
 
 def _front(card: Card) -> Iterator[str]:
-    tags = [
-        "lora",
-        *(
-            ["federated-learning", "machine-unlearning"]
-            if card.run.get("mode") == "unlearn"
-            else ["federated-learning"]
-            if card.run
-            else []
-        ),
-    ]
+    tags = ["lora"]
+    if card.run and not _is_central(card):
+        tags.append("federated-learning")
+    if card.run.get("mode") == "unlearn":
+        tags.append("machine-unlearning")
     yield from ("---", f"base_model: {json.dumps(_base(card))}", "library_name: peft", "pipeline_tag: text-generation")
     yield from ("tags:", *(f"- {tag}" for tag in tags), "---", "", f"# {card.name}", "")
 
@@ -81,28 +81,35 @@ def _how(card: Card) -> Iterator[str]:
     if not run:
         yield from ("", "Its run is not known: nothing can be told of how it was trained.")
         return
-    federated, args = run["trainer"].get("federated", {}), run["trainer"].get("args", {})
+    args = run["trainer"].get("args", {})
     rows: dict[str, object] = {
         "mode": run.get("mode"),
         "method": _named(run.get("method")),
-        "protocol": _named(run.get("protocol")),
         "forget_split": run.get("forget_split"),
         "retain_split": run.get("retain_split"),
         "requests": run.get("requests"),
-        "clients": federated.get("num_clients"),
-        "rounds": federated.get("num_rounds"),
-        "strategy": _named(run.get("strategy")),
-        "aggregation": run.get("aggregation", {}).get("reducer"),
+        **({} if _is_central(card) else _federated(run)),
         **{key: args.get(key) for key in TRAINER_KEYS},
     }
     yield from ("", "## How it was made", "", "| key | value |", "|---|---|")
     yield from (f"| {key} | {_cell(value)} |" for key, value in rows.items() if value is not None)
     if card.account:
-        spent = card.account
+        spent, whose = card.account, "work" if _is_central(card) else "clients' work"
         yield from (
             "",
-            f"It cost {spent['num_steps']} optimiser steps, {spent['num_tokens'] + spent['num_reference_tokens']:,} tokens and {spent['seconds']:.1f} s of clients' work.",
+            f"It cost {spent['num_steps']} optimiser steps, {spent['num_tokens'] + spent['num_reference_tokens']:,} tokens and {spent['seconds']:.1f} s of {whose}.",
         )
+
+
+def _federated(run: Mapping[str, Any]) -> Mapping[str, object]:
+    federated = run["trainer"].get("federated", {})
+    return {
+        "protocol": _named(run.get("protocol")),
+        "clients": federated.get("num_clients"),
+        "rounds": federated.get("num_rounds"),
+        "strategy": _named(run.get("strategy")),
+        "aggregation": run.get("aggregation", {}).get("reducer"),
+    }
 
 
 def _figures(card: Card) -> Iterator[str]:

@@ -23,8 +23,5 @@ def compiled_blocks(model: nn.Module) -> Iterator[None]:
         stack.enter_context(config.patch(skip_nnmodule_hook_guards=False))
         for block in blocks:
             block.forward = torch.compile(block.forward, dynamic=True)
-        try:
-            yield
-        finally:
-            for block in blocks:
-                del block.forward
+            stack.callback(delattr, block, "forward")
+        yield

@@ -1,5 +1,6 @@
 """The guard against divergence: past a bound a client ends its epoch."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -14,6 +15,10 @@ class Guard:
     args: GuardArgs
     start: Tensors
 
+    @functools.cached_property
+    def _size(self) -> float:
+        return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in self.start.values()))
+
     def judge_loss(self, loss: float) -> str:
         """Says why this step's loss, before the step is made, ends the epoch; empty where it does not."""
         bound = self.args.max_loss
@@ -27,7 +32,7 @@ class Guard:
         if bound is None:
             return ""
         way = math.sqrt(sum(float((t - self.start[name]).double().square().sum()) for name, t in now.items()))
-        size = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in self.start.values()))
+        size = self._size
         if way <= bound * size or not size:
             return ""
         return f"an update of norm {way:.4g}, {way / size:.3g} times the adapter's own, beyond trainer.guard.max_update_ratio={bound:g}"

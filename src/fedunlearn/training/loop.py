@@ -1,10 +1,11 @@
 """The optimiser steps of one client in one round."""
 
 import functools
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from fedunlearn.data.chat import EncodedRow
 from fedunlearn.data.collator import collate
@@ -12,7 +13,7 @@ from fedunlearn.methods.base import Method
 from fedunlearn.methods.retain import cross_entropy
 from fedunlearn.methods.tokens import Memory, Need, StepDone, StepTotals, TokenLosses
 from fedunlearn.models.adalora import penalty_weight
-from fedunlearn.models.adapter_tensors import live_gradients, live_parameters, live_tensors
+from fedunlearn.models.adapter_tensors import live_parameters, live_tensors
 from fedunlearn.models.hidden_states import num_blocks
 from fedunlearn.models.ranks import module_scales
 from fedunlearn.models.resident import Resident
@@ -87,6 +88,8 @@ def run_steps(work: Work, steps: Sequence[Step], memory: Memory) -> Tally:
     work.crew.begin(work.made.model, optimizer, args)
     now = live_tensors(work.made.model)
     start = {name: tensor.to(device) for name, tensor in work.start.items()}
+    anchors = _anchors(live, start) if task.mu else {}
+    scales = module_scales(work.made.model) if task.radius else {}
     guard, tally = Guard(work.settings.guard, start), Tally(memory)
     weight = penalty_weight(work.made.model)
     for number, step in enumerate(steps, 1):
@@ -97,11 +100,11 @@ def run_steps(work: Work, steps: Sequence[Step], memory: Memory) -> Tally:
         tally.losses.append(done.loss)
         pull_to_orthogonal(live, weight)
         if task.mu:
-            _pull_to_start(live_gradients(work.made.model), now, start, task.mu)
+            _pull_to_start(live, anchors, task.mu)
         work.crew.step(optimizer, args)
         schedule.step()
         if task.radius:
-            pull_inside(now, start, module_scales(work.made.model), task.radius)
+            pull_inside(now, start, scales, task.radius)
         if work.method is not None:
             tally.memory = work.method.remember(tally.memory, done.remembered)
         if tally.stop(guard.judge_update(now), number, len(steps)):
@@ -183,10 +186,16 @@ def _down(work: Work, loss: torch.Tensor) -> float:
     return float(loss.detach())
 
 
-def _pull_to_start(gradients: Tensors, now: Tensors, start: Tensors, mu: float) -> None:
+def _anchors(live: Mapping[str, nn.Parameter], start: Tensors) -> Mapping[str, torch.Tensor]:
+    """Gives what every trained parameter is before the first step: a tensor of `start`, or a copy where fused experts are one parameter."""
+    return {name: start[name] if name in start else p.detach().clone() for name, p in live.items()}
+
+
+def _pull_to_start(live: Mapping[str, nn.Parameter], anchors: Mapping[str, torch.Tensor], mu: float) -> None:
     """Adds the gradient of (mu/2) ||w - x||^2 (FedProx), x the adapter the round began with."""
-    for name, gradient in gradients.items():
-        gradient.add_(now[name] - start[name], alpha=mu)
+    for name, parameter in live.items():
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - anchors[name], alpha=mu)
 
 
 def unlearning_method(task: ClientTask, settings: LocalSettings) -> Method | None:

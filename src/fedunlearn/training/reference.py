@@ -31,11 +31,11 @@ BATCH_ROWS = 16
 def as_reference(made: Resident, reference: Weights) -> Iterator[None]:
     """Inside the block the model is the reference, in eval mode and without gradients: its values in the trainable adapter, which gets its own back."""
     current = read_tensors(made.model)
-    write_tensors(made.model, reference.factors)
-    put_sidecar(made.model, reference.sidecar, REFERENCE)
-    use_sidecar(made.model, REFERENCE)
-    made.model.eval()
     try:
+        write_tensors(made.model, reference.factors)
+        put_sidecar(made.model, reference.sidecar, REFERENCE)
+        use_sidecar(made.model, REFERENCE)
+        made.model.eval()
         with torch.no_grad():
             yield
     finally:

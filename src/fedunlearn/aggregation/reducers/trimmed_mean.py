@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fedunlearn.aggregation.pieces import in_pieces
 from fedunlearn.aggregation.reducers.base import ModuleCohort, Reducer
 
 
@@ -35,6 +36,9 @@ class TrimmedMean(Reducer):
         return self._trimmed(tensors)
 
     def _trimmed(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-        ordered = torch.stack(list(tensors)).double().sort(dim=0).values
-        drop = self.num_left_out(len(ordered))
-        return ordered[drop : len(ordered) - drop].mean(dim=0)
+        given = list(tensors)
+        drop, mean = self.num_left_out(len(given)), torch.empty(given[0].shape, dtype=torch.float64)
+        for place, *theirs in in_pieces([mean, *given]):
+            ordered = torch.stack(theirs).double().sort(dim=0).values
+            place.copy_(ordered[drop : len(given) - drop].mean(dim=0))
+        return mean

@@ -58,7 +58,8 @@ class Group:
     def start(self, folder: Path, charge: Mapping[str, object]) -> list[Mapping[str, Any]]:
         """Starts them and gives what each says when it is ready. folder: theirs to read until then. charge: JSON values that each is made of."""
         try:
-            self._processes += [self._launch(rank, folder, charge) for rank in range(self._world)]
+            for rank in range(self._world):
+                self._launch(rank, folder, charge)
             return [answer.said for answer in self._answers()]
         except BaseException:
             self.close()
@@ -85,7 +86,8 @@ class Group:
         """Ends the processes and waits for them."""
         _end(self._processes)
 
-    def _launch(self, rank: int, folder: Path, charge: Mapping[str, object]) -> _Process:
+    def _launch(self, rank: int, folder: Path, charge: Mapping[str, object]) -> None:
+        """Starts one; it is among those that close() ends from its first moment on."""
         here, there = Pipe()
         with there:
             process = subprocess.Popen(
@@ -95,6 +97,7 @@ class Group:
                 stdin=subprocess.DEVNULL,
                 env={**dict.fromkeys(MALLOC, str(LARGE)), **os.environ},
             )
+        self._processes.append(_Process(rank, process, here))
         place = Place(
             rank=rank,
             world=self._world,
@@ -105,7 +108,6 @@ class Group:
             log_level=logging.getLogger().getEffectiveLevel(),
         )
         here.send_bytes(json.dumps({"entry": self._entry, "place": asdict(place), "charge": charge}).encode())
-        return _Process(rank, process, here)
 
     def _answers(self) -> list[Frame]:
         deadline, waiting = time.monotonic() + self.timeout, {one.pipe: one for one in self._processes}

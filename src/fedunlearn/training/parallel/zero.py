@@ -67,8 +67,9 @@ class Zero(Together):
 
     def begin(self, model: nn.Module, optimizer: Optimizer, args: TrainArgs) -> None:
         """A fresh engine for a fresh optimiser; the last task's is let go."""
-        if self._engine is not None:
-            self._engine.destroy()
+        self._engine = None
+        if self._accelerator is not None:
+            self._accelerator.free_memory()  # ends the engine and forgets it and its optimiser, which accelerate lists
         if self._accelerator is None:  # a second one with a plugin is refused: a run has one TrainArgs
             self._accelerator = Accelerator(
                 deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=zero_config(args, self._world))
