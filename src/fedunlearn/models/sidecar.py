@@ -96,9 +96,15 @@ def _lora_layers(model: PeftModel) -> Iterable[tuple[str, Any]]:
 
 def sidecar_delta(model: PeftModel, path: str, like: torch.Tensor) -> torch.Tensor:
     """Gives what the acting side-car adds to the weight of one LoRA layer, B A float32, laid out as that weight is (Conv1D's [d_in, d_out]); zeros where there is none. like: that weight."""
-    hook = _HOOKS.get(model, {}).get(path)
-    if hook is None or hook.active not in hook.held:
+    factors = acting_factors(model, path)
+    if factors is None:
         return torch.zeros_like(like, dtype=torch.float32)
-    a, b = hook.held[hook.active]
+    a, b = factors
     layer: Any = model.get_submodule(path)
     return (b @ a).T if layer.fan_in_fan_out else b @ a
+
+
+def acting_factors(model: PeftModel, path: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Gives A [R, d_in] and B [d_out, R] of the side-car that acts beside one LoRA layer, float32; None where there is none."""
+    hook = _HOOKS.get(model, {}).get(path)
+    return None if hook is None else hook.held.get(hook.active)
