@@ -31,6 +31,7 @@ from fedunlearn.models.initial import draw_fresh
 from fedunlearn.models.lora import attach_lora
 from fedunlearn.models.lora_config import lora_config_of
 from fedunlearn.models.merge import CastLoss
+from fedunlearn.models.rollback import rolled_back
 from fedunlearn.models.source import adapter_folder
 from fedunlearn.records.adapter import Adapter, Tensors
 
@@ -44,7 +45,7 @@ def begin(base: PreTrainedModel, args: LoraArgs, seed: int = 0) -> PeftModel:
     """Gives the base with a fresh trainable adapter `default`, which says what the base says, drawn from `seed` by args.init_lora_weights (null: A uniform, B zero).
 
     What pissa and olora take out of the base stands in a side-car: the base's tensors stay as they are. Raises UserError for a target that matches nothing,
-    an initialisation that these layers cannot have, and AdaLoRA, whose ranks a run's server gives out; the base is as it was then.
+    an initialisation that these layers cannot have, and AdaLoRA, whose ranks a run's server gives out; then, and after any other error, the base is as it was.
     """
     if args.adalora is not None:
         raise UserError(
@@ -53,13 +54,9 @@ def begin(base: PreTrainedModel, args: LoraArgs, seed: int = 0) -> PeftModel:
     config = lora_config_of(args, None, base.name_or_path, base)
     initial = True if args.init_lora_weights is None else args.init_lora_weights
     config.init_lora_weights = True  # what is saved must not have PEFT change the base
-    model = attach_lora(base, config)
-    try:
-        sidecar = draw_fresh(model, seed, initial)
-    except UserError:
-        model.unload()
-        raise
-    switching.hold_sidecar(model, ACTIVE, sidecar)
+    with rolled_back(base):
+        model = attach_lora(base, config)
+        switching.hold_sidecar(model, ACTIVE, draw_fresh(model, seed, initial))
     return model
 
 

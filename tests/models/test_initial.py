@@ -1,6 +1,8 @@
 """What fresh adapters begin with: as PEFT has it, saying what the base says, and with no entry of the base changed."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -96,12 +98,26 @@ class TestOfTheBase:
         assert all(torch.equal(first[name], again[name]) for name in first)
         assert any(not torch.equal(first[name], other[name]) for name in first)
 
-    def test_it_is_found_once_a_model_and_seed(self, monkeypatch):
-        model, tensors, _ = fresh("llama", "pissa")
+    @pytest.mark.parametrize("how", ["pissa", "olora"])
+    def test_it_is_found_once_a_model_where_no_seed_matters(self, how, monkeypatch):
+        model, tensors, _ = fresh("llama", how)
         monkeypatch.setattr(initial, "_factors", None)
         write_tensors(model, {name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
-        draw_fresh(model, 0, "pissa")
+        for seed in (0, 7):
+            draw_fresh(model, seed, how)
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in read_tensors(model).items())
+
+    def test_of_many_seeds_the_last_one_s_is_kept(self, monkeypatch):
+        model = attached("llama")
+        kept = [weakref.ref(tensor) for tensor in draw_fresh(model, 1, "pissa_niter_1").values()]
+        assert all(ref() is not None for ref in kept)
+        draw_fresh(model, 2, "pissa_niter_1")
+        wanted = read_tensors(model)
+        gc.collect()
+        assert not any(ref() is not None for ref in kept)
+        monkeypatch.setattr(initial, "_factors", None)
+        draw_fresh(model, 2, "pissa_niter_1")
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in read_tensors(model).items())
 
     def test_the_stack_is_the_difference_to_the_base_at_twice_the_rank_and_loads_in_peft(self, kind, tmp_path):
         from peft import PeftModel

@@ -129,6 +129,12 @@ class TestConfig:
         with pytest.raises(UserError, match="the adapter's target_modules: 'c_attn' matches no module"):
             lora_config_of(lora_args(target_modules=None), other, "x", tiny_llama())
 
+    def test_a_foreign_adapter_that_names_no_task_is_taken(self):
+        theirs = Adapter(LOADED.tensors, plain_config(LoraConfig(r=2, target_modules=["q_proj"])), None)
+        args = lora_args(r=None, lora_alpha=None, target_modules=None)
+        assert theirs.peft_config["task_type"] is None
+        assert lora_config_of(args, theirs, "x", tiny_llama()).r == 2
+
     def test_all_disagreements_are_told_at_once(self):
         with pytest.raises(UserError, match="differs") as caught:
             lora_config_of(lora_args(r=2, lora_alpha=1.0, target_modules=("o_proj",)), LOADED, "x")

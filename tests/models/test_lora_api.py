@@ -28,6 +28,15 @@ def bases(tmp_path_factory):
     return folders
 
 
+def standing(base):
+    """Which modules and parameters there are, how they stand, and what else hangs on them."""
+    modules = [
+        (n, id(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in base.named_modules()
+    ]
+    parameters = [(n, id(p), p.requires_grad, p.dtype) for n, p in base.named_parameters()]
+    return modules, parameters, hasattr(base, "peft_config")
+
+
 def own(kind, folder, seed=1, **lora):
     """An adapter that says it belongs on that base."""
     found = adapter_of(kind, seed, **lora)
@@ -99,9 +108,7 @@ def test_an_initialisation_begins_at_the_base_and_leaves_its_tensors_alone(initi
     model = lora.begin(base, lora_args(init_lora_weights=initial, target_modules=("q_proj", "v_proj")))
     assert apart(some_logits(model), bare) < 1e-5
     with model.disable_adapter():
-        lora.switching.use_sidecar(model, "nobody")
         assert torch.equal(some_logits(model), bare)
-        lora.switching.use_sidecar(model, "default")
     with torch.no_grad():
         for parameter in lora.trainable_parameters(model).values():
             parameter.mul_(1.5)
@@ -121,6 +128,23 @@ def test_a_base_is_as_it_was_after_an_initialisation_that_it_cannot_have(bases):
     with pytest.raises(UserError, match="choose an even r"):
         lora.begin(base, lora_args(init_lora_weights="orthogonal", r=3))
     assert lora.names(lora.begin(base, lora_args())) == ("default",)
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"init_lora_weights": "orthogonal", "r": 3, "modules_to_save": ("lm_head",)}, "choose an even r"),
+        ({"bias": "all"}, r"bias='all' on a base in torch\.bfloat16"),
+        ({"modules_to_save": ("lm_haed",)}, "'lm_haed' matches no module"),
+    ],
+)
+def test_a_refused_beginning_leaves_a_trainable_narrow_base_as_it_was(changed, match):
+    base = base_of("qwen2", torch.bfloat16).train()
+    base.requires_grad_(True)
+    before = standing(base)
+    with pytest.raises(UserError, match=match):
+        lora.begin(base, lora_args(**changed))
+    assert standing(base) == before
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -6,8 +6,10 @@ from helpers_adapters import apart
 from helpers_families import FAMILIES, adapter_of, base_of, base_tensors
 from helpers_models import some_logits
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedunlearn.errors import UserError
+from fedunlearn.models import merge as merging
 from fedunlearn.models.merge import is_merged, merge, merged_base, unmerge
 from fedunlearn.models.switch import put_adapter, switch_to
 
@@ -108,6 +110,17 @@ class TestCastLoss:
         assert (loss.still, loss.entries) == (2, 32 * 32)
         assert loss.error == pytest.approx((2 * 2.0**-18) ** 0.5 / (2 * 2.0**-18 + 18) ** 0.5, rel=1e-9)
 
+    @pytest.mark.parametrize(("kind", "lora"), VARIANTS)
+    def test_it_is_the_same_however_many_rows_are_summed_at_once(self, kind, lora, monkeypatch):
+        found = []
+        for entries in (2**20, 40):
+            monkeypatch.setattr(merging, "ENTRIES", entries)
+            found.append(merged_base(put_adapter(base_of(kind), adapter_of(kind, **lora)), torch.bfloat16))
+        (whole, loss), (parts, other) = found
+        assert other.error == pytest.approx(loss.error, rel=1e-6)
+        assert (other.still, other.entries) == (loss.still, loss.entries)
+        assert all(torch.allclose(p, q, rtol=0.01) for p, q in zip(whole.parameters(), parts.parameters(), strict=True))
+
     def test_an_adapter_that_adds_nothing_loses_nothing(self):
         adapter = adapter_of("llama")
         zero = adapter.replace({n: torch.zeros_like(t) for n, t in adapter.tensors.items()})
@@ -150,10 +163,12 @@ class TestRefused:
         values = {**adapter.tensors, last: torch.full_like(adapter.tensors[last], float("nan"))}
         model = put_adapter(base_of("llama"), adapter.replace(values))
         before = base_tensors(model)
-        with pytest.raises(UserError, match="is not finite"):
+        with pytest.raises(UserError, match=r"is not finite in torch\.float32: .*; nothing was changed$"):
             merge(model)
         assert same(base_tensors(model), before)
         assert not is_merged(model)
+        with pytest.raises(UserError, match=r"is not finite in torch\.float32: .*too narrow for it$"):
+            merged_base(model, torch.float32)
 
     def test_a_bias_where_the_base_has_none(self):
         model = put_adapter(base_of("llama"), adapter_of("llama", lora_bias=True))
@@ -164,3 +179,27 @@ class TestRefused:
         model = put_adapter(base_of("qwen2"), adapter_of("qwen2", target_modules=["lm_head"]))
         with pytest.raises(UserError, match="the embedding's too"):
             merge(model)
+
+
+class _Widest(TorchDispatchMode):
+    """Remembers how many entries the largest float64 tensor has that is made meanwhile."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
+            self.entries = max(self.entries, made.untyped_storage().nbytes() // made.itemsize)
+        return made
+
+
+@pytest.mark.parametrize(("kind", "lora"), VARIANTS)
+def test_no_weight_is_held_in_float64_as_a_whole(kind, lora, monkeypatch):
+    """The widest thing that is: a factor, or the rows of one round; an expert counts as one row."""
+    monkeypatch.setattr(merging, "ENTRIES", 256)
+    model = put_adapter(base_of(kind), adapter_of(kind, **lora))
+    factors = max(t.numel() for n, t in model.named_parameters() if "lora_" in n)
+    expert = max((t[0].numel() for n, t in model.named_parameters() if t.dim() == 3), default=0)
+    with _Widest() as widest:
+        merge(model)
+    assert 0 < widest.entries <= max(256, factors, expert) < 32 * 96

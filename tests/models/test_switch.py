@@ -105,6 +105,28 @@ def test_a_removed_adapter_is_gone_and_the_others_stay():
     put_adapter(model, adapter_of("llama", 3), "a1")
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_beside_an_adapter_in_training_another_comes_frozen_and_the_training_goes_on(training):
+    model = put_adapter(base_of("llama"), adapter_of("llama", target_modules=["q_proj"])).train(training)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".default." in name)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained
+    put_adapter(model, adapter_of("llama", 2, sidecar=(2,)), "other")
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
+    assert {module.training for module in model.modules()} == {training}
+    assert acting(model) == {"default": 1.0}
+    assert torch.equal(some_logits(model), alone("llama", adapter_of("llama", target_modules=["q_proj"])))
+
+
+def test_beside_several_that_act_together_another_changes_nothing():
+    model = with_all("llama", [adapter_of("llama", 1, sidecar=(2,), target_modules=["q_proj"]), adapter_of("llama", 2)])
+    switch_to(model, {"a0": 0.5, "a1": 2.0})
+    wanted = some_logits(model)
+    put_adapter(model, adapter_of("llama", 3, sidecar=(3,)), "a2")
+    assert torch.equal(some_logits(model), wanted)
+
+
 def test_global_random_state_is_left_alone():
     base, adapter = base_of("llama"), adapter_of("llama")
     state = torch.get_rng_state()
@@ -159,12 +181,28 @@ class TestRefused:
         with pytest.raises(UserError, match="'first' acts: switch to another"):
             remove_adapter(model, "first")
 
+    @pytest.mark.parametrize(
+        "variant",
+        [
+            {"alora_invocation_tokens": [40]},
+            {"use_qalora": True, "qalora_group_size": 16},
+            {"layer_replication": [[0, 2], [1, 2]]},
+            {"trainable_token_indices": [1]},
+        ],
+    )
+    def test_an_adapter_that_does_more_than_a_product(self, variant):
+        """Merged it would be another one."""
+        adapter, base = adapter_of("llama"), base_of("llama")
+        with pytest.raises(UserError, match=rf"{next(iter(variant))}=.* is a variant that is not understood here"):
+            put_adapter(base, Adapter(adapter.tensors, {**adapter.peft_config, **variant}, None))
+        put_adapter(base, adapter)
+
     @pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
     def test_an_adapter_for_a_changed_base(self, init):
         """PEFT would rewrite the base once more."""
         adapter = adapter_of("llama")
         config = {**adapter.peft_config, "init_lora_weights": init}
-        with pytest.raises(UserError, match=rf"init_lora_weights='{init}' belongs on a changed base: export it"):
+        with pytest.raises(UserError, match=rf"init_lora_weights='{init}' changed its base's weights, .*: export it"):
             put_adapter(base_of("llama"), Adapter(adapter.tensors, config, None))
 
     @pytest.mark.parametrize("first", [True, False])
@@ -178,6 +216,45 @@ class TestRefused:
         assert [n for n, _ in model.named_parameters()] == names
         assert torch.equal(some_logits(model), wanted)
         put_adapter(model, wide, "even")
+
+    @pytest.mark.parametrize("first", [True, False])
+    def test_targets_of_which_peft_refuses_one_leave_nothing_of_the_others(self, first):
+        """PEFT raises when it comes to the norm, behind the projections of the first layer."""
+        norms = adapter_of("llama", r=2, target_modules=["q_proj"])
+        odd = Adapter(norms.tensors, {**norms.peft_config, "target_modules": ["q_proj", "input_layernorm"]}, None)
+        model = base_of("llama")
+        model = model if first else put_adapter(model, adapter_of("llama", target_modules=["v_proj"]))
+        names, wanted = [n for n, _ in model.named_modules()], some_logits(model)
+        with pytest.raises(UserError, match="does not fit this base: Target module LlamaRMSNorm"):
+            put_adapter(model, odd, "odd")
+        assert [n for n, _ in model.named_modules()] == names
+        assert hasattr(model, "peft_config") is not first
+        assert torch.equal(some_logits(model), wanted)
+        made = put_adapter(model, norms, "odd")
+        switch_to(made, {"odd": 1.0})
+        assert torch.equal(some_logits(made), alone("llama", norms))
+
+    def test_a_side_car_that_does_not_fit_leaves_layers_that_take_the_next_one(self):
+        good = adapter_of("llama", 2, sidecar=(2,), target_modules=["q_proj"])
+        odd = Adapter(good.tensors, good.peft_config, None, {n: t[:, 1:] if "lora_A" in n else t for n, t in good.sidecar.items()})  # fmt: skip
+        model = put_adapter(base_of("llama"), adapter_of("llama", target_modules=["v_proj"], sidecar=(1,)))
+        with pytest.raises(UserError, match="the side-car does not fit this model"):
+            put_adapter(model, odd, "other")
+        put_adapter(model, good, "other")
+        switch_to(model, {"other": 1.0})
+        assert torch.equal(some_logits(model), alone("llama", good))
+
+    def test_a_saved_head_of_a_refused_adapter_does_not_take_the_base_s_place(self):
+        base = base_of("llama", torch.bfloat16).train().requires_grad_(True)
+        head, adapter = base.lm_head, adapter_of("llama", modules_to_save=["lm_head"], target_modules=["q_proj"])
+        lacking = {n: t for n, t in adapter.tensors.items() if "lm_head" not in n}
+        with pytest.raises(UserError, match=r"lm_head.* stands on one side only"):
+            put_adapter(base, Adapter(lacking, adapter.peft_config, None))
+        assert base.lm_head is head
+        assert head.weight.dtype == torch.bfloat16
+        assert not head._forward_hooks
+        assert base.training
+        assert all(parameter.requires_grad for parameter in base.parameters())
 
     def test_targets_of_another_architecture(self):
         model = base_of("gpt2")

@@ -196,12 +196,24 @@ class TestRefused:
             ({"rank_pattern": {"o_proj": 2}}, "rank_pattern: 'o_proj' matches none of the target modules"),
             ({"alpha_pattern": {"q_[": 2.0}}, r"alpha_pattern: 'q_\[' is no regular expression"),
             ({"rank_pattern": {"q_proj": 2, ".*proj": 3}}, r"is matched by 'q_proj' \(2\) and by '\.\*proj' \(3\)"),
+            ({"exclude_modules": "["}, r"exclude_modules='\[' is no regular expression"),
+            ({"layers_to_transform": (0,), "layers_pattern": ("[",)}, r"layers_pattern='\[' is no regular expression"),
+            ({"layers_to_transform": (0,), "layers_pattern": "(h|layers)"}, r"layers_pattern='\(h\|layers\)' has a group"),
             ({"fan_in_fan_out": True}, r"fan_in_fan_out=true: the targets are linear layers, \[out, in\]; leave it null"),
         ],
     )  # fmt: skip
     def test_filters_and_patterns_that_mean_nothing(self, changed, match):
         with pytest.raises(UserError, match=match):
             found("llama", ["q_proj", "v_proj"], **changed)
+
+    def test_all_patterns_at_once_and_whose_they_are(self):
+        config = LoraConfig(target_modules="q_[", exclude_modules="[")
+        with pytest.raises(UserError, match=r"^the adapter's target_modules='q_\['") as caught:
+            find_targets(skeleton(CONFIGS["llama"]), config, "the adapter's ")
+        assert [fault.split("=")[0] for fault in caught.value.faults] == [
+            "the adapter's target_modules",
+            "the adapter's exclude_modules",
+        ]
 
     def test_conv1d_said_to_be_linear(self):
         with pytest.raises(

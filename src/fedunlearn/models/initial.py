@@ -25,7 +25,8 @@ from fedunlearn.seeds import seed_of
 
 MAGNITUDE, LORA_BIAS = ".lora_magnitude_vector", ".lora_B.bias"
 KEY = "model.model_args.lora_config.init_lora_weights"
-_FOUND: "WeakKeyDictionary[PeftModel, dict[tuple[str, int], tuple[Tensors, Tensors]]]" = WeakKeyDictionary()
+_FOUND: "WeakKeyDictionary[PeftModel, tuple[tuple[str, int | None], tuple[Tensors, Tensors]]]" = WeakKeyDictionary()
+"""What was found last of each model's base, and for what: an initialisation, and a seed where it matters."""
 
 
 def from_base(initial: bool | str | None) -> bool:
@@ -38,8 +39,8 @@ def draw_fresh(model: PeftModel, seed: int, initial: bool | str = True) -> Tenso
 
     initial: true (A uniform in +-1/sqrt(d_in), as PEFT draws it, B zero), gaussian, orthogonal, pissa, pissa_niter_N, olora. Magnitudes are the
     base's own norms, biases and saved modules the base's own values, LoRA's biases zero, AdaLoRA's singular values zero between normal factors: the model then says what the base says. Drawn on the CPU from a
-    generator of its own, so that device and global random state do not matter; what is made of the base's weights is made on its device, once a model and
-    seed. Raises UserError for an initialisation that these layers cannot have, ValueError for a tensor that is none of these.
+    generator of its own, so that device and global random state do not matter; what is made of the base's weights is made on its device, and kept until
+    another is asked for. Raises UserError for an initialisation that these layers cannot have, ValueError for a tensor that is none of these.
     """
     live = live_tensors(model)
     modules = modules_of(live)
@@ -119,21 +120,26 @@ def _orthogonal(
 
 
 def _of_base(model: PeftModel, initial: str, seed: int, modules: tuple[Module, ...]) -> tuple[Tensors, Tensors]:
-    """Factors of the base's own weights, and the side-car that takes their product out again; found once a model and seed, kept on the CPU."""
-    kept = _FOUND.setdefault(model, {})
-    if (initial, seed) not in kept:
-        layers = dict(_layers(model))
-        pairs: dict[str, torch.Tensor] = {}
-        sidecar: dict[str, torch.Tensor] = {}
-        for module in modules:
-            path = module.a.removesuffix(".lora_A.weight")
-            _check_layer(initial, module, layers.get(path))
-            layer = layers[path]
-            b, a = _factors(initial, seed, _weight(layer), layer.r[ACTIVE], float(layer.scaling[ACTIVE]))
-            pairs |= {module.a: a.cpu().contiguous(), module.b: b.cpu().contiguous()}
-            sidecar |= {module.a: pairs[module.a], module.b: (pairs[module.b] * -float(layer.scaling[ACTIVE]))}
-        kept[initial, seed] = pairs, sidecar
-    return kept[initial, seed]
+    """Factors of the base's own weights, and the side-car that takes their product out again, on the CPU; kept until another is asked for."""
+    key = (initial, seed if "niter" in initial else None)
+    known = _FOUND.get(model)
+    if known is None or known[0] != key:
+        known = _FOUND[model] = key, _found(model, initial, seed, modules)
+    return known[1]
+
+
+def _found(model: PeftModel, initial: str, seed: int, modules: tuple[Module, ...]) -> tuple[Tensors, Tensors]:
+    layers = dict(_layers(model))
+    pairs: dict[str, torch.Tensor] = {}
+    sidecar: dict[str, torch.Tensor] = {}
+    for module in modules:
+        path = module.a.removesuffix(".lora_A.weight")
+        _check_layer(initial, module, layers.get(path))
+        layer = layers[path]
+        b, a = _factors(initial, seed, _weight(layer), layer.r[ACTIVE], float(layer.scaling[ACTIVE]))
+        pairs |= {module.a: a.cpu().contiguous(), module.b: b.cpu().contiguous()}
+        sidecar |= {module.a: pairs[module.a], module.b: (pairs[module.b] * -float(layer.scaling[ACTIVE]))}
+    return pairs, sidecar
 
 
 def _check_layer(initial: str, module: Module, layer: Any) -> None:

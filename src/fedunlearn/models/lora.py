@@ -16,6 +16,7 @@ from fedunlearn.models.adalora import freeze_ranks, is_adalora
 from fedunlearn.models.adapter_tensors import ACTIVE, live_parameters, write_tensors
 from fedunlearn.models.base_biases import biases_of, keep_stored, stored_biases
 from fedunlearn.models.lora_rules import check_on_base, rank_of, warn_of_ranks
+from fedunlearn.models.rollback import rolled_back
 from fedunlearn.models.saved_modules import check_saved, saved_modules, widen_saved
 from fedunlearn.models.sidecar import put_sidecar, use_sidecar
 from fedunlearn.models.targets import Targets, find_targets, with_targets
@@ -29,7 +30,7 @@ def attach_lora(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """Wraps a base without adapter in PeftModel, once; its values are drawn by initial.draw_fresh or written by write_tensors.
 
     Adapters are float32 whatever the base is. Raises UserError for targets that the base does not have or cannot give an adapter, for saved modules that
-    match nothing, and for biases that cannot be trained; ValueError where the base has an adapter already. A rank above the smaller side of a matrix is said aloud.
+    match nothing, and for biases that cannot be trained, with the base as it was; ValueError where the base has an adapter already. A rank above the smaller side of a matrix is said aloud.
     """
     if hasattr(base, "peft_config"):
         raise ValueError("the base has an adapter already: a second wrap would train a new adapter over the old")
@@ -38,18 +39,24 @@ def attach_lora(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
     check_on_base(config, found)
     warn_of_ranks(base, config, found)
     config.base_model_name_or_path = base.name_or_path  # PEFT's own opinion; what is saved is the name of the source
+    with rolled_back(base):
+        model = _wrapped(base, config)
+        freeze_ranks(model)
+        check_built(model, config, found)
+        check_saved(model, config.modules_to_save)
+        widen_saved(model, ACTIVE)
+        _keep_biases(model, config.bias)
+        check_trainable(model)
+        model.eval()
+    return model
+
+
+def _wrapped(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
         warnings.filterwarnings("ignore", "`lora_bias=True` was passed")  # merging is ours
         model: PeftModel = get_peft_model(base, _drawn_later(config))
     model.peft_config[ACTIVE].init_lora_weights = config.init_lora_weights
-    freeze_ranks(model)
-    check_built(model, config, found)
-    check_saved(model, config.modules_to_save)
-    widen_saved(model, ACTIVE)
-    _keep_biases(model, config.bias)
-    check_trainable(model)
-    model.eval()
     return model
 
 

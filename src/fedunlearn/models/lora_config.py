@@ -13,7 +13,7 @@ from fedunlearn.models.targets import Targets, find_targets, with_targets
 from fedunlearn.records.adapter import Adapter
 
 ADAPTERS = "the adapter's "
-INITIAL = (True, False, "gaussian", "orthogonal")
+INITIAL = (None, True, False, "gaussian", "orthogonal")
 """Initialisations that leave the base as it is stored: with another, a foreign adapter belongs to weights that nobody has."""
 CHANGES_THE_FORWARD = (
     "trainable_token_indices",
@@ -41,7 +41,6 @@ WHAT = (
     "rank_pattern",
     "alpha_pattern",
     "fan_in_fan_out",
-    "task_type",
 )
 """The keys of lora_config that a loaded adapter answers: where its factors are (judged by what the names mean), and what they are."""
 
@@ -89,13 +88,7 @@ def _of_yaml(args: LoraArgs, base: PreTrainedModel | None) -> LoraConfig:
 
 
 def _of_loaded(args: LoraArgs, loaded: Adapter, base: PreTrainedModel | None) -> LoraConfig:
-    check_agreement(args, loaded.peft_config, base)
-    initial = loaded.peft_config.get("init_lora_weights", True)
-    if loaded.base_fingerprint is None and initial not in INITIAL:
-        raise UserError(
-            f"the adapter's init_lora_weights={initial!r} changed its base's weights, and the folder does not say into what: "
-            "export it as plain LoRA (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
-        )
+    check_agreement(args, loaded, base)
     return _peft_config(loaded.peft_config)
 
 
@@ -108,11 +101,12 @@ def _check_fresh(loaded: Adapter | None) -> None:
         )
 
 
-def check_agreement(args: LoraArgs, peft_config: Mapping[str, object], base: PreTrainedModel | None = None) -> None:
-    """Raises UserError naming every value of the yaml that is not the loaded adapter's (null agrees with all).
+def check_understood(adapter: Adapter) -> None:
+    """Raises UserError for an adapter that is no LoRA, does more in a forward pass than B A, or belongs on weights that nobody has.
 
-    base: with it two ways of naming the same modules agree; without it the words themselves are compared.
+    An adapter that carries its base's fingerprint is ours, and ours leave the base as it is whatever they began with.
     """
+    peft_config = adapter.peft_config
     if peft_config.get("peft_type") == "ADALORA":
         raise UserError(
             "the adapter's peft_type='ADALORA': it is a round's checkpoint of an AdaLoRA run, or a foreign one, and holds all ranks, masked ones among them; name the run's own "
@@ -127,11 +121,28 @@ def check_agreement(args: LoraArgs, peft_config: Mapping[str, object], base: Pre
         for key in CHANGES_THE_FORWARD
         if peft_config.get(key)
     ]
+    initial = peft_config.get("init_lora_weights")
+    if adapter.base_fingerprint is None and initial not in INITIAL:
+        faults.append(
+            f"the adapter's init_lora_weights={initial!r} changed its base's weights, and the folder does not say into what: "
+            "export it as plain LoRA (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    if faults:
+        raise UserError(*faults)
+
+
+def check_agreement(args: LoraArgs, adapter: Adapter, base: PreTrainedModel | None = None) -> None:
+    """Raises UserError for an adapter that is not understood, or naming every value of the yaml that is not the loaded adapter's (null agrees with all).
+
+    base: with it two ways of naming the same modules agree; without it the words themselves are compared.
+    """
+    check_understood(adapter)
+    peft_config = adapter.peft_config
     differing = [key for key in WHAT if _differ(getattr(args, key), peft_config.get(key))]
     by_words = base is None or args.target_modules is None
-    if by_words or (not faults and not _same_places(args, peft_config, base)):
+    if by_words or not _same_places(args, peft_config, base):
         differing += [key for key in WHERE if _differ(getattr(args, key), peft_config.get(key))]
-    faults += [
+    faults = [
         f"{AT}{key}={getattr(args, key)!r} differs from the loaded adapter's {peft_config.get(key)!r}: set that value or null"
         for key in differing
     ]

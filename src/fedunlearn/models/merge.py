@@ -3,8 +3,9 @@
 PEFT subtracts on the way back, which leaves a third of the entries changed; here what is overwritten is kept and put back.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,9 +18,12 @@ from transformers import PreTrainedModel
 
 from fedunlearn.errors import UserError
 from fedunlearn.models.saved_modules import narrow_saved
-from fedunlearn.models.sidecar import sidecar_delta
+from fedunlearn.models.sidecar import acting_factors
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ENTRIES = 2**20
+"""Entries of a weight that are summed at once: what is held of it in float64 (8 MiB a copy), however large it is."""
+Rows = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +41,15 @@ class CastLoss:
 
 @dataclass(frozen=True, eq=False)
 class _Change:
-    """One parameter of the base, and what the acting adapters and the side-car make of it: float64, its own shape."""
+    """One parameter of the base, and what the acting adapters and the side-car make of it.
+
+    after: (some of its rows in float64, which of them) -> those rows merged, in a tensor of their own. turned: the rows are d_out's, which Conv1D has second.
+    """
 
     path: str
     parameter: nn.Parameter
-    after: torch.Tensor
+    after: Rows
+    turned: bool = False
 
 
 @dataclass(eq=False)
@@ -51,12 +59,12 @@ class _Tally:
     still: int = 0
     entries: int = 0
 
-    def count(self, before: torch.Tensor, change: _Change, stored: torch.Tensor) -> None:
-        wanted = change.after - before.double()
+    def count(self, before: torch.Tensor, wanted: torch.Tensor, stored: torch.Tensor) -> None:
+        """Counts some rows: as they were, the float64 change that was wanted (spoilt here), as they are stored."""
         start = before.to(stored.dtype)
-        self.lost += float((stored.double() - start.double() - wanted).square().sum())
         self.wanted += float(wanted.square().sum())
         self.still += int(((stored == start) & (wanted != 0)).sum())
+        self.lost += float(wanted.neg_().add_(stored.double()).sub_(start.double()).square_().sum())
         self.entries += stored.numel()
 
     def loss(self) -> CastLoss:
@@ -79,7 +87,7 @@ _MERGED: "WeakKeyDictionary[PeftModel, _Merged]" = WeakKeyDictionary()
 def merge(model: PeftModel, keep_on: torch.device | str | None = None) -> CastLoss:
     """Writes the active adapters and their side-car into the base's weights, in the base's dtype, and lets them act no more beside it.
 
-    Sums are float64, cast once. The tensors of before are kept as they are, on `keep_on` (None: where they lie), until unmerge puts them
+    Sums are float64, cast once, some rows at a time. The tensors of before are kept as they are, on `keep_on` (None: where they lie), until unmerge puts them
     back. Saved modules act as they did. Raises UserError, with nothing changed, for a quantised base, a model that is merged already, a
     weight that is tied to the embedding, or a result that is not finite.
     """
@@ -88,10 +96,12 @@ def merge(model: PeftModel, keep_on: torch.device | str | None = None) -> CastLo
     try:
         for change in _changes(model):
             before = change.parameter.data
-            stored = _stored(change, before.dtype)
-            tally.count(before, change, stored)
+            stored = _stored(change, before.dtype, tally)
             merged.kept.append((change.parameter, before if keep_on is None else before.to(keep_on)))
             change.parameter.data = stored
+    except UserError as error:
+        _put_back(merged)
+        raise UserError(*(f"{fault}; nothing was changed" for fault in error.faults)) from error
     except BaseException:
         _put_back(merged)
         raise
@@ -120,14 +130,12 @@ def is_merged(model: PeftModel) -> bool:
 def merged_base(model: PeftModel, dtype: torch.dtype) -> tuple[PreTrainedModel, CastLoss]:
     """Gives the plain base with the active adapters, their side-car and saved modules in it, in `dtype`, and what the cast cost.
 
-    Each weight is summed in float64 and cast once. The PeftModel is used up. Raises UserError as merge does.
+    Each weight is summed in float64 and cast once. The PeftModel is used up, and by a refusal of what is not finite too. Raises UserError as merge does.
     """
     _check(model)
     tally = _Tally()
     for change in _changes(model):
-        before, stored = change.parameter.data, _stored(change, dtype)
-        tally.count(before, change, stored)
-        change.parameter.data = stored
+        change.parameter.data = _stored(change, dtype, tally)
     narrow_saved(model)
     plain: PreTrainedModel = model.unload().to(dtype)
     head, words = plain.get_output_embeddings(), plain.get_input_embeddings()
@@ -143,12 +151,21 @@ def _put_back(merged: _Merged) -> None:
         layer.merged_adapters = []
 
 
-def _stored(change: _Change, dtype: torch.dtype) -> torch.Tensor:
-    stored = change.after.to(dtype).contiguous()
-    if not bool(stored.isfinite().all()):
-        raise UserError(
-            f"{change.path}: merged it is not finite in {dtype}: the adapter is broken, or float16 too narrow for it; nothing was changed"
-        )
+def _stored(change: _Change, dtype: torch.dtype, tally: _Tally) -> torch.Tensor:
+    before = change.parameter.data
+    stored = torch.empty_like(before, dtype=dtype, memory_format=torch.contiguous_format)
+    source, target = (before.T, stored.T) if change.turned else (before, stored)
+    count = max(1, ENTRIES * len(source) // source.numel())
+    for start in range(0, len(source), count):
+        rows = slice(start, start + count)
+        wide = source[rows].double()
+        after = change.after(wide, rows)
+        target[rows] = after
+        if not bool(target[rows].isfinite().all()):
+            raise UserError(
+                f"{change.path}: merged it is not finite in {dtype}: the adapter is broken, or float16 too narrow for it"
+            )
+        tally.count(source[rows], after.sub_(wide), target[rows])
     return stored
 
 
@@ -190,41 +207,55 @@ def _target(layer: Any) -> nn.Parameter:
 
 
 def _changes(model: PeftModel) -> Iterator[_Change]:
-    """Gives one parameter after another, so that no more than one is held in float64."""
     for path, layer in _layers(model):
         active = [name for name in layer.active_adapters if name in layer.lora_A]
         weight = _target(layer)
         if isinstance(layer, ParamWrapper):
-            yield _Change(path, weight, weight.double() + sum(_experts(layer, name) for name in active))
+            yield _Change(path, weight, partial(_experts, layer, active))
             continue
-        yield _Change(path, weight, _linear(model, path, layer, active))
+        beside = acting_factors(model, path)
+        yield _Change(path, weight, partial(_linear, layer, active, beside), turned=bool(layer.fan_in_fan_out))
         biased = [name for name in active if layer.lora_bias.get(name)]
         if biased:
-            bias = layer.get_base_layer().bias
-            added = sum(layer.lora_B[name].bias.double() * layer.scaling[name] for name in biased)
-            yield _Change(f"{path}.bias", bias, bias.double() + added)
+            yield _Change(f"{path}.bias", layer.get_base_layer().bias, partial(_bias, layer, biased))
 
 
-def _linear(model: PeftModel, path: str, layer: Any, active: list[str]) -> torch.Tensor:
-    """W + sum s B A + side-car; DoRA's rows of W + s B A brought to their magnitudes (arXiv:2402.09353, eq. 5)."""
-    weight: torch.Tensor = layer.get_base_layer().weight.double()
-    after = weight.T if layer.fan_in_fan_out else weight  # [d_out, d_in]
+def _linear(
+    layer: Any, active: list[str], beside: tuple[torch.Tensor, torch.Tensor] | None, wide: torch.Tensor, rows: slice
+) -> torch.Tensor:
+    """Rows [., d_in] of W + sum s B A + side-car; DoRA's of W + s B A brought to their magnitudes (arXiv:2402.09353, eq. 5)."""
+    after = wide.clone()
     for name in active:
-        after = after + layer.lora_B[name].weight.double() @ layer.lora_A[name].weight.double() * layer.scaling[name]
+        b, a = layer.lora_B[name].weight[rows].double(), layer.lora_A[name].weight.double()
+        after.addmm_(b, a, alpha=float(layer.scaling[name]))
         if name in layer.lora_magnitude_vector:
-            magnitude = layer.lora_magnitude_vector[name].weight.double()
-            after = after * (magnitude / torch.linalg.norm(after, dim=1))[:, None]
-    whole = after.T if layer.fan_in_fan_out else after
-    return whole + sidecar_delta(model, path, whole).double()
+            magnitude = layer.lora_magnitude_vector[name].weight[rows].double()
+            after *= (magnitude / torch.linalg.norm(after, dim=1))[:, None]
+    if beside is not None:
+        a, b = beside
+        after.addmm_(b[rows].double(), a.double())
+    return after
 
 
-def _experts(layer: Any, name: str) -> torch.Tensor:
-    """The product s B A of every expert, in the parameter's own shape; see models.experts for how PEFT lays the factors out."""
-    scale = float(layer.scaling[name])
-    a: torch.Tensor = layer.lora_A[name].weight.double()
-    b: torch.Tensor = layer.lora_B[name].weight.double()
-    if layer.get_param().dim() == 2:
-        return b @ a * scale
-    a, b = a.view(layer.num_experts, -1, a.shape[1]), b.view(b.shape[0], -1, layer.num_experts)
-    product = torch.einsum("ore,eri->eoi", b, a) * scale
-    return product if layer._did_swap_in_out_features else product.transpose(1, 2)
+def _bias(layer: Any, active: list[str], wide: torch.Tensor, rows: slice) -> torch.Tensor:
+    after = wide.clone()
+    for name in active:
+        after.add_(layer.lora_B[name].bias[rows].double(), alpha=float(layer.scaling[name]))
+    return after
+
+
+def _experts(layer: Any, active: list[str], wide: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Some experts [., ., .] with s B A of each, or rows of a single matrix; see models.experts for how PEFT lays the factors out."""
+    after = wide.clone()
+    for name in active:
+        scale = float(layer.scaling[name])
+        a: torch.Tensor = layer.lora_A[name].weight.double()
+        b: torch.Tensor = layer.lora_B[name].weight.double()
+        if wide.dim() == 2:
+            after.addmm_(b[rows], a, alpha=scale)
+            continue
+        a, b = a.view(layer.num_experts, -1, a.shape[1])[rows], b.view(b.shape[0], -1, layer.num_experts)[:, :, rows]
+        for expert, one in enumerate(after):
+            product = one if layer._did_swap_in_out_features else one.T
+            product.addmm_(b[:, :, expert], a[expert], alpha=scale)
+    return after

@@ -17,14 +17,13 @@ from fedunlearn.records.adapter import A, B, Tensors
 
 @dataclass(eq=False)
 class _SideCar:
-    """The hook of one LoRA layer. held: adapter name -> (A [R, d_in], B [d_out, R]); active: whose is added. size: (d_in, d_out)."""
+    """The hook of one LoRA layer. held: adapter name -> (A [R, d_in], B [d_out, R]); active: whose is added."""
 
     active: str
-    size: tuple[int, int]
     held: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
-    def __call__(self, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        if self.active not in self.held or getattr(layer, "merged", False):
+    def __call__(self, layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        if self.active not in self.held or layer.merged or layer.disable_adapters:
             return output
         a, b = self.held[self.active]
         return output + F.linear(F.linear(inputs[0].to(a.dtype), a), b).to(output.dtype)
@@ -41,22 +40,23 @@ def put_sidecar(model: PeftModel, tensors: Tensors, name: str) -> None:
     """
     if not tensors and model not in _HOOKS:
         return
-    hooks = _hooks(model)
-    pairs = {module.a.removesuffix(".lora_A.weight"): module for module in modules_of(tensors)}
-    for path, module in pairs.items():
-        _check_fit(hooks.get(path), path, tensors[module.a], tensors[module.b])
-    for path, hook in hooks.items():
+    layers = dict(_lora_layers(model))
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for module in modules_of(tensors):
+        path, a, b = module.a.removesuffix(".lora_A.weight"), tensors[module.a], tensors[module.b]
+        _check_fit(layers.get(path), path, a, b)
+        pairs[path] = (a.float().to(model.device), b.float().to(model.device))
+    for path, hook in _hooks(model).items():
         hook.held.pop(name, None)
         if path in pairs:
-            a, b = tensors[pairs[path].a], tensors[pairs[path].b]
-            hook.held[name] = (a.float().to(model.device), b.float().to(model.device))
+            hook.held[name] = pairs[path]
 
 
-def _check_fit(hook: _SideCar | None, path: str, a: torch.Tensor, b: torch.Tensor) -> None:
+def _check_fit(layer: Any, path: str, a: torch.Tensor, b: torch.Tensor) -> None:
     fault = "the side-car does not fit this model"
-    if hook is None:
+    if layer is None:
         raise UserError(f"{fault}: {path!r} has no LoRA layer (other target modules, or another base)")
-    d_in, d_out = hook.size
+    d_in, d_out = layer.in_features, layer.out_features
     if (a.shape, b.shape) != ((len(a), d_in), (d_out, len(a))):
         raise UserError(
             f"{fault}: {path!r} has factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, this model wants (R, {d_in}) and ({d_out}, R)"
@@ -85,7 +85,7 @@ def _hooks(model: PeftModel) -> dict[str, _SideCar]:
 
 
 def _hooked(layer: Any) -> _SideCar:
-    hook = _SideCar(active=next(iter(layer.active_adapters), ""), size=(layer.in_features, layer.out_features))
+    hook = _SideCar(active=next(iter(layer.active_adapters), ""))
     layer.register_forward_hook(hook)
     return hook
 
@@ -96,9 +96,15 @@ def _lora_layers(model: PeftModel) -> Iterable[tuple[str, Any]]:
 
 def sidecar_delta(model: PeftModel, path: str, like: torch.Tensor) -> torch.Tensor:
     """Gives what the acting side-car adds to the weight of one LoRA layer, B A float32, laid out as that weight is (Conv1D's [d_in, d_out]); zeros where there is none. like: that weight."""
-    hook = _HOOKS.get(model, {}).get(path)
-    if hook is None or hook.active not in hook.held:
+    factors = acting_factors(model, path)
+    if factors is None:
         return torch.zeros_like(like, dtype=torch.float32)
-    a, b = hook.held[hook.active]
+    a, b = factors
     layer: Any = model.get_submodule(path)
     return (b @ a).T if layer.fan_in_fan_out else b @ a
+
+
+def acting_factors(model: PeftModel, path: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Gives A [R, d_in] and B [d_out, R] of the side-car that acts beside one LoRA layer, float32; None where there is none."""
+    hook = _HOOKS.get(model, {}).get(path)
+    return None if hook is None else hook.held.get(hook.active)

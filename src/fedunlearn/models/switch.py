@@ -15,15 +15,14 @@ from transformers import PreTrainedModel
 from fedunlearn.aggregation.factors import side_by_side
 from fedunlearn.errors import UserError, did_you_mean
 from fedunlearn.models.adapter_tensors import ACTIVE, live_tensors, write_tensors
-from fedunlearn.models.lora_config import plain_config
+from fedunlearn.models.lora_config import check_understood, plain_config
 from fedunlearn.models.merge import is_merged
+from fedunlearn.models.rollback import rolled_back
 from fedunlearn.models.saved_modules import widen_saved
 from fedunlearn.models.sidecar import put_sidecar, use_sidecar
 from fedunlearn.records.adapter import Adapter, B, Tensors
 
 NAME = re.compile(r"[A-Za-z][\w-]*")
-KEEPS_BASE = (None, True, False, "gaussian", "orthogonal")
-"""init_lora_weights that leave the base as it is; PEFT would rewrite it again when it makes the layers."""
 TOGETHER = "several together"
 """The side-car of several adapters at once; no adapter's name has a space."""
 
@@ -43,28 +42,31 @@ _HELD: "WeakKeyDictionary[PeftModel, _Held]" = WeakKeyDictionary()
 def put_adapter(model: PreTrainedModel | PeftModel, adapter: Adapter, name: str = ACTIVE) -> PeftModel:
     """Puts an adapter under a name onto a base, or beside those that are there; the first one acts from now on, another when switched to.
 
-    It is frozen, float32. Base, global random state and the other adapters stay as they are. Raises UserError, with the model as it was, for a
-    name that is taken, an adapter that is no LoRA or rewrites the base, and tensors that do not fit.
+    It is frozen, float32; a first one's model is in eval mode. Base, global random state and the other adapters stay as they are, trainable ones too.
+    Raises UserError, with the model as it was, for a name that is taken, an adapter that is not understood, and tensors that do not fit.
     """
     first = not isinstance(model, PeftModel)
     _check_name(model, name)
     config = _config(adapter)
     if not first:
         _check_beside(model, config)
-    made = _attached(model, config, name)
-    widen_saved(made, name)
-    try:
+    known, training = set(model.modules()), model.training
+    with rolled_back(model):
+        made = _attached(model, config, name)
+        widen_saved(made, name)
         write_tensors(made, adapter.tensors, name)
         put_sidecar(made, adapter.sidecar, name)
-    except BaseException:
-        made.unload() if first else made.delete_adapter(name)
-        raise
     held = _HELD.setdefault(made, _Held(dict.fromkeys(made.active_adapters, 1.0)))
     held.origins[name] = Adapter({}, adapter.peft_config, adapter.base_fingerprint)
     if adapter.sidecar:
         held.sidecars[name] = adapter.sidecar
-    switch_to(made, held.weights)
-    made.eval()
+    if first:
+        switch_to(made, held.weights)
+        made.eval()
+        return made
+    _switch_sidecars(made, held, held.weights)
+    for module in set(made.modules()) - known:
+        module.training = training
     return made
 
 
@@ -150,18 +152,9 @@ def _check_name(model: nn.Module, name: str) -> None:
 
 def _config(adapter: Adapter) -> PeftConfig:
     """PEFT's config for layers whose values are written afterwards."""
-    known = dict(adapter.peft_config)
-    if known.get("peft_type") != "LORA":
-        raise UserError(
-            f"the adapter's peft_type={known.get('peft_type')!r} is not LORA: only LoRA adapters are understood"
-        )
-    if known.get("init_lora_weights") not in KEEPS_BASE:
-        raise UserError(
-            f"the adapter's init_lora_weights={known['init_lora_weights']!r} belongs on a changed base: export it first as the difference to the original "
-            "(PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
-        )
+    check_understood(adapter)
     try:
-        config = PeftConfig.from_peft_type(**{**known, "init_lora_weights": True, "inference_mode": True})
+        config = PeftConfig.from_peft_type(**{**adapter.peft_config, "init_lora_weights": True, "inference_mode": True})
     except (TypeError, ValueError) as error:
         raise UserError(
             f"adapter_config.json is not understood by this PEFT ({error}): save the adapter again with this version"
@@ -189,9 +182,7 @@ def _attached(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str)
                 return made
             model.add_adapter(name, config)
             return model
-    except (ValueError, KeyError, TypeError) as error:
-        if not isinstance(model, PeftModel) and hasattr(model, "peft_config"):
-            del model.peft_config
+    except (ValueError, KeyError, TypeError, re.error) as error:
         raise UserError(f"adapter {name!r} does not fit this base: {error}") from error
 
 

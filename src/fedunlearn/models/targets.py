@@ -50,8 +50,10 @@ def find_targets(base: nn.Module, config: LoraConfig, at: str = AT) -> Targets:
     """Gives what the config's names mean in a base (its weights may be on the meta device); a base that has an adapter already is none.
 
     at: how messages call the config. Raises UserError, all faults at once, for a word that matches nothing, something that is no linear
-    layer, a router, an embedding or a head tied to it, a part of fused experts, a filter that does nothing, and filters that leave nothing.
+    layer, a router, an embedding or a head tied to it, a part of fused experts, a filter that does nothing, and filters that leave nothing; before these
+    for a text that is no regular expression.
     """
+    _check_patterns(config, at)
     layers = layers_of(base)
     words = _words(config.target_modules)
     hits = [_hit(layers, word, isinstance(config.target_modules, str), at) for word in words]
@@ -82,13 +84,34 @@ def with_targets(config: LoraConfig, found: Targets) -> LoraConfig:
 
 
 def matches(name: str, target: str, is_pattern: bool) -> bool:
-    """PEFT's rule: a text is a pattern for the whole name, an entry of a list is a name or its end. Raises UserError for a text that is none."""
+    """PEFT's rule: a text is a pattern for the whole name, an entry of a list is a name or its end."""
     if not is_pattern:
         return name == target or name.endswith(f".{target}")
-    try:
-        return re.fullmatch(target, name) is not None
-    except re.error as error:
-        raise UserError(f"{AT}target_modules={target!r} is no regular expression ({error})") from error
+    return re.fullmatch(target, name) is not None
+
+
+def _check_patterns(config: LoraConfig, at: str) -> None:
+    texts = {key: getattr(config, key) for key in ("target_modules", "exclude_modules")}
+    said = [(key, text, text) for key, text in texts.items() if isinstance(text, str)]
+    said += [("layers_pattern", word, _numbered(word)) for word in _words(config.layers_pattern)]
+    faults = []
+    for key, text, whole in said:
+        try:
+            groups = re.compile(whole).groups
+        except re.error as error:
+            faults.append(f"{at}{key}={text!r} is no regular expression ({error})")
+            continue
+        if key == "layers_pattern" and groups > 1:
+            faults.append(
+                f"{at}{key}={text!r} has a group, which PEFT would read the layer's number from: write (?:...) for (...)"
+            )
+    if faults:
+        raise UserError(*faults)
+
+
+def _numbered(pattern: str) -> str:
+    """What PEFT makes of an entry of layers_pattern: its one group is the layer's number."""
+    return rf"(?:^|.*?\.){pattern}\.(\d+)\."
 
 
 def _words(targets: Collection[str] | str | None) -> tuple[str, ...]:
@@ -198,7 +221,7 @@ def _excluding(words: Collection[str] | str | None, modules: frozenset[str]) -> 
 def _layer_of(name: str, patterns: Collection[str] | str | None) -> int | None:
     """A layer's number as PEFT reads it: the first one behind any name, or behind one of layers_pattern."""
     listed = [patterns] if isinstance(patterns, str) else list(patterns or ())
-    tried = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in listed] or [r".*?\.[^.]*\.(\d+)\."]
+    tried = [_numbered(pattern) for pattern in listed] or [r".*?\.[^.]*\.(\d+)\."]
     found = next((hit for pattern in tried if (hit := re.match(pattern, name))), None)
     return None if found is None else int(found[1])
 

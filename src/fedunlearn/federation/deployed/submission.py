@@ -19,7 +19,7 @@ from fedunlearn.models.lora_config import WHAT, WHERE
 from fedunlearn.models.source import resolve_source
 
 MODEL = "pretrained_model_name_or_path"
-OF_THE_ADAPTER = tuple(key for key in (*WHERE, *WHAT) if key not in ("init_lora_weights", "task_type"))
+OF_THE_ADAPTER = tuple(key for key in (*WHERE, *WHAT) if key != "init_lora_weights")
 """What nodes are told of the run's adapter in place of the yaml's: all that decides which tensors there are, and how they act."""
 
 
