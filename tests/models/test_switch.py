@@ -2,6 +2,8 @@
 
 import gc
 import tracemalloc
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from helpers_models import some_logits
 from fedunlearn.aggregation.factors import modules_of, scales_of
 from fedunlearn.errors import UserError
 from fedunlearn.models.merge import merge
-from fedunlearn.models.switch import acting, origin_of, put_adapter, remove_adapter, switch_to
+from fedunlearn.models.switch import acting, hold_sidecar, origin_of, put_adapter, remove_adapter, switch_to
 from fedunlearn.records.adapter import Adapter
 
 
@@ -117,6 +119,24 @@ def test_beside_an_adapter_in_training_another_comes_frozen_and_the_training_goe
     assert {module.training for module in model.modules()} == {training}
     assert acting(model) == {"default": 1.0}
     assert torch.equal(some_logits(model), alone("llama", adapter_of("llama", target_modules=["q_proj"])))
+
+
+def test_a_side_car_is_held_once_and_a_changed_one_acts_with_its_adapter_s_weight():
+    first, second = adapter_of("llama", 1, sidecar=(2,)), adapter_of("llama", 2, sidecar=(3,))
+    model, wanted = put_adapter(base_of("llama"), first), put_adapter(base_of("llama"), first)
+    switch_to(model, {"default": 2.0})
+    before = some_logits(model)
+    hold_sidecar(model, "default", second.sidecar)
+    hold_sidecar(wanted, "default", second.sidecar)
+    switch_to(wanted, {"default": 2.0})
+    assert apart(some_logits(model), before) > 0.01
+    assert torch.equal(some_logits(model), some_logits(wanted))
+    assert origin_of(model, "default") == replace(first, sidecar=second.sidecar)
+    remove = list(first.sidecar.values())
+    kept = [weakref.ref(tensor) for tensor in remove]
+    del first, remove
+    gc.collect()
+    assert not any(ref() is not None for ref in kept)
 
 
 def test_beside_several_that_act_together_another_changes_nothing():

@@ -1,7 +1,10 @@
 """An adapter's tensors in and out of a model, under the names that they travel by."""
 
+from typing import Any
+
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
@@ -11,6 +14,11 @@ from fedunlearn.models.experts import expert_views
 from fedunlearn.records.adapter import Tensors
 
 ACTIVE = "default"
+
+
+def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Gives every LoRA layer with its path, in the model's order; nested wrappers of fused experts one each."""
+    return [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LoraLayer)]
 
 
 def live_tensors(model: PeftModel, name: str = ACTIVE) -> dict[str, torch.Tensor]:

@@ -4,20 +4,18 @@ PiSSA (Meng et al. 2024, arXiv:2404.02948) and OLoRA (Bueyuekakyuez 2024, arXiv:
 side-car, and the base stays as it is stored. DoRA's magnitudes (Liu et al. 2024, arXiv:2402.09353) are the norms of the base's rows.
 """
 
-from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 
 from fedunlearn.aggregation.factors import Module, fresh_a, modules_of
 from fedunlearn.errors import UserError
 from fedunlearn.models.adalora import drawn_triplets
-from fedunlearn.models.adapter_tensors import ACTIVE, live_tensors
+from fedunlearn.models.adapter_tensors import ACTIVE, live_tensors, lora_layers
 from fedunlearn.models.base_biases import stored_biases
 from fedunlearn.models.saved_modules import stored_values
 from fedunlearn.records.adapter import Tensors
@@ -62,17 +60,13 @@ def draw_fresh(model: PeftModel, seed: int, initial: bool | str = True) -> Tenso
 def _plain(model: PeftModel) -> dict[str, torch.Tensor]:
     """The fresh values of all tensors that are no factors."""
     plain = {**stored_values(model), **stored_biases(model)}
-    for path, layer in _layers(model):
+    for path, layer in lora_layers(model):
         if ACTIVE in layer.lora_magnitude_vector:
             plain[path + MAGNITUDE] = torch.linalg.norm(_weight(layer), dim=1)
         bias = getattr(dict(layer.lora_B.items()).get(ACTIVE), "bias", None)  # AdaLoRA's B is no module
         if bias is not None:
             plain[path + LORA_BIAS] = torch.zeros_like(bias)
     return plain
-
-
-def _layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
-    return ((path, layer) for path, layer in model.named_modules() if isinstance(layer, LoraLayer))
 
 
 def _weight(layer: Any) -> torch.Tensor:
@@ -129,7 +123,7 @@ def _of_base(model: PeftModel, initial: str, seed: int, modules: tuple[Module, .
 
 
 def _found(model: PeftModel, initial: str, seed: int, modules: tuple[Module, ...]) -> tuple[Tensors, Tensors]:
-    layers = dict(_layers(model))
+    layers = dict(lora_layers(model))
     pairs: dict[str, torch.Tensor] = {}
     sidecar: dict[str, torch.Tensor] = {}
     for module in modules:

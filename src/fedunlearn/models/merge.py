@@ -11,12 +11,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear, ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from fedunlearn.errors import UserError
+from fedunlearn.models.adapter_tensors import lora_layers
 from fedunlearn.models.saved_modules import narrow_saved
 from fedunlearn.models.sidecar import acting_factors
 
@@ -105,7 +105,7 @@ def merge(model: PeftModel, keep_on: torch.device | str | None = None) -> CastLo
     except BaseException:
         _put_back(merged)
         raise
-    for _, layer in _layers(model):
+    for _, layer in lora_layers(model):
         layer.merged_adapters = list(layer.active_adapters)
         merged.layers.append(layer)
     _MERGED[model] = merged
@@ -169,13 +169,9 @@ def _stored(change: _Change, dtype: torch.dtype, tally: _Tally) -> torch.Tensor:
     return stored
 
 
-def _layers(model: PeftModel) -> list[tuple[str, Any]]:
-    return [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LoraLayer)]
-
-
 def _check(model: PeftModel) -> None:
     """Raises UserError naming everything that stands against merging."""
-    layers = _layers(model)
+    layers = lora_layers(model)
     if any(layer.merged for _, layer in layers):
         raise UserError("the model is merged already: unmerge it first")
     words = model.get_input_embeddings()
@@ -207,7 +203,7 @@ def _target(layer: Any) -> nn.Parameter:
 
 
 def _changes(model: PeftModel) -> Iterator[_Change]:
-    for path, layer in _layers(model):
+    for path, layer in lora_layers(model):
         active = [name for name in layer.active_adapters if name in layer.lora_A]
         weight = _target(layer)
         if isinstance(layer, ParamWrapper):

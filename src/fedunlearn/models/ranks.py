@@ -2,15 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from fedunlearn.models.adapter_tensors import ACTIVE, live_tensors
+from fedunlearn.models.adapter_tensors import ACTIVE, live_tensors, lora_layers
 from fedunlearn.models.lora import REFERENCE
 from fedunlearn.records.adapter import A, B, Tensors
 from fedunlearn.records.shape import ClientShape
@@ -53,7 +51,7 @@ def _cut(name: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:
 @contextmanager
 def scaled_for(model: PeftModel, shape: ClientShape | None) -> Iterator[None]:
     """Inside the block the adapter (and the reference's) acts with the client's scale; None: with its own."""
-    before = {layer: dict(layer.scaling) for layer in _layers(model)}
+    before = {layer: dict(layer.scaling) for _, layer in lora_layers(model)}
     try:
         for layer in before if shape is not None else ():
             _set(layer.scaling, shape)
@@ -69,10 +67,6 @@ def _set(scaling: dict[str, float], shape: ClientShape | None) -> None:
             scaling[name] = shape.scale
 
 
-def _layers(model: PeftModel) -> list[Any]:
-    return [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
-
-
 def module_scales(model: PeftModel) -> Mapping[str, float]:
     """Gives the scale of every LoRA layer by its path in the base, as aggregation.factors names modules."""
     return {path.removeprefix("base_model.model."): scale for path, scale in scales_in(model).items()}
@@ -80,4 +74,4 @@ def module_scales(model: PeftModel) -> Mapping[str, float]:
 
 def scales_in(model: nn.Module) -> Mapping[str, float]:
     """Gives the scale of every LoRA layer by its path, as it acts now."""
-    return {path: float(layer.scaling[ACTIVE]) for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    return {path: float(layer.scaling[ACTIVE]) for path, layer in lora_layers(model)}

@@ -1,6 +1,5 @@
 """The side-car: frozen factors of their own rank beside each LoRA layer, added to its output; base and trainable factors stay as they are."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -8,10 +7,10 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 
 from fedunlearn.aggregation.factors import modules_of
 from fedunlearn.errors import UserError
+from fedunlearn.models.adapter_tensors import lora_layers
 from fedunlearn.records.adapter import A, B, Tensors
 
 
@@ -40,7 +39,7 @@ def put_sidecar(model: PeftModel, tensors: Tensors, name: str) -> None:
     """
     if not tensors and model not in _HOOKS:
         return
-    layers = dict(_lora_layers(model))
+    layers = dict(lora_layers(model))
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for module in modules_of(tensors):
         path, a, b = module.a.removesuffix(".lora_A.weight"), tensors[module.a], tensors[module.b]
@@ -78,7 +77,7 @@ def use_sidecar(model: PeftModel, name: str) -> None:
 
 def _hooks(model: PeftModel) -> dict[str, _SideCar]:
     hooks = _HOOKS.setdefault(model, {})
-    for path, layer in _lora_layers(model):
+    for path, layer in lora_layers(model):
         if path not in hooks:  # an adapter that came later may have layers of its own
             hooks[path] = _hooked(layer)
     return hooks
@@ -88,10 +87,6 @@ def _hooked(layer: Any) -> _SideCar:
     hook = _SideCar(active=next(iter(layer.active_adapters), ""))
     layer.register_forward_hook(hook)
     return hook
-
-
-def _lora_layers(model: PeftModel) -> Iterable[tuple[str, Any]]:
-    return ((path, layer) for path, layer in model.named_modules() if isinstance(layer, LoraLayer))
 
 
 def sidecar_delta(model: PeftModel, path: str, like: torch.Tensor) -> torch.Tensor:

@@ -8,18 +8,17 @@ from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from fedunlearn.aggregation.factors import side_by_side
 from fedunlearn.errors import UserError, did_you_mean
-from fedunlearn.models.adapter_tensors import ACTIVE, live_tensors, write_tensors
+from fedunlearn.models.adapter_tensors import ACTIVE, live_tensors, lora_layers, write_tensors
 from fedunlearn.models.lora_config import check_understood, plain_config
 from fedunlearn.models.merge import is_merged
 from fedunlearn.models.rollback import rolled_back
 from fedunlearn.models.saved_modules import widen_saved
-from fedunlearn.models.sidecar import put_sidecar, use_sidecar
+from fedunlearn.models.sidecar import held_sidecar, put_sidecar, use_sidecar
 from fedunlearn.records.adapter import Adapter, B, Tensors
 
 NAME = re.compile(r"[A-Za-z][\w-]*")
@@ -29,10 +28,9 @@ TOGETHER = "several together"
 
 @dataclass(eq=False)
 class _Held:
-    """sidecars: of each adapter that has one. weights: of those that act. adapters: what each is, without its numbers."""
+    """weights: of the adapters that act. origins: what each is, without its numbers."""
 
     weights: dict[str, float]
-    sidecars: dict[str, Tensors] = field(default_factory=dict)
     origins: dict[str, Adapter] = field(default_factory=dict)
 
 
@@ -58,13 +56,11 @@ def put_adapter(model: PreTrainedModel | PeftModel, adapter: Adapter, name: str 
         put_sidecar(made, adapter.sidecar, name)
     held = _HELD.setdefault(made, _Held(dict.fromkeys(made.active_adapters, 1.0)))
     held.origins[name] = Adapter({}, adapter.peft_config, adapter.base_fingerprint)
-    if adapter.sidecar:
-        held.sidecars[name] = adapter.sidecar
     if first:
         switch_to(made, held.weights)
         made.eval()
         return made
-    _switch_sidecars(made, held, held.weights)
+    _switch_sidecars(made, held.weights)
     for module in set(made.modules()) - known:
         module.training = training
     return made
@@ -72,12 +68,9 @@ def put_adapter(model: PreTrainedModel | PeftModel, adapter: Adapter, name: str 
 
 def hold_sidecar(model: PeftModel, name: str, sidecar: Tensors) -> None:
     """Gives an adapter that is there this side-car; empty: none. Raises UserError where it is not there, or the side-car does not fit."""
-    held = _held(model)
     _check_known(model, [name])
     put_sidecar(model, sidecar, name)
-    held.sidecars.pop(name, None)
-    if sidecar:
-        held.sidecars[name] = sidecar
+    _switch_sidecars(model, acting(model))
 
 
 def remove_adapter(model: PeftModel, name: str) -> None:
@@ -88,7 +81,6 @@ def remove_adapter(model: PeftModel, name: str) -> None:
         raise UserError(f"adapter {name!r} acts: switch to another before it is removed")
     put_sidecar(model, {}, name)
     model.delete_adapter(name)
-    held.sidecars.pop(name, None)
     held.origins.pop(name, None)
 
 
@@ -105,10 +97,10 @@ def switch_to(model: PeftModel, weights: Mapping[str, float]) -> None:
     _check_sum(model, weights)
     model.base_model.set_adapter(list(weights), inference_mode=True)
     model.active_adapter = next(iter(weights))
-    for layer in (layer for layer in model.modules() if isinstance(layer, LoraLayer)):
+    for _, layer in lora_layers(model):
         for name in layer.lora_A:
             layer.set_scale(name, weights.get(name, 1.0))
-    _switch_sidecars(model, held, weights)
+    _switch_sidecars(model, weights)
     held.weights = dict(weights)
 
 
@@ -134,7 +126,8 @@ def origin_of(model: PeftModel, name: str) -> Adapter:
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, tensor in live_tensors(model, name).items()
     }
-    return Adapter(live, known.peft_config, known.base_fingerprint, held.sidecars.get(name, {}))
+    sidecar = {key: tensor.cpu().clone() for key, tensor in held_sidecar(model, name).items()}
+    return Adapter(live, known.peft_config, known.base_fingerprint, sidecar)
 
 
 def _held(model: PeftModel) -> _Held:
@@ -212,21 +205,20 @@ def _check_sum(model: PeftModel, weights: Mapping[str, float]) -> None:
         raise UserError(*faults)
 
 
-def _switch_sidecars(model: PeftModel, held: _Held, weights: Mapping[str, float]) -> None:
-    if not held.sidecars:
-        return
+def _switch_sidecars(model: PeftModel, weights: Mapping[str, float]) -> None:
     (first, weight), several = next(iter(weights.items())), len(weights) > 1
-    together = {} if not several and weight == 1.0 else _together(held.sidecars, weights)
+    together = {} if not several and weight == 1.0 else _together(model, weights)
     put_sidecar(model, together, TOGETHER)
     use_sidecar(model, TOGETHER if together else first)
 
 
-def _together(sidecars: Mapping[str, Tensors], weights: Mapping[str, float]) -> dict[str, torch.Tensor]:
+def _together(model: PeftModel, weights: Mapping[str, float]) -> dict[str, torch.Tensor]:
     """The side-cars of several adapters as one, each times its weight."""
     blocks: dict[str, list[Tensors]] = {}
     for name, weight in weights.items():
-        for key, tensor in sidecars.get(name, {}).items():
+        sidecar = held_sidecar(model, name)
+        for key, tensor in sidecar.items():
             if key.endswith(B):
                 a = key.removesuffix(B) + ".lora_A.weight"
-                blocks.setdefault(key, []).append({a: sidecars[name][a], key: tensor * weight})
+                blocks.setdefault(key, []).append({a: sidecar[a], key: tensor * weight})
     return {key: tensor for parts in blocks.values() for key, tensor in side_by_side(parts).items()}
