@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForCausalLM
 
 from fedunlearn.errors import UserError
-from fedunlearn.models.adapter_files import CONFIG, PROOF, WEIGHTS, Probe, load_adapter, save_adapter
+from fedunlearn.models.adapter_files import CONFIG, PROOF, WEIGHTS, Probe, load_adapter, read_folder, save_adapter
 from fedunlearn.models.fingerprint import fingerprint_base
 from fedunlearn.models.lora_config import lora_config_of, plain_config
 from fedunlearn.records.adapter import Adapter, hash_tensors
@@ -32,13 +32,13 @@ def test_what_is_saved_comes_back(tmp_path):
     probe = Probe(dtype="torch.float32", logits=((1.5, -2.25), (0.1, 3.0)))
     adapter = Adapter({"b": torch.randn(3, 2), "a": torch.randn(2).bfloat16()}, {"r": 2, "list": ["x"]}, "print")
     save_adapter(tmp_path / "adapter", adapter, probe)
-    assert load_adapter(tmp_path / "adapter") == (adapter, probe)
+    assert read_folder(tmp_path / "adapter") == (adapter, probe)
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [CONFIG, WEIGHTS, PROOF]
 
 
 def test_an_adapter_saved_without_probe_has_none(tmp_path):
     save_adapter(tmp_path, Adapter({"a": torch.ones(1)}, {}, None))
-    adapter, probe = load_adapter(tmp_path)
+    adapter, probe = read_folder(tmp_path)
     assert probe is None
     assert adapter.base_fingerprint is None
 
