@@ -71,7 +71,9 @@ def _config(named: OnBase) -> Check:
     """read_folder has compared them by now."""
     proven = proves_config(named.folder)
     said = (
-        f"{CONFIG} says what was saved" if proven else f"no hash of {CONFIG}: the folder is foreign, or of an earlier version"
+        f"{CONFIG} says what was saved"
+        if proven
+        else f"no hash of {CONFIG}: the folder is foreign, or of an earlier version"
     )
     return Check(name="config", holds=True if proven else None, said=said)
 

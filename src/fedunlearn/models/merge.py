@@ -163,7 +163,7 @@ def _check(model: PeftModel) -> None:
         raise UserError("the model is merged already: unmerge it first")
     words = model.get_input_embeddings()
     tied = None if words is None else words.weight
-    faults, bare = list[str](), list[str]()
+    faults, bare = list[str](), dict[str, str]()
     for path, layer in layers:
         weight, kind = _target(layer), type(layer.get_base_layer()).__name__
         if (
@@ -179,10 +179,10 @@ def _check(model: PeftModel) -> None:
                 f"{path}: its weight is the embedding's too, which merging would change: leave it out of target_modules"
             )
         elif any(layer.lora_bias.get(name) for name in layer.active_adapters) and layer.get_base_layer().bias is None:
-            bare.append(path)
+            bare[path] = kind
     if bare:
         faults.append(
-            f"lora_bias=true, but {len(bare)} of its layers have no bias to merge it into (first: {bare[0]}): load the adapter beside its base, or train without lora_bias"
+            f"lora_bias=true, but {' and '.join(sorted(set(bare.values())))} has no bias to merge it into ({len(bare)} layers, first: {next(iter(bare))}): load the adapter beside its base, or train without lora_bias"
         )
     if faults:
         raise UserError(*faults)
