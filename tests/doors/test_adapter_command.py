@@ -193,7 +193,9 @@ class TestMergeRefused:
         assert "does not fit this base" in self.refused(tmp_path, tmp_path / "adapter")
         wide = own("llama", bases["llama"])
         save_adapter(tmp_path / "wide", Adapter(wide.tensors, {**wide.peft_config, "r": 8}, wide.base_fingerprint))
-        assert "this model wants" in self.refused(tmp_path, tmp_path / "wide")
+        assert "has rank 4 (14 pairs do not fit), and adapter_config.json has r=8" in self.refused(
+            tmp_path, tmp_path / "wide"
+        )
 
     def test_a_folder_that_exists_or_is_no_adapter(self, bases, adapters, tmp_path):
         assert "is a full model, no adapter" in self.refused(tmp_path, bases["llama"])
@@ -210,7 +212,7 @@ class TestMergeRefused:
     def test_numbers_that_are_not_finite(self, bases, tmp_path):
         one = own("llama", bases["llama"])
         save_adapter(tmp_path / "odd", one.replace({n: t * float("inf") for n, t in one.tensors.items()}))
-        assert "it is not finite" in self.refused(tmp_path, tmp_path / "odd")
+        assert "holds NaN or infinity (28 of 28 tensors)" in self.refused(tmp_path, tmp_path / "odd")
 
     @pytest.mark.parametrize(("name", "text"), [(RECORD, "{"), (RECORD, "[]"), (RECORD, "{}")])
     def test_a_damaged_record(self, adapters, tmp_path, name, text):
@@ -303,7 +305,9 @@ class TestVerify:
         said = told("verify", adapters[kind][0])
         assert {check["name"]: check["holds"] for check in said["checks"]} == {
             "hash": True,
+            "config": True,
             "base fingerprint": True,
+            "form": True,
             "finite": True,
             "acts": True,
             "loads in plain PEFT": True,
@@ -316,7 +320,7 @@ class TestVerify:
         save_adapter(tmp_path / "zero", zero)
         (tmp_path / "zero" / "fedunlearn.json").unlink()
         said = {check["name"]: check["holds"] for check in told("verify", tmp_path / "zero")["checks"]}
-        assert (said["hash"], said["base fingerprint"], said["acts"]) == (None, None, None)
+        assert (said["hash"], said["config"], said["base fingerprint"], said["acts"]) == (None, None, None, None)
         assert said["logits in plain PEFT"] is True
 
     def test_a_tensor_that_is_not_finite(self, bases, tmp_path, capsys):
@@ -324,7 +328,7 @@ class TestVerify:
         save_adapter(
             tmp_path / "odd", one.replace({n: t * float("nan") if "lora_B" in n else t for n, t in one.tensors.items()})
         )
-        with pytest.raises(UserError, match=r"finite: .*lora_B.* holds NaN or infinity \(14 tensors do\)"):
+        with pytest.raises(UserError, match=r"finite: .*lora_B.* holds NaN or infinity \(14 of 28 tensors\)"):
             call("verify", tmp_path / "odd")
         assert "NO" in capsys.readouterr().out
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedunlearn.aggregation.arithmetic import Apart, added, apart, config_differences, pooled, scaled
-from fedunlearn.doors.adapter_named import BaseArgs, new_folder, on_base, read_adapter
+from fedunlearn.doors.adapter_named import BaseArgs, check_own_base, new_folder, on_base, read_adapter
 from fedunlearn.errors import UserError
 from fedunlearn.models.adapter_files import save_adapter
 from fedunlearn.models.fingerprint import fingerprint_base
+from fedunlearn.models.soundness import not_finite
 from fedunlearn.records.adapter import A, Adapter
 
 
@@ -26,13 +27,17 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """An adapter that was written. error: what a truncation lost, over the norm of the exact sum; None where nothing was truncated. rank: its largest."""
+    """An adapter that was written. error: what a truncation lost, over the norm of the exact sum; None where nothing was truncated. rank: its largest.
+
+    zero: every B, and whatever else acts, is zero: it changes nothing of the base.
+    """
 
     folder: str
     rank: int
     parameters: int
     tensor_hash: str
     error: float | None = None
+    zero: bool = False
 
 
 def tell_difference(first: Path, second: Path) -> Difference:
@@ -54,26 +59,49 @@ def add_into_folder(adapters: Sequence[Path], weights: Sequence[float] | None, r
     """Writes the weighted sum of adapters. weights: None for 1 each. rank: None for the exact product."""
     place = new_folder(to)
     _check_rank(rank)
-    found = added([read_adapter(path)[1] for path in adapters], weights or [1.0] * len(adapters), rank)
+    parts = [_own(path) for path in adapters]
+    shares = weights or [1.0] * len(parts)
+    whole = added(parts, shares)
+    _check_finite(whole.adapter, f"--weights {' '.join(f'{share:g}' for share in shares)}: the sum")
+    found = whole if rank is None else added(parts, shares, rank)
     return _write(place, found.adapter, None if rank is None else found.error)
 
 
 def scale_into_folder(adapter: Path, factor: float, to: Path) -> Written:
     """Writes a multiple of an adapter."""
     place = new_folder(to)
-    return _write(place, scaled(read_adapter(adapter)[1], factor))
+    found = scaled(_own(adapter), factor)
+    _check_finite(found, f"--by {factor:g}: the product")
+    return _write(place, found)
 
 
 def export_into_folder(adapter: Path, rank: int | None, to: Path, args: BaseArgs) -> Written:
     """Writes an adapter (a run's, a round's with its side-car, a foreign one) as one PEFT folder that carries its base's fingerprint; rank: its best approximation."""
     _check_rank(rank)
     place, named = new_folder(to), on_base(adapter, args)
+    check_own_base(named.adapter, adapter)
     known = {**named.adapter.peft_config, "base_model_name_or_path": named.base_name}
     whole = Adapter(named.adapter.tensors, known, fingerprint_base(named.base))
     if rank is None:
         return _write(place, whole)
     found = added([whole], [1.0], rank)
+    _check_finite(found.adapter, f"--rank {rank}: with its scale in the factors the adapter")
     return _write(place, found.adapter, found.error)
+
+
+def _own(path: Path) -> Adapter:
+    """An adapter of which there are sums and multiples."""
+    found = read_adapter(path)[1]
+    check_own_base(found, path)
+    return found
+
+
+def _check_finite(adapter: Adapter, made: str) -> None:
+    odd = not_finite(adapter.tensors)
+    if odd:
+        raise UserError(
+            f"{made} is too large for {adapter.tensors[odd[0]].dtype} ({odd[0]} and {len(odd) - 1} tensors more would hold infinity): nothing was written; choose smaller numbers"
+        )
 
 
 def _check_rank(rank: int | None) -> None:
@@ -89,4 +117,5 @@ def _write(place: Path, adapter: Adapter, error: float | None = None) -> Written
         parameters=sum(t.numel() for t in adapter.tensors.values()),
         tensor_hash=adapter.tensor_hash,
         error=error,
+        zero=not any(bool(t.any()) for name, t in adapter.tensors.items() if not name.endswith(A)),
     )

@@ -10,17 +10,16 @@ from transformers import PreTrainedModel
 
 from fedunlearn.config.model import Dtype, ModelArgs
 from fedunlearn.errors import UserError
-from fedunlearn.models.adapter_files import load_adapter
+from fedunlearn.models.adapter_files import load_adapter, read_folder
 from fedunlearn.models.base import load_base
 from fedunlearn.models.belongs import check_belongs
 from fedunlearn.models.export import export
-from fedunlearn.models.source import adapter_folder, base_of_adapter, find_base
+from fedunlearn.models.source import FACTORS, adapter_folder, base_of_adapter, find_base
+from fedunlearn.models.switch import KEEPS_BASE
 from fedunlearn.records.adapter import Adapter
 
 Device = Literal["auto", "cpu", "cuda"]
 PROBE_ROWS, PROBE_LENGTH = 2, 12
-FACTORS = "factors"
-"""The folder that a round has in place of adapter/ where a side-car lies beside its factors (federation.checkpoint)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +42,11 @@ class BaseArgs:
     device: Device = "cpu"
 
 
-def read_adapter(path: Path) -> tuple[Path, Adapter]:
-    """Reads a PEFT folder, a run's result, or one of its rounds; a round with a side-car is given as one stack. Raises UserError for what is none."""
+def read_adapter(path: Path, sound: bool = True) -> tuple[Path, Adapter]:
+    """Reads a PEFT folder, a run's result, or one of its rounds; a round with a side-car is given as one stack.
+
+    sound: what no adapter can be (models.soundness) is refused too. Raises UserError for what is none.
+    """
     place = path.expanduser()
     if (place / FACTORS / "adapter_config.json").is_file():
         return place, _stacked_round(place)
@@ -53,7 +55,7 @@ def read_adapter(path: Path) -> tuple[Path, Adapter]:
         raise UserError(
             f"adapter={str(path)!r} is a full model, no adapter: name a PEFT folder, a run's folder or one of its rounds"
         )
-    return folder, load_adapter(folder)[0]
+    return folder, (load_adapter if sound else read_folder)(folder)[0]
 
 
 def _stacked_round(place: Path) -> Adapter:
@@ -65,9 +67,9 @@ def _stacked_round(place: Path) -> Adapter:
     return export(Adapter(own.tensors, own.peft_config, own.base_fingerprint, beside), "exact")[0]
 
 
-def on_base(path: Path, args: BaseArgs) -> OnBase:
-    """Reads an adapter and finds its base. Raises UserError where the base is another, or cannot be found."""
-    folder, adapter = read_adapter(path)
+def on_base(path: Path, args: BaseArgs, sound: bool = True) -> OnBase:
+    """Reads an adapter and finds its base. sound: see read_adapter. Raises UserError where the base is another, or cannot be found."""
+    folder, adapter = read_adapter(path, sound)
     named = _named_base(folder, adapter)
     base_name = args.base or named
     base = find_base(
@@ -81,6 +83,16 @@ def on_base(path: Path, args: BaseArgs) -> OnBase:
 def _named_base(folder: Path, adapter: Adapter) -> str:
     named = adapter.peft_config.get("base_model_name_or_path")
     return str(named) if named else base_of_adapter(folder)
+
+
+def check_own_base(adapter: Adapter, path: Path) -> None:
+    """Raises UserError for an adapter that was trained on a base that its initialisation had changed: its product belongs to weights that nobody has."""
+    initial = adapter.peft_config.get("init_lora_weights")
+    if initial not in KEEPS_BASE:
+        raise UserError(
+            f"adapter={str(path)!r}: init_lora_weights={initial!r} belongs on a changed base: export it first as the difference to the original "
+            "(PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+        )
 
 
 def new_folder(path: Path) -> Path:

@@ -51,7 +51,10 @@ def _(found: Unmerged) -> None:
 @show.register
 def _(found: Written) -> None:
     lost = "" if found.error is None else f"; {found.error:.2e} of the exact product was cut off"
-    _say(f"{found.folder}: rank {found.rank}, {found.parameters:,} parameters, hash {found.tensor_hash}{lost}")
+    nothing = ["it is zero: it changes nothing of the base"] if found.zero else []
+    _say(
+        f"{found.folder}: rank {found.rank}, {found.parameters:,} parameters, hash {found.tensor_hash}{lost}", *nothing
+    )
 
 
 @show.register

@@ -7,10 +7,10 @@ from transformers import AutoConfig, PretrainedConfig
 
 from fedunlearn.config.lora import LoraArgs
 from fedunlearn.data.pocket.named import named_pocket
-from fedunlearn.doors.adapter_named import FACTORS, read_adapter
+from fedunlearn.doors.adapter_named import read_adapter
 from fedunlearn.errors import UserError
 from fedunlearn.models.skeleton import skeleton
-from fedunlearn.models.source import HUB_ID, adapter_folder, base_of_adapter
+from fedunlearn.models.source import FACTORS, HUB_ID, adapter_folder, base_of_adapter
 from fedunlearn.models.summary import (
     Summary,
     files_bytes,

@@ -9,9 +9,12 @@ from peft import PeftModel
 
 from fedunlearn.doors.adapter_named import BaseArgs, OnBase, few_logits, largest_difference, load, on_base
 from fedunlearn.errors import UserError
-from fedunlearn.models.adapter_files import CONFIG, PROOF
+from fedunlearn.models.adapter_files import CONFIG, PROOF, proves_config
 from fedunlearn.models.belongs import stored_dtype
+from fedunlearn.models.fingerprint import fingerprint_base
+from fedunlearn.models.soundness import faults_of_form, faults_of_numbers
 from fedunlearn.models.switch import put_adapter
+from fedunlearn.records.adapter import A
 
 TOLERANCE = 1e-5
 """Of the largest logit; both sides compute in the base's own dtype by the same kernels, so they are nearly always equal."""
@@ -41,19 +44,20 @@ class Verified:
 
 
 def verify(adapter: Path, args: BaseArgs) -> Verified:
-    """Looks at hash, base, numbers and plain PEFT. Raises UserError where the folder cannot be read at all, or belongs to another base."""
-    named = on_base(adapter, args)
+    """Looks at hashes, base, form, numbers and plain PEFT. Raises UserError where the folder cannot be read at all, is not what was saved, or belongs to another base."""
+    named = on_base(adapter, args, sound=False)
     if not (named.folder / CONFIG).is_file():
         raise UserError(
             f"adapter={str(adapter)!r} is a round with a side-car, no PEFT folder yet: write one with `adapter.py export`, and verify that"
         )
-    checks = (_hash(named), _fingerprint(named), _finite(named), _acts(named))
-    peft = () if _finite(named).holds is False else _in_peft(named, args)
+    sound = (_form(named), _finite(named))
+    checks = (_hash(named), _config(named), _fingerprint(named), *sound, _acts(named))
+    peft = _in_peft(named, args) if all(check.holds for check in sound) else ()
     return Verified(folder=str(named.folder), base=named.base_name, checks=(*checks, *peft))
 
 
 def _hash(named: OnBase) -> Check:
-    """load_adapter has compared them by now."""
+    """read_folder has compared them by now."""
     proven = (named.folder / PROOF).is_file()
     said = (
         f"the tensors are those that were saved ({named.adapter.tensor_hash})"
@@ -63,28 +67,46 @@ def _hash(named: OnBase) -> Check:
     return Check(name="hash", holds=True if proven else None, said=said)
 
 
+def _config(named: OnBase) -> Check:
+    """read_folder has compared them by now."""
+    proven = proves_config(named.folder)
+    said = (
+        f"{CONFIG} says what was saved"
+        if proven
+        else f"no hash of {CONFIG}: the folder is foreign, or of an earlier version"
+    )
+    return Check(name="config", holds=True if proven else None, said=said)
+
+
 def _fingerprint(named: OnBase) -> Check:
     known = named.adapter.base_fingerprint
+    if known is None:
+        said = "none is written in the folder; the base is the one it names, or was trusted"
+        return Check(name="base fingerprint", holds=None, said=said)
+    found = fingerprint_base(named.base)
     said = (
-        "none is written in the folder; the base is the one it names, or was trusted"
-        if known is None
-        else f"the base's is the adapter's ({known})"
+        f"the base's is the adapter's ({known})"
+        if found == known
+        else f"not compared, the base is trusted: the adapter's is {known}, the base's {found}"
     )
-    return Check(name="base fingerprint", holds=None if known is None else True, said=said)
+    return Check(name="base fingerprint", holds=True if found == known else None, said=said)
+
+
+def _form(named: OnBase) -> Check:
+    odd = faults_of_form(named.adapter.tensors, named.adapter.peft_config)
+    pairs = sum(name.endswith(A) for name in named.adapter.tensors)
+    said = "; ".join(odd) or f"{pairs} pairs of factors, and {CONFIG} fits them"
+    return Check(name="form", holds=not odd, said=said)
 
 
 def _finite(named: OnBase) -> Check:
-    odd = [name for name, tensor in named.adapter.tensors.items() if not bool(tensor.isfinite().all())]
-    said = (
-        f"{odd[0]} holds NaN or infinity ({len(odd)} tensors do)"
-        if odd
-        else f"all {len(named.adapter.tensors)} tensors are finite"
-    )
+    odd = faults_of_numbers(named.adapter.tensors)
+    said = "; ".join(odd) or f"all {len(named.adapter.tensors)} tensors are finite"
     return Check(name="finite", holds=not odd, said=said)
 
 
 def _acts(named: OnBase) -> Check:
-    acts = any(bool(t.any()) for name, t in named.adapter.tensors.items() if not name.endswith(".lora_A.weight"))
+    acts = any(bool(t.any()) for name, t in named.adapter.tensors.items() if not name.endswith(A))
     return Check(
         name="acts",
         holds=acts or None,

@@ -21,7 +21,7 @@ from fedunlearn.federation.flower_strategy import StrategyState
 from fedunlearn.federation.start import began_with
 from fedunlearn.files import append_line, canonical_json, flush_tree, whole_folder, write_bytes, write_json
 from fedunlearn.methods.tokens import Memory
-from fedunlearn.models.adapter_files import load_adapter, save_adapter
+from fedunlearn.models.adapter_files import read_folder, save_adapter
 from fedunlearn.records.adapter import Adapter, Tensors, hash_tensors
 
 log = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ def damaged(folder: Path, why: object) -> UserError:
 
 def _read(folder: Path, saved: Mapping[str, Any]) -> Checkpoint:
     _check_values(saved, int(folder.name))
-    adapter, _ = load_adapter(folder / (FACTORS if saved["blocks"] else ADAPTER))
+    adapter, _ = read_folder(folder / (FACTORS if saved["blocks"] else ADAPTER))
     tensors = {file: _tensors(folder, saved["files"], file) for file in (MOMENTS, CARRIED, FOREIGN, HELD, IMPORTANCE)}
     foreign = saved["foreign"]
     found = Checkpoint(

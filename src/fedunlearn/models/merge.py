@@ -176,7 +176,7 @@ def _check(model: PeftModel) -> None:
         raise UserError("the model is merged already: unmerge it first")
     words = model.get_input_embeddings()
     tied = None if words is None else words.weight
-    faults = []
+    faults, bare = list[str](), dict[str, str]()
     for path, layer in layers:
         weight, kind = _target(layer), type(layer.get_base_layer()).__name__
         if (
@@ -192,7 +192,11 @@ def _check(model: PeftModel) -> None:
                 f"{path}: its weight is the embedding's too, which merging would change: leave it out of target_modules"
             )
         elif any(layer.lora_bias.get(name) for name in layer.active_adapters) and layer.get_base_layer().bias is None:
-            faults.append(f"{path}: lora_bias=true, but {kind} has no bias to merge it into")
+            bare[path] = kind
+    if bare:
+        faults.append(
+            f"lora_bias=true, but {' and '.join(sorted(set(bare.values())))} has no bias to merge it into ({len(bare)} layers, first: {next(iter(bare))}): load the adapter beside its base, or train without lora_bias"
+        )
     if faults:
         raise UserError(*faults)
 
