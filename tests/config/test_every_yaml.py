@@ -39,6 +39,7 @@ CHAT = {TEMPLATE + "apply_chat_template": True, **dict.fromkeys(TAG_KEYS), **{ke
 APART = {
     "resume": {},
     "model.model_args.quantization": {},
+    "trainer.parallel": {},
     "trainer.args.warmup_epochs": {"trainer.args.warmup_steps": 0},
     "trainer.federated.num_train_clients": {"trainer.federated.fraction_train": 1.0},
     "muse_path": {"tofu_path": None, "eval.name": "muse"},
