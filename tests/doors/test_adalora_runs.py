@@ -9,11 +9,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from fedunlearn.aggregation.adalora import is_gone, triplets_of
+from fedunlearn.doors.adapter import read, serve
 from fedunlearn.doors.prepare import prepare
 from fedunlearn.errors import NotApplicableError, UserError
 from fedunlearn.federation import rounds
 from fedunlearn.federation.checkpoint import read_checkpoint
-from fedunlearn.models.adapter_files import load_adapter
+from fedunlearn.models.adapter_files import read_folder
 from fedunlearn.models.label_logits import label_logits
 from fedunlearn.models.resident import release, resident
 from fedunlearn.models.source import resolve_source
@@ -46,7 +47,7 @@ def logits_of(model):
 
 def live_ranks(run, number):
     """By module: ranks whose E is not 0, and ranks that are gone for good."""
-    adapter = load_adapter(run / "rounds" / f"{number:04d}" / "adapter")[0].tensors
+    adapter = read_folder(run / "rounds" / f"{number:04d}" / "adapter")[0].tensors
     modules = triplets_of(adapter)
     assert len(modules) == MODULES
     acting = {m.path: int((adapter[m.e] != 0).sum()) for m in modules}
@@ -78,7 +79,7 @@ def test_the_result_is_plain_lora_that_says_what_the_model_said(pocket, tuned):
         composed.model, resolve_source(composed.model.model_args, saves), seed=0, max_length=256, pocket_dir=saves
     )
     base = logits_of(made.model)
-    made.put(load_adapter(run / "rounds" / "0003" / "adapter")[0])
+    made.put(read_folder(run / "rounds" / "0003" / "adapter")[0])
     wanted = logits_of(made.model)
     plain = AutoModelForCausalLM.from_pretrained(pocket.model, dtype=torch.float32)
     theirs = logits_of(PeftModel.from_pretrained(plain, run / "adapter").eval())
@@ -139,7 +140,7 @@ def test_a_saved_module_travels_beside_it(pocket, saves):
     run = finetune(pocket, saves, "head", *ADA, LORA + "modules_to_save=[lm_head]")
     assert history(run)[-1]["metrics"]["ranks"] == 28
     (name,) = [name for name in adapter_tensors(run) if "lora_" not in name]
-    began = load_adapter(run / "start")[0].tensors
+    began = read_folder(run / "start")[0].tensors
     assert not torch.equal(adapter_tensors(run)[name], began[name])
     plain = AutoModelForCausalLM.from_pretrained(pocket.model, dtype=torch.float32)
     ours = tiny(pocket, saves, "unlearn", "look", f"model.model_args.pretrained_model_name_or_path={run}", *PLAIN).run
@@ -206,6 +207,15 @@ class TestRefused:
         ):
             prepare(tiny(pocket, saves, "unlearn", "no", *ADA, named))
         assert not (saves / "unlearn" / "no").exists()
+
+    @pytest.mark.parametrize("verb", ["export", "diff", "summary", "add", "scale", "merge", "card", "verify"])
+    def test_a_checkpoint_at_the_command(self, verb, tuned, tmp_path):
+        place = tuned[1] / "rounds" / "0003"
+        more = {"diff": [place], "scale": ["--by", 2], "card": ["--to", tmp_path / "c.md"]}.get(verb, [])
+        to = ["--to", tmp_path / "out"] if verb in ("export", "add", "scale", "merge") else []
+        with pytest.raises(UserError, match=r"a checkpoint of AdaLoRA .*holds all ranks.* name the run's own folder"):
+            serve(read([verb, *map(str, [place, *more, *to])]))
+        assert not list(tmp_path.iterdir())
 
     def test_a_checkpoint_as_an_adapter(self, pocket, tuned):
         saves, run = tuned

@@ -305,6 +305,24 @@ def changed(folder):
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1] + b"\x77")
 
 
+def endless(folder):
+    """A foreign adapter whose training diverged."""
+    (folder / "fedunlearn.json").unlink()
+    tensors = load_file(folder / WEIGHTS)
+    save_file({**tensors, min(tensors): tensors[min(tensors)] * float("nan")}, folder / WEIGHTS)
+
+
+def rescaled(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 64}))
+
+
+def rankless(folder):
+    (folder / "fedunlearn.json").unlink()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "r": "16"}))
+
+
 def writes(name, data):
     return lambda folder: (folder / name).write_bytes(data)
 
@@ -316,6 +334,9 @@ def writes(name, data):
         (truncated, "is corrupt or truncated"),
         (writes(WEIGHTS, b""), "is corrupt or truncated"),
         (changed, "does not match the hash in fedunlearn.json"),
+        (endless, "holds NaN or infinity (1 of 28 tensors)"),
+        (rescaled, "adapter_config.json does not match the hash in fedunlearn.json"),
+        (rankless, "adapter_config.json has r='16', which is no rank: a whole number from 1"),
         (emptied, "holds neither config.json (a model) nor adapter_config.json (an adapter)"),
         (writes("adapter_config.json", b"{"), "adapter_config.json"),
         (writes("adapter_config.json", b"[]"), "adapter_config.json is no JSON object"),

@@ -188,8 +188,11 @@ class TestProof:
 
     @pytest.mark.parametrize("changed", [{"lora_alpha": 9.0}, {"use_rslora": True}])
     def test_a_config_that_fits_but_gives_other_logits_is_refused(self, adapter_folder, tmp_path, changed):
-        """Tensors and base are the right ones; only the scale alpha / r differs."""
+        """Tensors and base are the right ones; only the scale alpha / r differs, and the proof is one of an earlier version, which says nothing of the config."""
         folder = copy_of(adapter_folder, tmp_path)
+        proof = json.loads((folder / PROOF).read_text())
+        del proof["config_hash"]
+        (folder / PROOF).write_text(json.dumps(proof))
         config = json.loads((folder / CONFIG).read_text())
         (folder / CONFIG).write_text(json.dumps({**config, **changed}))
         with pytest.raises(

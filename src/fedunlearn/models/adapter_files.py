@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 
 import fedunlearn
@@ -15,7 +16,7 @@ from fedunlearn.files import whole_folder
 from fedunlearn.models.experts import join_experts, split_experts
 from fedunlearn.models.export import Stacked
 from fedunlearn.models.soundness import check_sound, faults_of_config, faults_of_pairs
-from fedunlearn.records.adapter import Adapter, Tensors, hash_tensors
+from fedunlearn.records.adapter import Adapter, hash_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -105,7 +106,9 @@ def read_folder(folder: Path) -> tuple[Adapter, Probe | None]:
     return Adapter(tensors, peft_config, proof.base_fingerprint), proof.probe
 
 
-def _split(folder: Path, tensors: Tensors, peft_config: Mapping[str, object]) -> Tensors:
+def _split(
+    folder: Path, tensors: dict[str, torch.Tensor], peft_config: Mapping[str, object]
+) -> dict[str, torch.Tensor]:
     """Fused experts apart; what could not be cut is told."""
     if not peft_config.get("target_parameters"):
         return tensors

@@ -66,7 +66,7 @@ def _fault_of_kind(peft_config: Mapping[str, object]) -> str:
     if kind == "ADALORA":
         return (
             f"{_CONFIG} has peft_type='ADALORA': a checkpoint of AdaLoRA (or a foreign adapter of that kind) holds all ranks, masked ones among them, and is no adapter; "
-            "name the run, whose adapter/ is plain LoRA"
+            "name the run's own folder, whose adapter/ is plain LoRA"
         )
     if kind != "LORA":
         said = f"has peft_type={kind!r}" if "peft_type" in peft_config else "lacks peft_type"
