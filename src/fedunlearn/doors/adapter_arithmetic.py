@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedunlearn.aggregation.arithmetic import Apart, added, apart, config_differences, pooled, scaled
-from fedunlearn.doors.adapter_named import BaseArgs, check_own_base, new_folder, on_base, read_adapter
+from fedunlearn.doors.adapter_named import BaseArgs, new_folder, on_base, read_adapter
 from fedunlearn.errors import UserError
 from fedunlearn.models.adapter_files import save_adapter
 from fedunlearn.models.fingerprint import fingerprint_base
+from fedunlearn.models.lora_config import check_understood
 from fedunlearn.models.soundness import not_finite
 from fedunlearn.records.adapter import A, Adapter
 
@@ -79,7 +80,7 @@ def export_into_folder(adapter: Path, rank: int | None, to: Path, args: BaseArgs
     """Writes an adapter (a run's, a round's with its side-car, a foreign one) as one PEFT folder that carries its base's fingerprint; rank: its best approximation."""
     _check_rank(rank)
     place, named = new_folder(to), on_base(adapter, args)
-    check_own_base(named.adapter, adapter)
+    check_understood(named.adapter)
     known = {**named.adapter.peft_config, "base_model_name_or_path": named.base_name}
     whole = Adapter(named.adapter.tensors, known, fingerprint_base(named.base))
     if rank is None:
@@ -92,7 +93,7 @@ def export_into_folder(adapter: Path, rank: int | None, to: Path, args: BaseArgs
 def _own(path: Path) -> Adapter:
     """An adapter of which there are sums and multiples."""
     found = read_adapter(path)[1]
-    check_own_base(found, path)
+    check_understood(found)
     return found
 
 

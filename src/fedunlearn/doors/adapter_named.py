@@ -15,7 +15,6 @@ from fedunlearn.models.base import load_base
 from fedunlearn.models.belongs import check_belongs
 from fedunlearn.models.export import export
 from fedunlearn.models.source import FACTORS, adapter_folder, base_of_adapter, find_base
-from fedunlearn.models.switch import KEEPS_BASE
 from fedunlearn.records.adapter import Adapter
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -83,16 +82,6 @@ def on_base(path: Path, args: BaseArgs, sound: bool = True) -> OnBase:
 def _named_base(folder: Path, adapter: Adapter) -> str:
     named = adapter.peft_config.get("base_model_name_or_path")
     return str(named) if named else base_of_adapter(folder)
-
-
-def check_own_base(adapter: Adapter, path: Path) -> None:
-    """Raises UserError for an adapter that was trained on a base that its initialisation had changed: its product belongs to weights that nobody has."""
-    initial = adapter.peft_config.get("init_lora_weights")
-    if initial not in KEEPS_BASE:
-        raise UserError(
-            f"adapter={str(path)!r}: init_lora_weights={initial!r} belongs on a changed base: export it first as the difference to the original "
-            "(PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
-        )
 
 
 def new_folder(path: Path) -> Path:
