@@ -275,8 +275,11 @@ class TestNextStage:
         assert not [record for record in caplog.records if record.name.startswith("fedunlearn")]
 
     def test_one_whose_logits_differ_is_refused(self, stack, tmp_path):
-        """The tensors are those that were saved; the scale in the config is not."""
+        """The tensors are those that were saved; the scale in the config is not, and a proof of an earlier version says nothing of it."""
         folder = copy_of(stack[0], tmp_path)
+        proof = json.loads((folder / PROOF).read_text())
+        del proof["config_hash"]
+        (folder / PROOF).write_text(json.dumps(proof))
         config = json.loads((folder / CONFIG).read_text())
         (folder / CONFIG).write_text(json.dumps({**config, "alpha_pattern": {}}))
         with pytest.raises(UserError, match=r"does not give the logits recorded with it \(tolerance 1e-05"):
