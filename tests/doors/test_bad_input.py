@@ -669,7 +669,7 @@ def test_a_row_that_does_not_fit_is_told_once_and_leaves_no_folder(pocket, saves
             "[input_layernorm]",
             "'input_layernorm' matches LlamaRMSNorm, which is no linear layer; linear ones are down_proj",
         ),
-        ("[embed_tokens]", "'embed_tokens' matches Embedding, which is no linear layer"),
+        ("[embed_tokens]", "matches model.embed_tokens, an embedding: its rows"),
         ("[q_proj, c_attn]", "'c_attn' matches no module of this base"),
         ("'q_proj['", r"target_modules='q_proj\[' is no regular expression"),
     ],

@@ -23,7 +23,8 @@ from fedunlearn.models.initial import draw_fresh
 from fedunlearn.models.lora import REFERENCE, attach_lora, check_trainable, hold_reference, reference_active
 from fedunlearn.models.lora_config import lora_config_of, plain_config
 from fedunlearn.models.skeleton import skeleton
-from fedunlearn.models.summary import meta_base, summarise_fresh
+from fedunlearn.models.skeleton import skeleton
+from fedunlearn.models.summary import summarise_fresh
 from fedunlearn.records.adapter import Adapter, Weights
 
 AT = "model.model_args.lora_config"
@@ -117,7 +118,7 @@ class TestTheModel:
     def test_its_parameters_are_counted(self):
         """Two layers of q_proj (32 x 32) and down_proj (48 -> 32): 4 (64 + 1) + 4 (80 + 1) = 584 a layer."""
         found = summarise_fresh(
-            meta_base(CONFIGS["llama"]), lora_args(**{**ADA, "target_modules": TARGETS["llama"]}), "x"
+            skeleton(CONFIGS["llama"]), lora_args(**{**ADA, "target_modules": TARGETS["llama"]}), "x"
         )
         assert found.trainable == 2 * 584
 
