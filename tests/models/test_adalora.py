@@ -23,7 +23,6 @@ from fedunlearn.models.initial import draw_fresh
 from fedunlearn.models.lora import REFERENCE, attach_lora, check_trainable, hold_reference, reference_active
 from fedunlearn.models.lora_config import lora_config_of, plain_config
 from fedunlearn.models.skeleton import skeleton
-from fedunlearn.models.skeleton import skeleton
 from fedunlearn.models.summary import summarise_fresh
 from fedunlearn.records.adapter import Adapter, Weights
 
