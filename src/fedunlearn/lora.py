@@ -32,6 +32,7 @@ from fedunlearn.models.lora import attach_lora
 from fedunlearn.models.lora_config import lora_config_of
 from fedunlearn.models.merge import CastLoss
 from fedunlearn.models.rollback import rolled_back
+from fedunlearn.models.soundness import check_sound
 from fedunlearn.models.source import adapter_folder
 from fedunlearn.records.adapter import Adapter, Tensors
 
@@ -81,6 +82,8 @@ def apply(
     base_folder: where the base was loaded from (None: its name_or_path); its fingerprint must be the adapter's, or its name where the adapter
     has no fingerprint. trust_base: the base is not looked at. Raises UserError, with the model as it was, for another base or what does not fit.
     """
+    if isinstance(adapter, Adapter):
+        check_sound(adapter, "given")
     given = adapter if isinstance(adapter, Adapter) else load(adapter)
     if not trust_base:
         check_belongs(given, Path(base_folder or _name_of(model)).expanduser())
@@ -92,6 +95,11 @@ def _name_of(model: PreTrainedModel | PeftModel) -> str:
     return str(base.name_or_path)
 
 
+def _check_adapted(model: torch.nn.Module) -> None:
+    if not isinstance(model, PeftModel):
+        raise UserError(f"there is no adapter on this {type(model).__name__}: lora.apply or lora.begin puts one on it")
+
+
 def freeze(model: PeftModel) -> None:
     """Trains nothing any more."""
     model.requires_grad_(False)
@@ -99,6 +107,7 @@ def freeze(model: PeftModel) -> None:
 
 def unfreeze(model: PeftModel) -> None:
     """Trains the acting adapters and nothing else. Raises UserError for a merged model: what is merged acts no more."""
+    _check_adapted(model)
     if is_merged(model):
         raise UserError("the model is merged, so its adapters do not act: unmerge it before training")
     model.requires_grad_(False)
@@ -119,6 +128,7 @@ def state_dict(model: PeftModel, name: str = ACTIVE) -> Tensors:
 
 def load_state_dict(model: PeftModel, tensors: Tensors, name: str = ACTIVE) -> None:
     """Writes such tensors into an adapter. Raises UserError naming the first whose name or shape does not fit; nothing is written then."""
+    _check_adapted(model)
     if name not in model.peft_config:
         raise UserError(f"there is no adapter {name!r} on this base; there are {', '.join(model.peft_config)}")
     if is_merged(model):
@@ -128,6 +138,7 @@ def load_state_dict(model: PeftModel, tensors: Tensors, name: str = ACTIVE) -> N
 
 def adapter_of(model: PeftModel, name: str = ACTIVE) -> Adapter:
     """Gives an adapter as it stands in the model: numbers, config, the base's fingerprint, side-car."""
+    _check_adapted(model)
     return switching.origin_of(model, name)
 
 
@@ -148,6 +159,7 @@ def save(model: PeftModel, folder: str | Path, name: str = ACTIVE) -> None:
 
 def merge(model: PeftModel, keep_on: torch.device | str | None = None) -> CastLoss:
     """Writes the acting adapters into the base, in its own dtype, and gives what the cast cost. keep_on: where the overwritten tensors lie ('cpu' spares a GPU's memory)."""
+    _check_adapted(model)
     return merging.merge(model, keep_on)
 
 
@@ -163,19 +175,23 @@ def is_merged(model: PeftModel) -> bool:
 
 def switch(model: PeftModel, to: str | Mapping[str, float]) -> None:
     """Lets one adapter act by its name, or several by their weights: W + sum w_k s_k B_k A_k. All of them are frozen then; unfreeze to train."""
+    _check_adapted(model)
     switching.switch_to(model, {to: 1.0} if isinstance(to, str) else to)
 
 
 def active(model: PeftModel) -> Mapping[str, float]:
     """Gives the acting adapters and their weights."""
+    _check_adapted(model)
     return switching.acting(model)
 
 
 def names(model: PeftModel) -> tuple[str, ...]:
     """Gives all adapters on this base."""
+    _check_adapted(model)
     return tuple(model.peft_config)
 
 
 def remove(model: PeftModel, name: str) -> None:
     """Takes an adapter that does not act off the base, and frees its memory."""
+    _check_adapted(model)
     switching.remove_adapter(model, name)

@@ -229,3 +229,30 @@ def test_refusals(bases, tmp_path):
         lora.load_state_dict(model, lora.state_dict(model))
     with pytest.raises(UserError, match="no adapter 'x'"):
         lora.load_state_dict(model, {}, "x")
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [lora.names, lora.active, lora.unfreeze, lora.merge, lora.state_dict, lambda m: lora.switch(m, "x"), lambda m: lora.remove(m, "x"), lambda m: lora.load_state_dict(m, {})],
+)  # fmt: skip
+def test_a_base_without_an_adapter_is_told(ask, bases):
+    with pytest.raises(UserError, match=r"there is no adapter on this LlamaForCausalLM: lora\.apply or lora\.begin"):
+        ask(loaded(bases["llama"]))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "lora_A", "base_layer", "1st"])
+def test_a_name_that_peft_has_for_tensors_is_refused_and_the_model_as_it_was(name, bases):
+    model = lora.apply(loaded(bases["llama"]), own("llama", bases["llama"]))
+    with pytest.raises(UserError, match=f"adapter name '{name}'"):
+        lora.apply(model, own("llama", bases["llama"], 2), name=name)
+    assert lora.names(model) == ("default",)
+
+
+def test_an_adapter_in_memory_is_looked_at_too(bases):
+    found = own("llama", bases["llama"])
+    first = next(iter(found.tensors))
+    broken = Adapter(
+        {**found.tensors, first: found.tensors[first] * float("nan")}, found.peft_config, found.base_fingerprint
+    )
+    with pytest.raises(UserError, match=r"NaN|finite"):
+        lora.apply(loaded(bases["llama"]), broken)

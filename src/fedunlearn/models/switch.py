@@ -22,6 +22,7 @@ from fedunlearn.models.sidecar import held_sidecar, put_sidecar, use_sidecar
 from fedunlearn.records.adapter import Adapter, B, Tensors
 
 NAME = re.compile(r"[A-Za-z][\w-]*")
+TAKEN = ("weight", "bias", "base_layer", "modules_to_save")
 TOGETHER = "several together"
 """The side-car of several adapters at once; no adapter's name has a space."""
 
@@ -135,8 +136,10 @@ def _held(model: PeftModel) -> _Held:
 
 
 def _check_name(model: nn.Module, name: str) -> None:
-    if not NAME.fullmatch(name) or name in "lora_":
-        raise UserError(f"adapter name {name!r}: letters, digits, _ and -, a letter first, and no part of 'lora_'")
+    if not NAME.fullmatch(name) or name in "lora_" or name.startswith("lora_") or name in TAKEN:
+        raise UserError(
+            f"adapter name {name!r}: letters, digits, _ and -, a letter first; none of {', '.join(TAKEN)}, no part of 'lora_' and nothing that begins so, for PEFT tells tensors by such words"
+        )
     if isinstance(model, PeftModel) and name in model.peft_config:
         raise UserError(f"there is an adapter {name!r} on this base already: remove it first, or choose another name")
     if not isinstance(model, PeftModel) and hasattr(model, "peft_config"):
