@@ -119,7 +119,7 @@ def test_python_refuses_alike(changed, made, base):
 @pytest.mark.parametrize("verb", ["merge", "export", "add", "scale", "negate", "verify"])
 def test_an_adapter_of_a_base_that_nobody_has(verb, made, tmp_path):
     folder = edit(made(foreign=True), init_lora_weights="pissa")
-    assert "init_lora_weights='pissa' belongs on a changed base" in refused(on(verb, folder, tmp_path), tmp_path)
+    assert "init_lora_weights='pissa' changed its base's weights" in refused(on(verb, folder, tmp_path), tmp_path)
 
 
 class TestResults:
