@@ -36,7 +36,10 @@ from fedunlearn.methods.base import Method
 from fedunlearn.methods.npo import NPO
 from fedunlearn.methods.rmu import RMU
 from fedunlearn.methods.tokens import Need, StepTotals, TokenLosses
-from fedunlearn.models.lora import attach_lora, draw_fresh, hold_reference, plain_config, read_tensors
+from fedunlearn.models.adapter_tensors import read_tensors
+from fedunlearn.models.initial import draw_fresh
+from fedunlearn.models.lora import attach_lora, hold_reference
+from fedunlearn.models.lora_config import plain_config
 from fedunlearn.models.resident import Resident
 from fedunlearn.records.adapter import Adapter, Weights, hash_tensors
 from fedunlearn.records.rounds import ClientTask, Role
@@ -89,18 +92,18 @@ class Measured:
         return found + ([] if self.base_unchanged else ["RMU changed the base"])
 
 
-def made_model() -> Resident:
-    """The model, its adapter and a tokenizer that nothing is tokenised with."""
+def made_model(**changes: int) -> Resident:
+    """The model, its adapter and a tokenizer that nothing is tokenised with. changes: of its config."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        tie_word_embeddings=True,
-    )
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    }
+    config = LlamaConfig(**{**sizes, **changes}, tie_word_embeddings=True)
     base = LlamaForCausalLM(config).requires_grad_(False)
     base.name_or_path = "made up"
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")

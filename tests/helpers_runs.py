@@ -24,7 +24,12 @@ SMALL = (
 def tiny(pocket: PocketPaths, saves: Path, kind: str, task: str, *overrides: str) -> ComposedConfig:
     """Composes experiment={finetune,retrain,unlearn}/tofu/pocket for the tiny pocket; later overrides win."""
     name = "unlearn-lora.yaml" if kind == "unlearn" else "train-lora.yaml"
-    places = (
+    return compose(CONFIGS, name, [f"experiment={kind}/tofu/pocket", *places(pocket, saves, task), *SMALL, *overrides])
+
+
+def places(pocket: PocketPaths, saves: Path, task: str) -> tuple[str, ...]:
+    """Overrides that put a run into `saves`, on the tiny pocket."""
+    return (
         f"tofu_path={pocket.data}",
         f"model.model_args.pretrained_model_name_or_path={pocket.model}",
         f"paths.saves_dir={saves}",
@@ -32,7 +37,6 @@ def tiny(pocket: PocketPaths, saves: Path, kind: str, task: str, *overrides: str
         f"paths.pocket_dir={saves}/pocket",
         f"task_name={task}",
     )
-    return compose(CONFIGS, name, [f"experiment={kind}/tofu/pocket", *places, *SMALL, *overrides])
 
 
 def finetune(pocket: PocketPaths, saves: Path, task: str = "ft", *overrides: str) -> Path:

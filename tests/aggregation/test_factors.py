@@ -18,6 +18,7 @@ from fedunlearn.aggregation.factors import (
     fresh_a,
     modules_of,
     padded_to,
+    plain_of,
     read_factors,
     scale_of,
     scales_of,
@@ -40,20 +41,22 @@ def test_tensors_pair_in_name_order_whatever_their_own():
     assert modules_of(names) == (Module("a", a_name("a"), b_name("a")), Module("b", a_name("b"), b_name("b")))
 
 
-@pytest.mark.parametrize(
-    "odd",
-    [
-        a_name("lone"),
-        b_name("lone"),
-        "base_model.model.q.lora_magnitude_vector.weight",
-        "base_model.model.embed.lora_embedding_A",
-        "base_model.model.head.weight",
-    ],
-)
-def test_a_tensor_without_partner_is_refused_by_name(odd):
-    """A missing partner, DoRA's magnitudes, an embedding's factors, a saved module."""
-    with pytest.raises(ValueError, match=f"adapter tensor {odd!r} is no LoRA factor with a partner"):
+@pytest.mark.parametrize("odd", [a_name("lone"), b_name("lone")])
+def test_a_factor_without_partner_is_refused_by_name(odd):
+    with pytest.raises(ValueError, match=f"adapter tensor {odd!r} is a LoRA factor without a partner"):
         modules_of([Q.a, Q.b, odd])
+
+
+def test_what_is_no_factor_is_plain():
+    """DoRA's magnitudes, a bias of B, a saved module, AdaLoRA's factors (which go by their singular values)."""
+    plain = [
+        "base_model.model.q.lora_magnitude_vector",
+        "base_model.model.q.lora_B.bias",
+        "base_model.model.head.weight",
+        "base_model.model.v.lora_A",
+    ]
+    assert modules_of([Q.a, *plain, Q.b]) == (Q,)
+    assert plain_of([Q.a, *plain, Q.b]) == tuple(sorted(plain))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from fedunlearn.aggregation.robust.off import Off
+from fedunlearn.config.lora import LoraArgs
 from fedunlearn.config.server import AggregationConfig
 from fedunlearn.doors.compose import compose
 from fedunlearn.errors import UserError
@@ -19,6 +20,8 @@ PRIMARY = ("train-lora.yaml", "unlearn-lora.yaml", "eval.yaml", "probe.yaml")
 FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 MEMBERS = [name for name in FILES if name not in PRIMARY and not name.startswith(("hydra/", "compare/"))]
 GLOBAL = ("paths", "experiment")
+INSIDE = {"lora": "model.model_args.lora_config"}
+"""Groups whose values lie in another group's record."""
 
 TEMPLATE = "model.template_args."
 TAG_NAMES = ("system_prompt_with_special_tokens", "user_start_tag", "user_end_tag", "asst_start_tag", "asst_end_tag")
@@ -35,6 +38,8 @@ CHAT = {TEMPLATE + "apply_chat_template": True, **dict.fromkeys(TAG_KEYS), **{ke
 # Keys that cannot change together with all the others, and what has to change with each.
 APART = {
     "resume": {},
+    "model.model_args.quantization": {},
+    "trainer.parallel": {},
     "trainer.args.warmup_epochs": {"trainer.args.warmup_steps": 0},
     "trainer.federated.num_train_clients": {"trainer.federated.fraction_train": 1.0},
     "muse_path": {"tofu_path": None, "eval.name": "muse"},
@@ -46,7 +51,10 @@ STEPS = {
     "partition.joins": {2: 3, 3: 2},
     "requests": "other rows",
     "eval.round_metrics": ("exact_memorization",),
+    "model.model_args.lora_config.target_modules": ("k_proj", "o_proj"),
     "launcher.address": "127.0.0.1:6379",
+    "trainer.parallel": "fsdp",
+    "model.model_args.lora_config.adapts": ("lora_dropout",),
     "probe.unlearned": {"a": "y"},
     "probe.attacks": ("difference", "nf4", "rounds", "relearn_forget"),
 }
@@ -71,7 +79,6 @@ FIXED = {
     "trainer.name",
     "trainer.args.dataloader_num_workers",
     "trainer.args.remove_unused_columns",
-    "model.model_args.lora_config.bias",
     "model.model_args.lora_config.task_type",
     "eval.name",
 }
@@ -85,6 +92,10 @@ FIXED_IN = {
     "eval/muse.yaml": {"eval.question_key", "eval.holdout_split", "eval.reference_model_path", "eval.gradnorm_of"},
     **{f"experiment/{kind}/muse/default.yaml": {"tofu_path"} for kind in ("eval", "finetune", "unlearn")},  # null there
     "paths/default.yaml": {"requests"},
+    **{
+        f"lora/{name}.yaml": {f"model.model_args.lora_config.{key}" for key in ("preset", "adapts")}
+        for name in ("fast", "balanced", "high")
+    },
     "protocol/all_clients.yaml": {"protocol.released"},
     "trainer/FederatedTrainer.yaml": {"trainer.federated.force_owners"},
 }
@@ -128,7 +139,7 @@ def member(name):
     """The YAML's own leaves, with the keys they have in a run."""
     group = name.split("/")[0]
     raw = OmegaConf.to_container(OmegaConf.load(CONFIGS / name))
-    return leaves(raw or {}, "" if group in GLOBAL else group)
+    return leaves(raw or {}, "" if group in GLOBAL else INSIDE.get(group, group))
 
 
 def host(name):
@@ -229,7 +240,7 @@ def test_each_changed_value_arrives(name):
     }
     changed = [together, *(APART[key] | {key: value} for key, value in changes.items() if key in APART)]
     if name.startswith("model/"):
-        changed = [together | CHAT, TAGS]
+        changed = [together | CHAT, TAGS, *changed[1:]]
     if name.startswith("aggregation/"):
         changed = AGGREGATIONS if name == "aggregation/fedit.yaml" else AGGREGATIONS[:2]
     assert all(any(choice.get(key, at(run, key)) != at(run, key) for choice in changed) for key in set(changes) - fixed)
@@ -255,7 +266,7 @@ def test_a_value_without_meaning_is_refused_by_name(name, key):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in MEMBERS if not name.startswith(("experiment", "paths", "eval/tofu_"))]
+    "name", [name for name in MEMBERS if not name.startswith(("experiment", "paths", "lora", "eval/tofu_"))]
 )
 def test_each_file_names_every_parameter(name):
     """No value falls back to a default that the reader of the YAML does not see."""
@@ -265,9 +276,12 @@ def test_each_file_names_every_parameter(name):
 
 
 def parameters(record):
+    """But for LoRA's keys that are null: PEFT's own, or the loaded adapter's."""
     found = []
     for field in (field for field in fields(record) if field.init):
         value = getattr(record, field.name)
+        if isinstance(record, LoraArgs) and value in (None, ()):
+            continue
         found += [f"{field.name}.{key}" for key in parameters(value)] if is_dataclass(value) else [field.name]
     return found
 

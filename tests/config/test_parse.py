@@ -224,6 +224,13 @@ def test_a_records_own_faults_are_all_told():
     ]
 
 
+@pytest.mark.parametrize("ratio", [0, -16, 1e7])
+def test_a_ratio_of_learning_rates_that_cannot_be(ratio):
+    assert faults(trainer__args={"learning_rate": 1e-4, "loraplus_lr_ratio": ratio}) == [
+        f"trainer.args.loraplus_lr_ratio={float(ratio)} must lie between 1e-6 and 1e6; null or 1: B learns at A's rate"
+    ]
+
+
 def test_a_records_own_rules_wait_for_its_fields():
     assert faults(trainer__federated={"num_clients": "many", "num_rounds": 0}) == [
         "trainer.federated.num_clients='many' does not fit; allowed: a whole number"

@@ -133,6 +133,10 @@ def evaluation(pocket, saves, *overrides) -> ComposedConfig:
         ("finetune", "aggregation.reducer=mean", "aggregation.reducer='mean' does not fit; allowed: factors, padded_factors, trimmed_mean, product, stack"),
         ("finetune", "aggregation.softness=0.5", "aggregation.softness=0.5 beside aggregation.gauge=as_is: it is the softness of procrustes, wanted there (0.5 in FedRot) and null elsewhere"),
         ("finetune", "aggregation.sidecar_rank=4", "aggregation.sidecar_rank=4 beside aggregation.residual=dropped: there is no side-car; set residual=sidecar or leave it null"),
+        ("finetune", "trainer.args.loraplus_lr_ratio=0", "loraplus_lr_ratio=0.0 must lie between 1e-6 and 1e6; null or 1: B learns at A's rate"),
+        ("finetune", "model.model_args.device=cpu trainer.args.optim=paged_adamw_8bit", "optim=paged_adamw_8bit needs a CUDA device, and the base is on the cpu: set adamw_torch"),
+        ("finetune", "model.model_args.device=cpu model.model_args.quantization=nf4", "quantization=nf4 needs CUDA, and model.model_args.device=cpu: set device=auto, or choose torchao_int8"),
+        ("finetune", "trainer.args.dataloader_num_workers=2", "dataloader_num_workers=2 is refused: rows are tokenised once and kept in memory"),
         ("finetune", "trainer.args.learning_rate=-1", "learning_rate=-1.0 must not be negative"),
         ("finetune", "trainer.federated.num_clients=21", "num_clients=21 exceeds the 20 authors"),
         ("finetune", "forget_split=forget01 retain_split=retain99", "has no split 'forget01': 1 % of its 20 authors is no whole number"),
@@ -301,6 +305,24 @@ def changed(folder):
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1] + b"\x77")
 
 
+def endless(folder):
+    """A foreign adapter whose training diverged."""
+    (folder / "fedunlearn.json").unlink()
+    tensors = load_file(folder / WEIGHTS)
+    save_file({**tensors, min(tensors): tensors[min(tensors)] * float("nan")}, folder / WEIGHTS)
+
+
+def rescaled(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 64}))
+
+
+def rankless(folder):
+    (folder / "fedunlearn.json").unlink()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "r": "16"}))
+
+
 def writes(name, data):
     return lambda folder: (folder / name).write_bytes(data)
 
@@ -312,6 +334,9 @@ def writes(name, data):
         (truncated, "is corrupt or truncated"),
         (writes(WEIGHTS, b""), "is corrupt or truncated"),
         (changed, "does not match the hash in fedunlearn.json"),
+        (endless, "holds NaN or infinity (1 of 28 tensors)"),
+        (rescaled, "adapter_config.json does not match the hash in fedunlearn.json"),
+        (rankless, "adapter_config.json has r='16', which is no rank: a whole number from 1"),
         (emptied, "holds neither config.json (a model) nor adapter_config.json (an adapter)"),
         (writes("adapter_config.json", b"{"), "adapter_config.json"),
         (writes("adapter_config.json", b"[]"), "adapter_config.json is no JSON object"),
@@ -665,7 +690,10 @@ def test_a_row_that_does_not_fit_is_told_once_and_leaves_no_folder(pocket, saves
             "[input_layernorm]",
             "'input_layernorm' matches LlamaRMSNorm, which is no linear layer; linear ones are down_proj",
         ),
-        ("[embed_tokens]", "'embed_tokens' matches Embedding, which is no linear layer"),
+        (
+            "[embed_tokens]",
+            "'embed_tokens' matches model.embed_tokens, an embedding: its rows are looked up, not multiplied",
+        ),
         ("[q_proj, c_attn]", "'c_attn' matches no module of this base"),
         ("'q_proj['", r"target_modules='q_proj\[' is no regular expression"),
     ],

@@ -12,7 +12,8 @@ from fedunlearn.config.launcher import LocalLauncher, RayLauncher
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.config.server import GateConfig
 from fedunlearn.doors.command_line import read_command_line
-from fedunlearn.doors.compose import ComposedConfig, checked_overrides, compose
+from fedunlearn.doors.compose import ComposedConfig, checked_overrides, compose, model_from
+from fedunlearn.doors.prepare import at_model
 from fedunlearn.errors import UserError
 from fedunlearn.methods.pdu import PDU
 from fedunlearn.methods.simnpo import SimNPO
@@ -190,3 +191,16 @@ def test_a_member_of_the_users_own_is_found_by_config_dir(tmp_path):
     words = f"--config-dir={tmp_path} --config-name=unlearn-lora.yaml task_name=t method=mine"
     assert run_of(words).method.beta == 0.7
     assert faults(f"{words} trainer.args.lr=1")[0].startswith("trainer.args.lr=1 is an unknown key")
+
+
+def test_an_initialisation_stays_behind_where_an_adapter_takes_the_model_s_place(tmp_path):
+    """The second of two requests begins with what the first left; pissa was for the fresh adapter of the first."""
+    composed = compose(
+        CONFIGS, "train-lora.yaml", ["task_name=t", "++model.model_args.lora_config.init_lora_weights=pissa"]
+    )
+    model = model_from(composed.plain, str(tmp_path))["model_args"]
+    assert model["lora_config"]["init_lora_weights"] is None
+    assert model["lora_config"]["r"] == composed.plain["model"]["model_args"]["lora_config"]["r"]
+    args = at_model(composed.run, str(tmp_path)).model.model_args
+    assert (args.lora_config.init_lora_weights, args.pretrained_model_name_or_path) == (None, str(tmp_path))
+    assert composed.run.model.model_args.lora_config.init_lora_weights == "pissa"

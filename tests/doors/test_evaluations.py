@@ -168,6 +168,7 @@ def test_a_truth_ratio_takes_the_answers_it_names_whatever_else_is_scored(pocket
 
 
 def test_a_model_that_says_nan_is_named_where_texts_alone_are_read(pocket, saves, evaluation):
+    """Its numbers are finite, as those of any adapter that is read; their product is not."""
     tuned = finetune(pocket, saves, "ft")
     weights = tuned / "adapter" / "adapter_model.safetensors"
     tensors = safetensors.numpy.load_file(weights)
@@ -175,7 +176,9 @@ def test_a_model_that_says_nan_is_named_where_texts_alone_are_read(pocket, saves
     broken.mkdir(parents=True)
     (broken / "adapter_config.json").write_text((tuned / "adapter" / "adapter_config.json").read_text())
     (broken / "adapter_model.safetensors").write_bytes(
-        safetensors.numpy.save({name: values * float("nan") for name, values in tensors.items()}, {"format": "pt"})
+        safetensors.numpy.save(
+            {name: values * values.dtype.type(1e30) for name, values in tensors.items()}, {"format": "pt"}
+        )
     )
     composed = evaluation("x", broken)
     metrics = {"forget_Q_A_ROUGE": composed.plain["eval"]["metrics"]["forget_Q_A_ROUGE"]}

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_families import base_of
 from helpers_runs import CONFIGS, SMALL, finetune, unlearn
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from fedunlearn.config.probe import ProbeConfig
 from fedunlearn.doors.compose import compose
@@ -41,6 +43,15 @@ def models(pocket, saves):
 
 def weights_of(run):
     return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
+def test_a_probe_by_several_processes_is_refused_whatever_it_attacks_with(probe, kind):
+    """The difference of two adapters too: it trains nothing, and a base in shards would not be measured."""
+    with pytest.raises(UserError, match=rf"trainer\.parallel={kind} beside mode='probe': .*leave it at none"):
+        probe(
+            {"diff": "run"}, "oracle", "probe.attacks=[difference]", "probe.finetuned=run", f"trainer.parallel={kind}"
+        )
 
 
 def test_every_attack_on_every_model_and_the_models_stay_as_they_were(pocket, saves, probe, models):
@@ -116,6 +127,10 @@ REFUSED = {
         "probe.relearn_epochs=2.0 is read by relearn_forget",
     ),
     "unread rounds": (("probe.attacks=[nf4]", "probe.rounds=3"), "probe.rounds=3 is read by rounds alone"),
+    "casts of a quantised base": (
+        ("probe.attacks=[rounds,nf4]", "model.model_args.quantization=torchao_int8"),
+        r"probe.attacks=\['nf4'\] beside model.model_args.quantization=torchao_int8: .* nothing is merged into a quantised base",
+    ),
     "no oracle": (("probe.oracle=???",), "probe.oracle"),
     "a metric out": (("~eval.metrics.extraction_strength",), "eval.metrics lacks extraction_strength"),
 }
@@ -142,6 +157,16 @@ def test_paths_that_are_no_models_and_a_missing_backend_are_told_at_once(saves, 
     assert "nowhere/oracle" in said
     assert torch.cuda.is_available() or "probe.backend=bitsandbytes" in said
     assert not (saves / "probe").exists()
+
+
+def test_fused_experts_are_not_cast_in_part(pocket, probe, tmp_path):
+    base = tmp_path / "moe"
+    base_of("qwen3_moe").save_pretrained(base)
+    AutoTokenizer.from_pretrained(pocket.model).save_pretrained(base)
+    with pytest.raises(
+        UserError, match=r"probe.attacks=\['bfloat16', 'int8', 'nf4'\] beside '.*/moe', whose base has fused experts"
+    ):
+        run_probe(probe({"a": base}, base, CASTS))
 
 
 def test_a_damaged_adapter_is_told_before_any_is_attacked(saves, probe, models, tmp_path):

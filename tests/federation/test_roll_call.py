@@ -75,6 +75,7 @@ def test_members_come_in_client_order_whatever_the_nodes_order():
 UNFIT = [
     (replace(SECOND, version="2"), "client 1 has version='2', the server '1'"),
     (replace(SECOND, base_fingerprint="x"), "client 1 has base_fingerprint='x', the server 'b'"),
+    (replace(SECOND, quantization="nf4"), "client 1 has quantization='nf4', the server 'none'"),
     (replace(SECOND, partition_hash="x"), "client 1 has partition_hash='x', the server 'p'"),
     (replace(SECOND, client_id=77), "a node says that it is client 77, the partition has 0 to 2"),
     (replace(SECOND, client_id=-1), "a node says that it is client -1, the partition has 0 to 2"),

@@ -24,8 +24,10 @@ from fedunlearn.methods.tokens import Need, StepTotals
 from fedunlearn.methods.uce import UCE
 from fedunlearn.methods.undial import UNDIAL
 from fedunlearn.methods.wga import WGA
+from fedunlearn.models.adapter_tensors import live_parameters, read_tensors
 from fedunlearn.models.hidden_states import num_blocks
-from fedunlearn.models.lora import attach_lora, draw_fresh, hold_reference, live_parameters, read_tensors
+from fedunlearn.models.initial import draw_fresh
+from fedunlearn.models.lora import attach_lora, hold_reference
 from fedunlearn.records.adapter import Weights
 from fedunlearn.training.forward import token_losses
 

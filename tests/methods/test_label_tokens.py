@@ -13,7 +13,9 @@ from fedunlearn.methods.npo import NPO
 from fedunlearn.methods.retain import retain_loss
 from fedunlearn.methods.simnpo import SimNPO
 from fedunlearn.methods.tokens import Need, StepTotals
-from fedunlearn.models.lora import attach_lora, draw_fresh, hold_reference, live_parameters, read_tensors
+from fedunlearn.models.adapter_tensors import live_parameters, read_tensors
+from fedunlearn.models.initial import draw_fresh
+from fedunlearn.models.lora import attach_lora, hold_reference
 from fedunlearn.records.adapter import Weights
 from fedunlearn.training.forward import token_losses
 

@@ -8,8 +8,11 @@ from helpers_eval import LLAMA3_ARGS, tiny_llama
 from peft import PeftModel
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from fedunlearn.config.model import LoraArgs, ModelArgs, ModelConfig
-from fedunlearn.models.lora import attach_lora, draw_fresh, lora_config_of
+from fedunlearn.config.lora import LoraArgs
+from fedunlearn.config.model import ModelArgs, ModelConfig
+from fedunlearn.models.initial import draw_fresh
+from fedunlearn.models.lora import attach_lora
+from fedunlearn.models.lora_config import lora_config_of
 from fedunlearn.models.resident import Resident, resident
 from fedunlearn.models.source import resolve_source
 from fedunlearn.records.adapter import Adapter

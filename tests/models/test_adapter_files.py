@@ -13,16 +13,25 @@ from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForCausalLM
 
 from fedunlearn.errors import UserError
-from fedunlearn.models.adapter_files import CONFIG, PROOF, WEIGHTS, Probe, load_adapter, save_adapter
+from fedunlearn.models.adapter_files import (
+    CONFIG,
+    PROOF,
+    WEIGHTS,
+    Probe,
+    load_adapter,
+    proves_config,
+    read_folder,
+    save_adapter,
+)
 from fedunlearn.models.fingerprint import fingerprint_base
-from fedunlearn.models.lora import lora_config_of, plain_config
+from fedunlearn.models.lora_config import lora_config_of, plain_config
 from fedunlearn.records.adapter import Adapter, hash_tensors
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OTHER_PROCESS = """
 import json, sys
-from fedunlearn.config.model import LoraArgs
-from fedunlearn.models.lora import lora_config_of, plain_config
+from fedunlearn.config.lora import LoraArgs
+from fedunlearn.models.lora_config import lora_config_of, plain_config
 args = LoraArgs(r=4, lora_alpha=8.0, target_modules=tuple(json.loads(sys.argv[1])))
 print(json.dumps(plain_config(lora_config_of(args, None, "base")), indent=2, sort_keys=True))
 """
@@ -32,13 +41,13 @@ def test_what_is_saved_comes_back(tmp_path):
     probe = Probe(dtype="torch.float32", logits=((1.5, -2.25), (0.1, 3.0)))
     adapter = Adapter({"b": torch.randn(3, 2), "a": torch.randn(2).bfloat16()}, {"r": 2, "list": ["x"]}, "print")
     save_adapter(tmp_path / "adapter", adapter, probe)
-    assert load_adapter(tmp_path / "adapter") == (adapter, probe)
+    assert read_folder(tmp_path / "adapter") == (adapter, probe)
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [CONFIG, WEIGHTS, PROOF]
 
 
 def test_an_adapter_saved_without_probe_has_none(tmp_path):
     save_adapter(tmp_path, Adapter({"a": torch.ones(1)}, {}, None))
-    adapter, probe = load_adapter(tmp_path)
+    adapter, probe = read_folder(tmp_path)
     assert probe is None
     assert adapter.base_fingerprint is None
 
@@ -150,3 +159,36 @@ class TestDamage:
         (folder / WEIGHTS).write_bytes(save({}))
         with pytest.raises(UserError, match="holds no tensor"):
             load_adapter(folder)
+
+
+class TestProofOfTheConfig:
+    """The numbers alone do not say what an adapter is: its scale stands in the config."""
+
+    def edited(self, folder, place, **changed):
+        copy = copy_of(folder, place)
+        config = json.loads((copy / CONFIG).read_text())
+        (copy / CONFIG).write_text(json.dumps({**config, **changed}))
+        return copy
+
+    @pytest.mark.parametrize("changed", [{"lora_alpha": 16.0}, {"use_rslora": True}, {"new_key": 1}])
+    def test_an_edited_value_is_refused(self, adapter_folder, tmp_path, changed):
+        folder = self.edited(adapter_folder, tmp_path, **changed)
+        with pytest.raises(UserError, match=rf"is not what was saved: {CONFIG} does not match the hash in {PROOF}"):
+            load_adapter(folder)
+        (folder / PROOF).unlink()
+        assert load_adapter(folder)[0].base_fingerprint is None
+
+    def test_layout_and_the_base_s_name_may_change(self, adapter_folder, tmp_path):
+        folder = self.edited(adapter_folder, tmp_path, base_model_name_or_path="/elsewhere")
+        found, _ = load_adapter(folder)
+        assert found.peft_config["base_model_name_or_path"] == "/elsewhere"
+        assert found.base_fingerprint is not None
+        assert proves_config(folder)
+
+    def test_a_folder_of_an_earlier_version_loads_as_it_did(self, adapter_folder, tmp_path):
+        folder = self.edited(adapter_folder, tmp_path, lora_alpha=16.0)
+        proof = json.loads((folder / PROOF).read_text())
+        del proof["config_hash"]
+        (folder / PROOF).write_text(json.dumps(proof))
+        assert load_adapter(folder)[0].peft_config["lora_alpha"] == 16.0
+        assert not proves_config(folder)

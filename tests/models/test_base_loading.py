@@ -1,5 +1,6 @@
 """The base by itself: frozen, in eval mode, on the device asked for; what cannot be had is told."""
 
+import json
 import logging
 
 import pytest
@@ -39,6 +40,19 @@ def test_a_model_without_weights_is_told(base_folder, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"base model .* cannot be loaded"):
         load_base(folder, args(folder))
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq"])
+def test_a_model_that_is_stored_quantised_is_told(base_folder, tmp_path, method):
+    folder = copy_of(base_folder, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    stored = {"quant_method": method, "load_in_4bit": True, "bits": 4}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
+    with pytest.raises(
+        UserError, match=rf"is stored quantised .*, {method}\): name the model it was quantised from"
+    ) as caught:
+        load_base(folder, args(folder))
+    assert len(caught.value.faults) == 1
 
 
 def test_a_tokenizer_that_is_missing_is_told(base_folder, tmp_path):

@@ -2,13 +2,18 @@
 
 import pytest
 import torch
+from helpers_adapters import apart
 from helpers_eval import tiny_llama
+from helpers_models import attached, some_logits
 from peft import LoraConfig
 
 from fedunlearn.errors import UserError
+from fedunlearn.models.adapter_tensors import ACTIVE, read_tensors, write_tensors
 from fedunlearn.models.casts import NF4, bfloat16, cast_of, int8, merge_and_cast, nf4
-from fedunlearn.models.lora import ACTIVE, attach_lora, draw_fresh, read_tensors, write_tensors
+from fedunlearn.models.initial import MAGNITUDE, draw_fresh
+from fedunlearn.models.lora import attach_lora
 from fedunlearn.models.sidecar import put_sidecar
+from fedunlearn.records.adapter import A, B
 
 IDS = torch.tensor([[1, 5, 9, 200, 31, 7]])
 
@@ -28,6 +33,7 @@ def sidecar_of(model):
     return {
         n: 0.1 * torch.randn((3, t.shape[1]) if ".lora_A." in n else (t.shape[0], 3), generator=generator)
         for n, t in read_tensors(model).items()
+        if n.endswith((A, B))
     }
 
 
@@ -71,6 +77,31 @@ def test_merged_without_a_cast_the_model_says_the_same(with_sidecar):
     merge_and_cast(model, lambda weight: weight)
     assert torch.allclose(logits(model), before, atol=2e-5)
     assert all(not tensor.any() for tensor in read_tensors(model).values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [
+        ("llama", {"use_dora": True}),
+        ("gpt2", {"use_dora": True}),
+        ("gpt2", {"bias": "all", "lora_bias": True}),
+        ("llama", {"modules_to_save": ("lm_head", "o_proj")}),
+        ("gpt2", {}),
+    ],
+)
+def test_merged_without_a_cast_what_is_no_factor_still_acts(kind, lora):
+    model = attached(kind, **lora)
+    generator = torch.Generator().manual_seed(1)
+    moved = {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in read_tensors(model).items()}
+    write_tensors(model, moved)
+    if "use_dora" not in lora:
+        put_sidecar(model, sidecar_of(model), ACTIVE)
+    before = some_logits(model)
+    merge_and_cast(model, lambda weight: weight)
+    assert apart(some_logits(model), before) < 1e-5
+    after = read_tensors(model)
+    assert not any(t.any() for n, t in after.items() if n.endswith((A, B)))
+    assert all(torch.equal(t, moved[n]) for n, t in after.items() if not n.endswith((A, B, MAGNITUDE)))
 
 
 def test_every_linear_layer_but_the_head_is_cast():

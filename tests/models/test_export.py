@@ -17,8 +17,11 @@ from transformers import AutoModelForCausalLM
 from fedunlearn.aggregation.factors import modules_of, scales_of
 from fedunlearn.errors import UserError
 from fedunlearn.models.adapter_files import CONFIG, PROOF, load_adapter, save_adapter, stacked_of
+from fedunlearn.models.adapter_tensors import read_tensors
 from fedunlearn.models.export import Stacked, export, unit_scaled
-from fedunlearn.models.lora import attach_lora, check_trainable, draw_fresh, lora_config_of, plain_config, read_tensors
+from fedunlearn.models.initial import draw_fresh
+from fedunlearn.models.lora import attach_lora, check_trainable
+from fedunlearn.models.lora_config import lora_config_of, plain_config
 from fedunlearn.models.resident import release, take_probe
 from fedunlearn.records.adapter import Adapter
 
@@ -272,8 +275,11 @@ class TestNextStage:
         assert not [record for record in caplog.records if record.name.startswith("fedunlearn")]
 
     def test_one_whose_logits_differ_is_refused(self, stack, tmp_path):
-        """The tensors are those that were saved; the scale in the config is not."""
+        """The tensors are those that were saved; the scale in the config is not, and a proof of an earlier version says nothing of it."""
         folder = copy_of(stack[0], tmp_path)
+        proof = json.loads((folder / PROOF).read_text())
+        del proof["config_hash"]
+        (folder / PROOF).write_text(json.dumps(proof))
         config = json.loads((folder / CONFIG).read_text())
         (folder / CONFIG).write_text(json.dumps({**config, "alpha_pattern": {}}))
         with pytest.raises(UserError, match=r"does not give the logits recorded with it \(tolerance 1e-05"):

@@ -10,21 +10,10 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 
 from fedunlearn.errors import UserError
-from fedunlearn.models.lora import (
-    ACTIVE,
-    REFERENCE,
-    attach_lora,
-    check_trainable,
-    draw_fresh,
-    hold_reference,
-    live_parameters,
-    live_tensors,
-    lora_config_of,
-    plain_config,
-    read_tensors,
-    reference_active,
-    write_tensors,
-)
+from fedunlearn.models.adapter_tensors import ACTIVE, live_parameters, live_tensors, read_tensors, write_tensors
+from fedunlearn.models.initial import draw_fresh
+from fedunlearn.models.lora import REFERENCE, attach_lora, check_trainable, hold_reference, reference_active
+from fedunlearn.models.lora_config import lora_config_of, plain_config
 from fedunlearn.records.adapter import Adapter, Weights
 
 LOADED = Adapter({"a": torch.zeros(1)}, plain_config(lora_config_of(lora_args(), None, "some/base")), None)
@@ -82,6 +71,69 @@ class TestConfig:
             UserError, match=rf"lora_config\.{key}=.* differs from the loaded adapter's .*: set that value or null"
         ):
             lora_config_of(lora_args(**{key: value}), LOADED, "x")
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("use_dora", True),
+            ("init_lora_weights", "gaussian"),
+            ("bias", "all"),
+            ("lora_bias", True),
+            ("modules_to_save", ("lm_head",)),
+            ("exclude_modules", ("v_proj",)),
+            ("layers_to_transform", 1),
+            ("rank_pattern", {"q_proj": 2}),
+            ("alpha_pattern", {"q_proj": 2.0}),
+            ("target_parameters", ("mlp.experts.down_proj",)),
+            ("fan_in_fan_out", True),
+        ],
+    )
+    def test_every_other_key_is_compared_too(self, key, value):
+        with pytest.raises(UserError, match=rf"lora_config\.{key}=.* differs from the loaded adapter's"):
+            lora_config_of(lora_args(**{key: value}), LOADED, "x")
+        with pytest.raises(UserError, match=rf"lora_config\.{key}=.* differs from the loaded adapter's"):
+            lora_config_of(lora_args(target_modules=None, **{key: value}), LOADED, "x", tiny_llama())
+        plain = list(value) if isinstance(value, tuple) else value
+        same = Adapter(LOADED.tensors, {**LOADED.peft_config, key: plain}, "print")
+        assert plain_config(lora_config_of(lora_args(**{key: value}), same, "x"))[key] == plain
+
+    def test_two_ways_of_naming_the_same_modules_agree(self):
+        """Judged on the base: words, patterns, filters and plain names."""
+        base = tiny_llama()
+        for changed in (
+            {"target_modules": r".*\.(q|v)_proj"},
+            {"target_modules": "attention", "exclude_modules": ("k_proj", "o_proj")},
+            {"target_modules": ("q_proj", "v_proj"), "layers_to_transform": (0, 1)},
+        ):
+            config = lora_config_of(lora_args(**changed), LOADED, "x", base)
+            assert config.target_modules == {"q_proj", "v_proj"}
+            assert config.layers_to_transform is None
+        for changed in (
+            {"target_modules": "attention"},
+            {"target_modules": ("q_proj", "v_proj"), "layers_to_transform": (0,)},
+        ):
+            with pytest.raises(UserError, match="differs from the loaded adapter's"):
+                lora_config_of(lora_args(**changed), LOADED, "x", base)
+
+    def test_a_filter_that_the_yaml_leaves_null_is_the_adapter_s(self):
+        theirs = Adapter(LOADED.tensors, {**LOADED.peft_config, "layers_to_transform": [1]}, None)
+        config = lora_config_of(lora_args(target_modules=r".*\.(q|v)_proj"), theirs, "x", tiny_llama())
+        assert config.layers_to_transform == [1]
+
+    def test_a_loaded_adapter_s_own_words_are_put_as_names(self):
+        """all-linear of a foreign folder; what it names that this base lacks is its fault, not the yaml's."""
+        theirs = Adapter(LOADED.tensors, {**LOADED.peft_config, "target_modules": "all-linear"}, None)
+        config = lora_config_of(lora_args(target_modules=None), theirs, "x", tiny_llama())
+        assert config.target_modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+        other = Adapter(LOADED.tensors, {**LOADED.peft_config, "target_modules": ["c_attn"]}, None)
+        with pytest.raises(UserError, match="the adapter's target_modules: 'c_attn' matches no module"):
+            lora_config_of(lora_args(target_modules=None), other, "x", tiny_llama())
+
+    def test_a_foreign_adapter_that_names_no_task_is_taken(self):
+        theirs = Adapter(LOADED.tensors, plain_config(LoraConfig(r=2, target_modules=["q_proj"])), None)
+        args = lora_args(r=None, lora_alpha=None, target_modules=None)
+        assert theirs.peft_config["task_type"] is None
+        assert lora_config_of(args, theirs, "x", tiny_llama()).r == 2
 
     def test_all_disagreements_are_told_at_once(self):
         with pytest.raises(UserError, match="differs") as caught:

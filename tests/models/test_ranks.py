@@ -7,15 +7,9 @@ from helpers_models import TARGETS, attached, lora_args, some_logits, tiny_base
 from peft.tuners.lora import LoraLayer
 
 from fedunlearn.errors import UserError
-from fedunlearn.models.lora import (
-    REFERENCE,
-    attach_lora,
-    hold_reference,
-    lora_config_of,
-    read_tensors,
-    reference_active,
-    write_tensors,
-)
+from fedunlearn.models.adapter_tensors import read_tensors, write_tensors
+from fedunlearn.models.lora import REFERENCE, attach_lora, hold_reference, reference_active
+from fedunlearn.models.lora_config import lora_config_of
 from fedunlearn.models.ranks import cut, padded, scaled_for, scales_in
 from fedunlearn.records.adapter import Weights
 from fedunlearn.records.shape import ClientShape

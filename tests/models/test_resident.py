@@ -17,7 +17,8 @@ from transformers import LlamaForCausalLM
 
 from fedunlearn.errors import UserError
 from fedunlearn.models.adapter_files import CONFIG, PROOF, load_adapter, save_adapter
-from fedunlearn.models.lora import check_trainable, read_tensors
+from fedunlearn.models.adapter_tensors import read_tensors
+from fedunlearn.models.lora import check_trainable
 from fedunlearn.models.resident import check_probe, release, take_probe
 from fedunlearn.records.adapter import Adapter
 
@@ -187,8 +188,11 @@ class TestProof:
 
     @pytest.mark.parametrize("changed", [{"lora_alpha": 9.0}, {"use_rslora": True}])
     def test_a_config_that_fits_but_gives_other_logits_is_refused(self, adapter_folder, tmp_path, changed):
-        """Tensors and base are the right ones; only the scale alpha / r differs."""
+        """Tensors and base are the right ones; only the scale alpha / r differs, and the proof is one of an earlier version, which says nothing of the config."""
         folder = copy_of(adapter_folder, tmp_path)
+        proof = json.loads((folder / PROOF).read_text())
+        del proof["config_hash"]
+        (folder / PROOF).write_text(json.dumps(proof))
         config = json.loads((folder / CONFIG).read_text())
         (folder / CONFIG).write_text(json.dumps({**config, **changed}))
         with pytest.raises(
@@ -213,16 +217,37 @@ class TestProof:
         assert not [record for record in caplog.records if record.name.startswith("fedunlearn")]
 
 
+def foreign_folder(base_folder, folder, **variant):
+    """What plain PEFT saves of an adapter whose every value was moved."""
+    foreign = get_peft_model(
+        tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM", **variant)
+    )
+    foreign.peft_config["default"].base_model_name_or_path = str(base_folder)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in (p for p in foreign.parameters() if p.requires_grad):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    foreign.save_pretrained(folder)
+    return foreign.eval()
+
+
 @pytest.mark.parametrize(
-    "variant", [{"use_dora": True}, {"init_lora_weights": "olora"}, {"modules_to_save": ["lm_head"]}]
+    "variant",
+    [{"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "orthogonal"}],
+)
+def test_a_foreign_adapter_s_plain_tensors_are_loaded_with_its_factors(base_folder, tmp_path, variant):
+    foreign = foreign_folder(base_folder, tmp_path, **variant)
+    assert torch.equal(some_logits(load(model_config(tmp_path, TAKE_ALL)).model), some_logits(foreign))
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [{"init_lora_weights": "olora"}, {"trainable_token_indices": [1]}, {"layer_replication": [[0, 2], [0, 1]]}],
 )
 def test_a_foreign_variant_that_is_not_understood_is_refused(base_folder, tmp_path, variant):
-    """DoRA's parameters have other names than its state dict; olora and pissa write into the base's weights, again for the reference."""
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM", **variant)
-    foreign = get_peft_model(tiny_llama(), config)
-    foreign.peft_config["default"].base_model_name_or_path = str(base_folder)
-    foreign.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=next(iter(variant))):
+    """olora and pissa write into the base's weights, again for the reference."""
+    foreign_folder(base_folder, tmp_path, **variant)
+    with pytest.raises(UserError, match=f"the adapter's {next(iter(variant))}="):
         load(model_config(tmp_path, TAKE_ALL))
 
 

@@ -9,16 +9,8 @@ from helpers_adapters import add_dense, add_dense_beneath, apart, factors_like
 from helpers_models import TARGETS, attached, some_logits, tiny_base
 
 from fedunlearn.errors import UserError
-from fedunlearn.models.lora import (
-    ACTIVE,
-    REFERENCE,
-    check_trainable,
-    hold_reference,
-    live_parameters,
-    read_tensors,
-    reference_active,
-    write_tensors,
-)
+from fedunlearn.models.adapter_tensors import ACTIVE, live_parameters, read_tensors, write_tensors
+from fedunlearn.models.lora import REFERENCE, check_trainable, hold_reference, reference_active
 from fedunlearn.models.sidecar import put_sidecar, use_sidecar
 from fedunlearn.records.adapter import Weights
 
@@ -235,7 +227,7 @@ class TestRefused:
     def test_half_a_pair(self, kind):
         model, beside = with_sidecar(kind)
         before, name = some_logits(model), max(name for name in beside if ".lora_B." in name)
-        with pytest.raises(ValueError, match="is no LoRA factor with a partner"):
+        with pytest.raises(ValueError, match="is a LoRA factor without a partner"):
             put_sidecar(model, {key: tensor for key, tensor in beside.items() if key != name}, ACTIVE)
         assert torch.equal(some_logits(model), before)
 

@@ -55,6 +55,19 @@ def test_a_kept_round_belongs_to_its_run(run):
     assert found.run == find(found.adapter).run == run.resolve()
 
 
+@pytest.mark.parametrize("named", [".", "factors"])
+def test_a_round_with_a_side_car_is_exported_first(adapter_folder, tmp_path, named):
+    """Its factors alone would load as an adapter, and be another one."""
+    place = tmp_path / "run" / "rounds" / "0001"
+    place.mkdir(parents=True)
+    copy_of(adapter_folder, place).rename(place / "factors")
+    (place / "checkpoint.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=rf"is a round with a side-car, .*`adapter.py export {place} --to FOLDER` first"
+    ):
+        find(place / named)
+
+
 def test_lora_model_path_stands_beside_a_named_base(run, base_folder):
     found = find(base_folder, run)
     assert (found.base, found.base_name, found.adapter) == (base_folder, str(base_folder), run / "adapter")

@@ -27,7 +27,10 @@ from fedunlearn.methods.simnpo import SimNPO
 from fedunlearn.methods.uce import UCE
 from fedunlearn.methods.undial import UNDIAL
 from fedunlearn.methods.wga import WGA
-from fedunlearn.models.lora import attach_lora, draw_fresh, plain_config, read_tensors, write_tensors
+from fedunlearn.models.adapter_tensors import read_tensors, write_tensors
+from fedunlearn.models.initial import draw_fresh
+from fedunlearn.models.lora import attach_lora
+from fedunlearn.models.lora_config import plain_config
 from fedunlearn.models.resident import Resident
 from fedunlearn.records.adapter import Adapter
 from fedunlearn.records.rounds import ClientTask, Role, Trained
@@ -52,6 +55,7 @@ def made_model(
     targets: object = "all-linear",
     rank: int = 2,
     alpha: float = 4,
+    device: str = "cpu",
 ) -> Resident:
     """A tiny Llama with an adapter whose B is not zero, so that A has a gradient."""
     base = tiny_llama().to(dtype).requires_grad_(False)
@@ -64,7 +68,7 @@ def made_model(
         model, {n: t + 0.05 * torch.randn(t.shape, generator=generator) for n, t in read_tensors(model).items()}
     )
     start = Adapter(read_tensors(model), plain_config(config), "print")
-    return Resident(model.eval(), tiny_chat(), "print", "a tiny base", torch.device("cpu"), start)
+    return Resident(model.to(device).eval(), tiny_chat(), "print", "a tiny base", torch.device(device), start)
 
 
 def rows(count: int, seed: int = 0) -> tuple[EncodedRow, ...]:
@@ -198,6 +202,7 @@ def train(
     settings: dict | None = None,
     lr_scale: float = 1.0,
     mu: float = 0.0,
+    radius: float = 0.0,
     trained: Trained = Trained.BOTH,
     memory: Mapping[str, float] | None = None,
     **args: object,
@@ -206,7 +211,15 @@ def train(
     chosen = role or (Role.UNLEARN if method else Role.FINETUNE)
     known = (method.memory() if method else {}) if memory is None else memory
     task = ClientTask(
-        client_id=1, role=chosen, epochs=epochs, lr_scale=lr_scale, seed=seed, mu=mu, trained=trained, memory=known
+        client_id=1,
+        role=chosen,
+        epochs=epochs,
+        lr_scale=lr_scale,
+        seed=seed,
+        mu=mu,
+        radius=radius,
+        trained=trained,
+        memory=known,
     )
     local = LocalSettings(args=train_args(**args), collator=CollatorConfig(), method=method)
     return client_update(made, made.start.tensors, data, task, replace(local, **(settings or {})))

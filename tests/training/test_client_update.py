@@ -11,7 +11,8 @@ from helpers_training import DATA, FORGET, RETAIN, SUMS, FixedSums, equal, flat,
 from fedunlearn.methods.grad_ascent import GradAscent
 from fedunlearn.methods.grad_diff import GradDiff
 from fedunlearn.methods.npo import NPO
-from fedunlearn.models.lora import check_trainable, hold_reference, read_tensors
+from fedunlearn.models.adapter_tensors import read_tensors
+from fedunlearn.models.lora import check_trainable, hold_reference
 from fedunlearn.records.rounds import Role
 from fedunlearn.training.local import LocalData
 

@@ -25,7 +25,8 @@ from fedunlearn.data.collator import collate
 from fedunlearn.methods.pdu import PDU
 from fedunlearn.methods.rmu import RMU
 from fedunlearn.methods.tokens import Need, StepTotals
-from fedunlearn.models.lora import check_trainable, hold_reference, live_parameters, read_tensors, write_tensors
+from fedunlearn.models.adapter_tensors import live_parameters, read_tensors, write_tensors
+from fedunlearn.models.lora import check_trainable, hold_reference
 from fedunlearn.records.adapter import Weights
 from fedunlearn.records.rounds import Trained
 from fedunlearn.training.forward import token_losses

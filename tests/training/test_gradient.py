@@ -27,15 +27,8 @@ from fedunlearn.methods.npo import NPO
 from fedunlearn.methods.retain import retain_loss, retain_needs
 from fedunlearn.methods.simnpo import SimNPO
 from fedunlearn.methods.tokens import Need, StepTotals
-from fedunlearn.models.lora import (
-    REFERENCE,
-    check_trainable,
-    hold_reference,
-    live_parameters,
-    live_tensors,
-    read_tensors,
-    write_tensors,
-)
+from fedunlearn.models.adapter_tensors import live_parameters, live_tensors, read_tensors, write_tensors
+from fedunlearn.models.lora import REFERENCE, check_trainable, hold_reference
 from fedunlearn.records.adapter import Weights
 from fedunlearn.training.forward import batch_logits, token_losses
 from fedunlearn.training.local import LocalData

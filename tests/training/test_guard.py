@@ -187,6 +187,19 @@ class TestByHand:
             "an update of norm 10, 2 times the adapter's own, beyond trainer.guard.max_update_ratio=1.99"
         )
 
+    def test_what_a_round_began_with_is_summed_once(self):
+        class Counted(dict):
+            asked = 0
+
+            def values(self):
+                self.asked += 1
+                return super().values()
+
+        start = Counted(self.start)
+        guard = Guard(GuardArgs(max_loss=None, max_update_ratio=1.0), start)
+        assert [guard.judge_update({"b": torch.tensor([b])}) == "" for b in (5.0, 9.0, 9.5)] == [True, True, False]
+        assert start.asked == 1
+
     def test_a_start_of_zeros_is_not_judged(self):
         assert self.judged(1e9, 0.1, {"a": torch.zeros(1), "b": torch.zeros(1)}) == ""
 

@@ -7,12 +7,14 @@ import pytest
 import torch
 from helpers_training import FORGET, RETAIN, forwards, made_model, rows
 
-from fedunlearn.models.lora import check_trainable, read_tensors
+from fedunlearn.errors import UserError
+from fedunlearn.models.adapter_tensors import read_tensors
+from fedunlearn.models.lora import check_trainable
 from fedunlearn.models.ranks import scaled_for
 from fedunlearn.records.adapter import Weights
 from fedunlearn.records.shape import ClientShape
 from fedunlearn.training.charges import Charges
-from fedunlearn.training.reference import BATCH_ROWS, ReferenceSums
+from fedunlearn.training.reference import BATCH_ROWS, ReferenceSums, as_reference
 
 
 @pytest.fixture(scope="module")
@@ -260,3 +262,14 @@ def test_they_are_in_eval_mode_from_a_model_in_train_mode(made, reference, tmp_p
     made.model.eval()
     assert torch.equal(*found)
     assert found[0].tolist() == pytest.approx(slow_sums(reference, FORGET), rel=1e-5)
+
+
+def test_a_reference_that_does_not_fit_leaves_the_adapter_as_it_was(made, reference):
+    """Its factors fit and are written; its side-car then does not."""
+    before = read_tensors(made.model)
+    head = "base_model.model.nowhere.lora_"
+    odd = Weights(reference.factors, {head + "A.weight": torch.zeros(1, 2), head + "B.weight": torch.zeros(2, 1)})
+    with pytest.raises(UserError, match="has no LoRA layer"), as_reference(made, odd):
+        pytest.fail("the block must not begin")
+    after = read_tensors(made.model)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

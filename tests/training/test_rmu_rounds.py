@@ -9,8 +9,9 @@ from fedunlearn.config.trainer import GuardArgs
 from fedunlearn.data.collator import collate
 from fedunlearn.methods.rmu import RMU
 from fedunlearn.methods.tokens import Need
+from fedunlearn.models.adapter_tensors import write_tensors
 from fedunlearn.models.hidden_states import block_output, num_blocks
-from fedunlearn.models.lora import hold_reference, write_tensors
+from fedunlearn.models.lora import hold_reference
 from fedunlearn.training.forward import token_losses
 
 OFF = GuardArgs(max_loss=None, max_update_ratio=None)

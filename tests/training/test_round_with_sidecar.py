@@ -6,7 +6,8 @@ from helpers_adapters import add_dense_beneath, apart, factors_like
 from helpers_training import FORGET, GRADIENT, RATE, flat, gradient, made_model, train
 
 from fedunlearn.methods.npo import NPO
-from fedunlearn.models.lora import ACTIVE, check_trainable, hold_reference
+from fedunlearn.models.adapter_tensors import ACTIVE
+from fedunlearn.models.lora import check_trainable, hold_reference
 from fedunlearn.models.sidecar import put_sidecar
 from fedunlearn.records.adapter import Weights
 from fedunlearn.training.charges import Charges

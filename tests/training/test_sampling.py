@@ -12,7 +12,8 @@ from fedunlearn.data.tofu import QaRow
 from fedunlearn.errors import UserError
 from fedunlearn.evals.generation import Draw
 from fedunlearn.methods.alternates import Sampled
-from fedunlearn.models.lora import check_trainable, read_tensors
+from fedunlearn.models.adapter_tensors import read_tensors
+from fedunlearn.models.lora import check_trainable
 from fedunlearn.records.adapter import Weights
 from fedunlearn.training import sampling
 from fedunlearn.training.charges import Charges

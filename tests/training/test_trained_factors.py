@@ -3,19 +3,18 @@
 import pytest
 import torch
 from helpers_training import DATA, GRADIENT, RATE, flat, made_model, train
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from fedunlearn.methods.grad_diff import GradDiff
 from fedunlearn.methods.npo import NPO
-from fedunlearn.models.lora import (
-    check_trainable,
-    hold_reference,
-    live_parameters,
-    reference_active,
-    training_only,
-)
+from fedunlearn.models import adapter_tensors
+from fedunlearn.models.adapter_tensors import live_gradients, live_parameters, live_tensors, read_tensors, write_tensors
+from fedunlearn.models.lora import attach_lora, check_trainable, hold_reference, reference_active, training_only
 from fedunlearn.records.adapter import Weights
 from fedunlearn.records.rounds import Trained
 from fedunlearn.training import loop
+from fedunlearn.training.loop import _anchors, _pull_to_start
 
 METHODS = [
     pytest.param(None, id="finetune"),
@@ -131,6 +130,50 @@ class TestFedProx:
         pull = mu * (flat(one.tensors) - flat(made.start.tensors))
         assert pull.abs().max() > 1e-2
         assert (flat(free.tensors) - flat(pulled.tensors) - rate * pull).abs().max() < 1e-5 * pull.abs().max()
+
+    def test_a_step_does_not_ask_for_state_and_scales_anew(self, made, monkeypatch):
+        """Both walk all modules: 50 ms of a step of 32 tiny layers."""
+        asked, own = [], adapter_tensors.get_peft_model_state_dict
+        monkeypatch.setattr(
+            adapter_tensors, "get_peft_model_state_dict", lambda *s, **m: asked.append(1) or own(*s, **m)
+        )
+        scales = loop.module_scales
+        monkeypatch.setattr(loop, "module_scales", lambda model: asked.append(1) or scales(model))
+        counts = []
+        for steps in (1, 6):
+            asked.clear()
+            result = train(made, None, DATA, epochs=6, mu=1.0, radius=0.5, max_steps=steps, optim="sgd")
+            assert result.num_steps == steps
+            counts.append(len(asked))
+        assert counts[0] == counts[1]
+
+    def test_fused_experts_are_pulled_as_pairs_are(self):
+        """Bit by bit the sum over each expert's own tensors, whose parameter is one."""
+        small = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
+        base = AutoModelForCausalLM.from_config(MixtralConfig(vocab_size=64, num_local_experts=3, **small))
+        lora = LoraConfig(
+            r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"], task_type="CAUSAL_LM"
+        )
+        model = attach_lora(base.requires_grad_(False), lora)
+        generator = torch.Generator().manual_seed(0)
+        start = {n: torch.randn(t.shape, generator=generator) for n, t in read_tensors(model).items()}
+        write_tensors(model, start)
+        live, now = live_parameters(model), live_tensors(model)
+        anchors = _anchors(live, start)
+        for name, parameter in live.items():
+            parameter.grad = torch.randn(parameter.shape, generator=generator) if "q_proj.lora_A" not in name else None
+            with torch.no_grad():
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
+        wanted = {n: g.clone().add_(now[n] - start[n], alpha=0.3) for n, g in live_gradients(model).items()}
+        _pull_to_start(live, anchors, 0.3)
+        assert sum(".experts." in name for name in wanted) == 6
+        assert all(torch.equal(gradient, wanted[name]) for name, gradient in live_gradients(model).items())
 
     def test_mu_0_is_no_term(self, made):
         assert torch.equal(

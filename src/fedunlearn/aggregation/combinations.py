@@ -1,5 +1,6 @@
 """Which choices of the server go together: what makes no sense is refused before training, with the reason."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedunlearn.aggregation.choices import gauge_of, reducer_of
@@ -11,7 +12,7 @@ class Combination:
     """The choices of one run. strategy: its class name; moments: whether it keeps some; sends_mean: whether its step gives the mean itself;
     foreign: whether it is Flower's, of which neither of the two is asked.
 
-    robust: its class name; reweighs: whether it does anything. ranks_differ: clients have ranks or scales of their own.
+    robust: its class name; reweighs: whether it does anything. ranks_differ: clients have ranks or scales of their own. sidecar_rank: see AggregationConfig.
     """
 
     weights: str
@@ -26,6 +27,185 @@ class Combination:
     robust: str
     reweighs: bool
     ranks_differ: bool
+    sidecar_rank: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What an adapter is beside pairs of factors, or began with. adalora: whether triplets stand in place of the pairs. bias, modules_to_save, lora_bias: whether it has such tensors. initial: `pissa`, `olora`,
+    `orthogonal` or whatever else its init_lora_weights says. experts: some of its pairs are fused experts'.
+    """
+
+    dora: bool = False
+    adalora: bool = False
+    lora_bias: bool = False
+    bias: bool = False
+    modules_to_save: bool = False
+    initial: str = "True"
+    experts: bool = False
+
+    @property
+    def plain(self) -> str:
+        """The keys that give it tensors which are no factors; empty where there are none."""
+        has = {"lora_bias": self.lora_bias, "bias": self.bias, "modules_to_save": self.modules_to_save}
+        return ", ".join(key for key, holds in has.items() if holds)
+
+
+def variant_of(config: Mapping[str, object]) -> Variant:
+    """Reads it from PEFT's keys, of a yaml or of an adapter; what is left out or null is PEFT's default."""
+    return Variant(
+        dora=bool(config.get("use_dora")),
+        adalora=config.get("peft_type") == "ADALORA",
+        lora_bias=bool(config.get("lora_bias")),
+        bias=config.get("bias") not in (None, "none"),
+        modules_to_save=bool(config.get("modules_to_save")),
+        initial=str(config.get("init_lora_weights")),
+        experts=bool(config.get("target_parameters")),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnSteps:
+    """A server-side method. name: its class; changes: whether it makes steps of its own out of products; fresh: whether it begins with fresh factors above the old adapter."""
+
+    name: str
+    changes: bool
+    fresh: bool
+
+
+def variant_faults(c: Combination, variant: Variant, method: OwnSteps | None) -> list[str]:
+    """Gives a sentence for everything beside which this variant would be wrong; empty where all is right. method: None for a local one."""
+    rules = (
+        *_dora(c, variant, method),
+        *_adalora(c, variant, method),
+        *_plain(c, variant, method),
+        *_initial(c, variant),
+        *_experts(c, variant, method),
+    )
+    return [fault for holds, fault in rules if not holds]
+
+
+def _dora(c: Combination, variant: Variant, method: OwnSteps | None) -> list[tuple[bool, str]]:
+    if not variant.dora:
+        return []
+    at, why = (
+        "use_dora=true",
+        "a weight is there its magnitude times a direction, W0 + s B A over its norm, and no sum of products is one",
+    )
+    return [
+        *_no_products(c, method, at, why, "choose aggregation=fedit or aggregation=ffa, or use_dora=false"),
+        (
+            c.mask != "alternate",
+            f"{at} beside aggregation.mask=alternate: alternating makes the mean of products exact, and {why}; choose aggregation=fedit or aggregation=ffa, or use_dora=false",
+        ),
+        (
+            not c.ranks_differ,
+            f"{at} beside partition.ranks or lora_alphas: magnitudes belong to the norm of one rank and scale; leave them null",
+        ),
+        (
+            not variant.lora_bias,
+            f"{at} beside lora_bias=true: PEFT has no layer of both; set lora_bias=false, or use_dora=false",
+        ),
+    ]  # fmt: skip
+
+
+def _adalora(c: Combination, variant: Variant, method: OwnSteps | None) -> list[tuple[bool, str]]:
+    if not variant.adalora:
+        return []
+    at, why = (
+        "peft_type=ADALORA",
+        "an update is there B diag(E) A, and what is averaged, and importance is of, are A, E and B apart",
+    )
+    return [
+        *_no_products(c, method, at, why, "choose aggregation=fedit, or peft_type=LORA"),
+        (
+            c.mask == "both",
+            f"{at} beside aggregation.mask={c.mask}: a factor that rests has no update, and importance needs one of each; choose aggregation=fedit, or peft_type=LORA",
+        ),
+        (
+            not c.foreign,
+            f"{at} beside strategy {c.strategy}: Flower's does its own averaging, and the server's mask comes after a step of ours; choose strategy=fedavg, fedprox, fedadam or another of "
+            "configs/strategy, or peft_type=LORA",
+        ),
+        (
+            not c.ranks_differ,
+            f"{at} beside partition.ranks or lora_alphas: the server gives out the ranks, one mask for all; leave them null",
+        ),
+    ]  # fmt: skip
+
+
+def _no_products(c: Combination, method: OwnSteps | None, at: str, why: str, way: str) -> list[tuple[bool, str]]:
+    """What reads or makes products s B A, beside a variant whose update is none. why: that it is none; way: out."""
+    return [
+        (c.reducer == "factors", f"{at} beside aggregation.reducer={c.reducer}: {why}; {way}"),
+        (
+            c.residual == "dropped",
+            f"{at} beside aggregation.residual={c.residual}: what is left over is a product, and {why}; {way}",
+        ),
+        (c.gauge == "as_is", f"{at} beside aggregation.gauge={c.gauge}: it turns or refactors pairs, and {why}; {way}"),
+        (
+            c.weights != "product_norm",
+            f"{at} beside aggregation.weights=product_norm: the norm of s B A says nothing of it, for {why}; choose weights=owned or uniform",
+        ),
+        (not c.reweighs, f"{at} beside robust {c.robust}: it compares products, and {why}; choose robust=off"),
+        (
+            method is None,
+            f"{at} beside method {method and method.name}, a server-side one, which works on products: {why}; choose a local method, or leave {at} out",
+        ),
+    ]
+
+
+def _plain(c: Combination, variant: Variant, method: OwnSteps | None) -> list[tuple[bool, str]]:
+    name = method.name if method else ""
+    return [
+        (
+            not variant.plain or method is None or not (method.changes or method.fresh),
+            f"{variant.plain} beside method {name}: its steps add and take away products of factors, and biases and whole modules are none, so what they learnt of the "
+            "forget rows would stay; choose a local method, rollback or pgd, or an adapter without them",
+        ),
+        (
+            not (variant.lora_bias and c.ranks_differ),
+            "lora_bias=true beside partition.ranks or lora_alphas: a bias acts times each client's own scale, so that its mean is not the mean of what it does; leave them null",
+        ),
+    ]  # fmt: skip
+
+
+def _initial(c: Combination, variant: Variant) -> list[tuple[bool, str]]:
+    of_base = variant.initial.startswith(("pissa", "olora"))
+    at = f"init_lora_weights={variant.initial}"
+    return [
+        (
+            not ((of_base or variant.initial == "orthogonal") and c.ranks_differ),
+            f"{at} beside partition.ranks or lora_alphas: the factors begin with a product that is made up for at rank r, and a client of another rank or scale would begin away "
+            "from the base; leave them null, or choose init_lora_weights=true or gaussian",
+        ),
+        (
+            variant.initial in ("None", "True") or not variant.lora_bias,
+            f"{at} beside lora_bias=true: PEFT knows LoRA's own biases with init_lora_weights=true alone; set that, or lora_bias=false",
+        ),
+        (
+            not of_base or c.sidecar_rank is None,
+            f"{at} beside aggregation.sidecar_rank={c.sidecar_rank}: the side-car holds what the factors took of the base's weights, and a cut of it would change the base; leave it null",
+        ),
+        (
+            not (of_base and variant.experts),
+            f"{at} beside target_parameters: a side-car cannot stand beside fused experts; choose init_lora_weights=true, or leave the experts out",
+        ),
+    ]  # fmt: skip
+
+
+def _experts(c: Combination, variant: Variant, method: OwnSteps | None) -> list[tuple[bool, str]]:
+    name = method.name if method else ""
+    return [
+        (
+            not variant.experts or c.residual != "sidecar",
+            "target_parameters beside aggregation.residual=sidecar: a side-car cannot stand beside fused experts; choose aggregation=fedit, ffa or flexlora, or leave the experts out",
+        ),
+        (
+            not variant.experts or method is None or not (method.changes or method.fresh),
+            f"target_parameters beside method {name}: its steps go into a side-car, which cannot stand beside fused experts; choose a local method, rollback or pgd, or leave the experts out",
+        ),
+    ]  # fmt: skip
 
 
 def combination_faults(chosen: Combination) -> list[str]:

@@ -8,10 +8,9 @@ from functools import cached_property
 
 import torch
 
-from fedunlearn.records.adapter import Tensors
+from fedunlearn.aggregation.adalora import scales_of_triplets
+from fedunlearn.records.adapter import A, B, Tensors
 from fedunlearn.records.shape import ClientShape, lora_scale
-
-A, B = ".lora_A.", ".lora_B."
 
 
 @dataclass(frozen=True, order=True)
@@ -47,18 +46,21 @@ class Factors:
 
 
 def modules_of(names: Iterable[str]) -> tuple[Module, ...]:
-    """Pairs the tensors of an adapter, in name order. Raises ValueError for one that is neither A nor B, or has no partner."""
-    known = set(names)
-    modules = []
-    for name in sorted(known):
-        if A in name and name.replace(A, B) in known:
-            path = name.split(A)[0].removeprefix("base_model.model.")
-            modules.append(Module(path, name, name.replace(A, B)))
-        elif not (B in name and name.replace(B, A) in known):
-            raise ValueError(
-                f"adapter tensor {name!r} is no LoRA factor with a partner: only plain A and B are aggregated"
-            )
-    return tuple(modules)
+    """Pairs the factors of an adapter, in name order; plain tensors are no part of it. Raises ValueError for a factor without its partner."""
+    firsts, seconds = set(), set()
+    for name in names:
+        if name.endswith(A):
+            firsts.add(name.removesuffix(A))
+        elif name.endswith(B):
+            seconds.add(name.removesuffix(B))
+    for path in sorted(firsts ^ seconds):
+        raise ValueError(f"adapter tensor {path + (A if path in firsts else B)!r} is a LoRA factor without a partner")
+    return tuple(Module(path.removeprefix("base_model.model."), path + A, path + B) for path in sorted(firsts))
+
+
+def plain_of(names: Iterable[str]) -> tuple[str, ...]:
+    """Gives the tensors of an adapter that are no factors, in name order."""
+    return tuple(sorted(name for name in names if not name.endswith((A, B))))
 
 
 def scale_of(peft_config: Mapping[str, object], module: Module, rank: int) -> float:
@@ -73,8 +75,9 @@ def scale_of(peft_config: Mapping[str, object], module: Module, rank: int) -> fl
 
 
 def scales_of(peft_config: Mapping[str, object], tensors: Tensors) -> dict[str, float]:
-    """Gives s of every module of an adapter, by module name."""
-    return {m.name: scale_of(peft_config, m, tensors[m.a].shape[0]) for m in modules_of(tensors)}
+    """Gives s of every module of an adapter, AdaLoRA's triplets among them, by module name."""
+    pairs = {m.name: scale_of(peft_config, m, tensors[m.a].shape[0]) for m in modules_of(tensors)}
+    return {**pairs, **scales_of_triplets(peft_config, tensors)}
 
 
 def read_factors(tensors: Tensors, module: Module, scale: float) -> Factors:
@@ -86,9 +89,9 @@ def cut_to(shape: ClientShape, tensors: Tensors, scales: Mapping[str, float]) ->
     """Gives what a client of that rank is sent of an adapter: the first r_k rows of A and columns of B, each times sqrt(s / s_k).
 
     scales: s of the adapter by module name. The product of what is sent, times s_k, is s times the product of the first r_k
-    columns and rows. Where rank and scale are the adapter's own the tensors are the same, bit by bit.
+    columns and rows. Where rank and scale are the adapter's own the tensors are the same, bit by bit; plain ones always are.
     """
-    cut: dict[str, torch.Tensor] = {}
+    cut = {name: tensors[name] for name in plain_of(tensors)}
     for module in modules_of(tensors):
         share = math.sqrt(scales[module.name] / shape.scale)
         cut[module.a] = _times(tensors[module.a][: shape.rank], share)
@@ -117,7 +120,7 @@ def side_by_side(blocks: Sequence[Tensors]) -> Tensors:
     """Gives blocks of factors as one: A's rows below each other, B's columns beside each other; empty for none."""
     if not blocks:
         return {}
-    return {key: torch.cat([block[key] for block in blocks], dim=0 if A in key else 1) for key in blocks[0]}
+    return {key: torch.cat([block[key] for block in blocks], dim=0 if key.endswith(A) else 1) for key in blocks[0]}
 
 
 def fresh_a(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:

@@ -1,12 +1,13 @@
 """From the updates that count to what the server sends next: module after module, memory for one module of every client."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-from fedunlearn.aggregation.factors import Factors, Module, modules_of, read_factors
+from fedunlearn.aggregation.factors import Factors, Module, modules_of, plain_of, read_factors
 from fedunlearn.aggregation.gauges.base import Gauge, Moment
+from fedunlearn.aggregation.pieces import in_pieces
 from fedunlearn.aggregation.product import (
     LowRank,
     compressed,
@@ -108,6 +109,7 @@ def reduce_round(choices: Choices, cohort: Cohort, weights: ModuleWeights | None
     for module in modules_of(cohort.adapter):
         own = weighting if weights is None else _own_weighting(cohort, weights[module.name])
         _reduce_module(choices, cohort, module, own, moment, tally)
+    tally.mean |= _plain_means(choices.reducer, cohort, weighting)
     names = tally.mean if not choices.gauge.keeps_place else _trained_names(tally.mean, cohort)
     exact = tally.exact**0.5
     return Reduced(
@@ -149,6 +151,13 @@ def _reduce_module(
     if choices.feedback:
         left = _difference(exact, sent)
         tally.carried |= {module.b: left.left.float(), module.a: left.right.float()}
+
+
+def _plain_means(reducer: Reducer, cohort: Cohort, weighting: Weighting) -> Iterator[tuple[str, torch.Tensor]]:
+    """Gives the mean of every plain tensor, entry by entry, float64, the old one's share included."""
+    for name in plain_of(cohort.adapter):
+        tensors = (cohort.read(client, name) for client in sorted(cohort.weights))  # one by one: a saved head is large
+        yield name, reducer.reduce_plain(tensors, weighting.clients, cohort.adapter[name], weighting.old)
 
 
 def _into_sidecar(
@@ -196,6 +205,10 @@ def _weighting(robust: Robust, cohort: Cohort) -> Weighting:
     for module in modules_of(cohort.adapter):
         old = _old(cohort, module)
         gram += inner_products([update_of(client, old) for client in _clients(cohort, module)])
+    for name in plain_of(cohort.adapter):
+        for old_one, *theirs in in_pieces([cohort.adapter[name], *(cohort.read(client, name) for client in clients)]):
+            moves = torch.stack([one.double() - old_one.double() for one in theirs])
+            gram += moves @ moves.T
     try:
         return checked_weighting(robust.reweigh(weights, gram), len(clients))
     except Exception as error:  # a robust weight may be the user's own
@@ -271,7 +284,7 @@ def _squared_distance(products: torch.Tensor) -> float:
 class UpdateNorms:
     """update: ||U_k||, what the client changed, as a product; factors: what it changed in A and B by themselves, which a mean of factors sees
     (c A and B / c are the same product); product: ||s_k B_k A_k||, what it holds; start: A and B by themselves, as it was sent them. Pooled over
-    modules (root of the sum of squares). by_module: ||U_k|| of each, by module name.
+    modules and plain tensors (root of the sum of squares), product over modules alone. by_module: ||U_k|| of each, by module name.
     """
 
     update: float
@@ -293,4 +306,7 @@ def update_norms(tensors: Tensors, start: Tensors, scales: Mapping[str, float]) 
         factors += float((new.a - old.a).square().sum() + (new.b - old.b).square().sum())
         sent += float(old.a.square().sum() + old.b.square().sum())
     update = sum(norm * norm for norm in by_module.values())
+    for name in plain_of(start):
+        moved = float((tensors[name].double() - start[name].double()).square().sum())
+        update, factors, sent = update + moved, factors + moved, sent + float(start[name].double().square().sum())
     return UpdateNorms(update**0.5, factors**0.5, product**0.5, sent**0.5, by_module)

@@ -3,42 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fedunlearn.config.lora import LoraArgs
 from fedunlearn.errors import UserError
-from fedunlearn.limits import LARGEST, SMALLEST
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraArgs:
-    """What PEFT's LoraConfig is made of; null = take it from the adapter that is loaded.
-
-    r: rank. lora_alpha: the update is scaled by lora_alpha / r (use_rslora: by its root). target_modules: module names or
-    `all-linear`. lora_dropout always comes from here, never from a loaded adapter.
-    """
-
-    r: int | None
-    lora_alpha: float | None
-    target_modules: tuple[str, ...] | str | None
-    lora_dropout: float = 0.0
-    use_rslora: bool | None = None
-    bias: Literal["none"] = "none"
-    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
-
-    def __post_init__(self) -> None:
-        if self.r is not None and self.r < 1:
-            raise UserError(
-                f"model.model_args.lora_config.r={self.r} is no rank: a whole number from 1, or null for a loaded adapter's"
-            )
-        if self.lora_alpha is not None and not SMALLEST <= self.lora_alpha <= LARGEST:
-            raise UserError(f"model.model_args.lora_config.lora_alpha={self.lora_alpha} must lie between 1e-6 and 1e6")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"model.model_args.lora_config.lora_dropout={self.lora_dropout} must lie in [0, 1)")
-        names = self.target_modules
-        if isinstance(names, tuple) and (not names or len(set(names)) != len(names)):
-            raise UserError(
-                f"model.model_args.lora_config.target_modules={list(names)} must name each module once, and at least one"
-            )
+Quantization = Literal["nf4", "fp4", "int8", "torchao_int8", "torchao_int4"]
+BITSANDBYTES: tuple[Quantization, ...] = ("nf4", "fp4", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,25 +18,58 @@ class ModelArgs:
     pretrained_model_name_or_path: hub id, folder of a full model, PEFT adapter folder, run of ours, or `pocket:SEED`.
     lora_model_path: adapter folder or run to resume from (trainable).
     torch_dtype: dtype of the base's weights; adapters are float32 whatever it is. device: `auto` takes CUDA where it is.
+    quantization: what the base's linear layers are rounded to as they are loaded; torch_dtype is what they then compute in. nf4, fp4 (QLoRA,
+    arXiv:2305.14314), int8 (arXiv:2208.07339): bitsandbytes, on CUDA. torchao_int8, torchao_int4: weights alone, on any device. null: none.
     """
 
     pretrained_model_name_or_path: str
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     torch_dtype: Dtype = "float32"
+    quantization: Quantization | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     use_lora: bool = True
     lora_config: LoraArgs | None = None
     lora_model_path: str | None = None
 
     def __post_init__(self) -> None:
-        if self.use_lora and self.lora_config is None:
-            raise UserError(
-                "model.model_args.lora_config=null with use_lora=true: give r, lora_alpha and target_modules (null = the loaded adapter's)"
-            )
-        if not self.use_lora and self.lora_model_path is not None:
-            raise UserError(
-                f"model.model_args.use_lora=false with lora_model_path={self.lora_model_path!r}: set use_lora=true or leave the path out"
-            )
+        faults = [fault for holds, fault in self._rules() if not holds]
+        if faults:
+            raise UserError(*faults)
+
+    def _rules(self) -> list[tuple[bool, str]]:
+        lora, said = self.lora_config, f"model.model_args.quantization={self.quantization}"
+        initial = None if lora is None else lora.init_lora_weights
+        return [
+            (
+                self.quantization is None or lora is None or lora.adalora is None,
+                f"{said} beside lora_config.peft_type=ADALORA: it is untried over a rounded base, and PEFT has such layers for bitsandbytes alone; set "
+                "quantization=null, or peft_type=LORA",
+            ),
+            (
+                not self.use_lora or lora is not None,
+                "model.model_args.lora_config=null with use_lora=true: give r, lora_alpha and target_modules (null = the loaded adapter's)",
+            ),
+            (
+                self.use_lora or lora is None or lora.preset is None,
+                f"lora={None if lora is None else lora.preset} with model.model_args.use_lora=false, where no adapter is: leave one of the two out",
+            ),
+            (
+                self.use_lora or self.lora_model_path is None,
+                f"model.model_args.use_lora=false with lora_model_path={self.lora_model_path!r}: set use_lora=true or leave the path out",
+            ),
+            (
+                self.quantization not in BITSANDBYTES or self.device != "cpu",
+                f"{said} needs CUDA, and model.model_args.device=cpu: set device=auto, or choose torchao_int8, which runs on any device",
+            ),
+            (
+                self.quantization is None or not isinstance(initial, str) or not initial.startswith(("pissa", "olora")),
+                f"{said} beside lora_config.init_lora_weights={initial!r}, which decomposes the weights as they are stored: leave one of the two out",
+            ),
+            (
+                not str(self.quantization).startswith("torchao") or lora is None or not lora.lora_bias,
+                f"{said} beside lora_config.lora_bias=true: PEFT has none over torchao's layers; leave it out, or take nf4 or int8",
+            ),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

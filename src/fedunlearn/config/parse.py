@@ -3,6 +3,10 @@
 from collections.abc import Mapping
 from typing import cast
 
+from fedunlearn.config.lora import REFUSED as LORA_REFUSED
+from fedunlearn.config.lora import LoraArgs
+from fedunlearn.config.parallel import REFUSED as PARALLEL_REFUSED
+from fedunlearn.config.parallel import ParallelArgs
 from fedunlearn.config.probe import ProbeRun
 from fedunlearn.config.reading import MISSING, Reader
 from fedunlearn.config.refused import REFUSED
@@ -31,7 +35,7 @@ def parse_config(data: Mapping[str, object]) -> TrainRun | EvalRun:
         raise UserError(
             f"mode={mode!r} is unknown{near} Known: {', '.join(RUN_OF_MODE)} (the file named by --config-name sets it)"
         )
-    reader = Reader({TrainArgs: REFUSED})
+    reader = Reader({TrainArgs: REFUSED, LoraArgs: LORA_REFUSED, ParallelArgs: PARALLEL_REFUSED})
     run = reader.record(RUN_OF_MODE[mode], data, "")
     if reader.faults:
         raise UserError(*reader.faults)

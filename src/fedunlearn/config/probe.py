@@ -112,3 +112,9 @@ class ProbeRun(TrainRun):
             raise UserError(
                 f"eval.metrics lacks {', '.join(lacking)}, which a probe measures: leave them in, or choose eval=tofu"
             )
+        quantization, casts = self.model.model_args.quantization, [one for one in self.probe.attacks if one in CASTS]
+        if quantization is not None and casts:
+            raise UserError(
+                f"probe.attacks={casts} beside model.model_args.quantization={quantization}: they cast the merged weights, and nothing is merged into a quantised base; "
+                "set quantization=null, or leave them out"
+            )

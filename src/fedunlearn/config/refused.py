@@ -11,14 +11,13 @@ _OWN_HISTORY = "every round is a line of history.jsonl: see trainer.args.logging
 _ONE_DEVICE = (
     "a client trains on one device and the federation is the parallelism: see launcher.* and model.model_args.device"
 )
+_PARALLEL = "a model too large for one device is a client's own affair, and it composes this by itself: set trainer.parallel=fsdp or trainer.parallel=deepspeed"
 _NO_HUB = "nothing is uploaded: publish the run's adapter folder yourself"
 _NOT_A_FLAG = "the door says what runs: fed_train.py, train.py or eval.py"
 
 _BY_REASON: Mapping[str, str] = {
     _ADAPTERS_ONLY: (
-        "average_tokens_across_devices neftune_noise_alpha torch_compile torch_compile_backend torch_compile_mode use_liger_kernel "
-        "liger_kernel_config use_cache torch_empty_cache_steps gradient_checkpointing_kwargs activation_checkpointing_kwargs "
-        "optim_args optim_target_modules lr_scheduler_kwargs jit_mode_eval"
+        "average_tokens_across_devices neftune_noise_alpha use_liger_kernel liger_kernel_config use_cache torch_empty_cache_steps optim_args optim_target_modules lr_scheduler_kwargs jit_mode_eval"
     ),
     _ROUND_IS_THE_EPOCH: (
         "dataloader_drop_last dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
@@ -40,9 +39,10 @@ _BY_REASON: Mapping[str, str] = {
         "skip_memory_metrics debug"
     ),
     _ONE_DEVICE: (
-        "accelerator_config parallelism_config deepspeed fsdp fsdp_config ddp_find_unused_parameters ddp_bucket_cap_mb "
+        "accelerator_config ddp_find_unused_parameters ddp_bucket_cap_mb "
         "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout local_rank"
     ),
+    _PARALLEL: "parallelism_config deepspeed fsdp fsdp_config",
     _NO_HUB: "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
     _NOT_A_FLAG: "do_train do_eval do_predict",
 }
@@ -57,6 +57,10 @@ _BY_NAME: Mapping[str, str] = {
     "bf16_full_eval": "an evaluation computes in the base's dtype: set model.model_args.torch_dtype",
     "tf32": "it would make results differ between GPUs: set trainer.args.bf16=true for speed",
     "activation_checkpointing": "set trainer.args.gradient_checkpointing=true",
+    "activation_checkpointing_kwargs": "set trainer.args.gradient_checkpointing=true: it is the non-reentrant one, which alone reaches adapters over a frozen base",
+    "gradient_checkpointing_kwargs": "set trainer.args.gradient_checkpointing=true: it is the non-reentrant one, which alone reaches adapters over a frozen base",
+    "torch_compile_backend": "set trainer.args.torch_compile=true: blocks are compiled by inductor",
+    "torch_compile_mode": "set trainer.args.torch_compile=true: blocks are compiled in the default mode, for rows of any length",
     "per_device_eval_batch_size": "set eval.batch_tokens and eval.generation_batch_size",
     "warmup_ratio": "set trainer.args.warmup_steps to a number below 1: it is a fraction of the steps",
     "label_smoothing_factor": "losses are plain negative log-likelihoods, as the methods and TOFU define them: leave it out",

@@ -6,26 +6,36 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fedunlearn.aggregation.base import ServerOptimizer
-from fedunlearn.aggregation.combinations import Combination, combination_faults
-from fedunlearn.aggregation.fedavg import FedAvg
+from fedunlearn.aggregation.combinations import (
+    Combination,
+    Variant,
+    combination_faults,
+    variant_faults,
+    variant_of,
+)
 from fedunlearn.aggregation.fedprox import FedProx
 from fedunlearn.aggregation.flower import FlowerStrategy
 from fedunlearn.aggregation.robust.base import Robust
 from fedunlearn.aggregation.robust.off import Off
+from fedunlearn.config.adalora_rules import adalora_rules
 from fedunlearn.config.benchmark import benchmark_rules, raw_text_rules
 from fedunlearn.config.data import CollatorConfig, DataConfig, PartitionConfig, PathsConfig, task_name_rule
 from fedunlearn.config.evaluation import EvalConfig
 from fedunlearn.config.launcher import Launcher
 from fedunlearn.config.ledger import LedgerConfig
 from fedunlearn.config.lm_eval import LmEvalConfig
+from fedunlearn.config.lora import given
 from fedunlearn.config.model import ModelConfig
+from fedunlearn.config.parallel import Parallel, home_model
+from fedunlearn.config.parallel_rules import evaluation_rules, training_rules
 from fedunlearn.config.requests import RequestConfig
 from fedunlearn.config.server import AggregationConfig, GateConfig
+from fedunlearn.config.server_choices import combination_of, own_steps
+from fedunlearn.config.server_rules import own_step_rules, server_method_rules, trim_rules
 from fedunlearn.config.trainer import TrainerConfig
 from fedunlearn.errors import UserError
 from fedunlearn.methods.base import Method, Unlearner
 from fedunlearn.protocols.base import Assignment, Protocol, Stage
-from fedunlearn.protocols.by_method import ByMethod
 from fedunlearn.records.rounds import ClientRows
 from fedunlearn.server_methods.base import ServerMethod, ServerStep
 
@@ -69,6 +79,8 @@ class TrainRun:
     def __post_init__(self) -> None:
         faults = [fault for holds, fault in (*self._rules(), *self._client_rules()) if not holds]
         faults += combination_faults(self._combination())
+        lora = self.model.model_args.lora_config
+        faults += [] if lora is None else self.variant_faults(variant_of(given(lora)))
         faults += self.protocol.faults(self.trainer.federated.num_rounds)
         if self.server_method is not None:
             faults += self.server_method.faults(self.trainer.federated.num_rounds)
@@ -86,6 +98,11 @@ class TrainRun:
         if isinstance(self.method, ServerMethod):
             return self.method.local
         return self.method if isinstance(self.method, Method) else None
+
+    @property
+    def home(self) -> ModelConfig:
+        """The model as the client's own process holds it: on the CPU where others share the work, for it may be too large for a device."""
+        return home_model(self.model, self.trainer.parallel)
 
     @property
     def total_rounds(self) -> int:
@@ -127,24 +144,12 @@ class TrainRun:
         """Whether clients have LoRA ranks or scales of their own."""
         return self.partition.ranks is not None or self.partition.lora_alphas is not None
 
+    def variant_faults(self, variant: Variant) -> list[str]:
+        """Gives a sentence for everything of this run beside which such an adapter would be wrong."""
+        return variant_faults(self._combination(), variant, own_steps(self.server_method))
+
     def _combination(self) -> Combination:
-        chosen, foreign = self.aggregation, isinstance(self.strategy, FlowerStrategy)
-        return Combination(
-            weights=chosen.weights,
-            mask=chosen.mask,
-            reducer=chosen.reducer,
-            residual=chosen.residual,
-            gauge=chosen.gauge,
-            strategy=self.strategy.target
-            if isinstance(self.strategy, FlowerStrategy)
-            else type(self.strategy).__name__,
-            moments=not isinstance(self.strategy, FlowerStrategy) and bool(self.strategy.moment_names),
-            sends_mean=not isinstance(self.strategy, FlowerStrategy) and self.strategy.sends_mean,
-            foreign=foreign,
-            robust=type(self.robust).__name__,
-            reweighs=self.robust.reads_gram,
-            ranks_differ=self.ranks_differ,
-        )
+        return combination_of(self.aggregation, self.strategy, self.robust, ranks_differ=self.ranks_differ)
 
     def _client_rules(self) -> list[tuple[bool, str]]:
         federated = self.trainer.federated
@@ -154,7 +159,7 @@ class TrainRun:
                 f"robust {type(self.robust).__name__} needs {self.robust.min_updates} updates a round, trainer.federated draws {federated.cohort_size} clients: "
                 "draw more, lower robust.num_malicious, or choose robust=off",
             ),
-            *self._trim_rules(),
+            *trim_rules(self.aggregation, federated.cohort_size),
             (
                 not federated.force_owners or self.mode == "unlearn",
                 "trainer.federated.force_owners=true: nobody owns forget rows where nothing is unlearned; leave it false",
@@ -219,80 +224,20 @@ class TrainRun:
             ),
         ]
 
-    def _server_method_rules(self) -> list[tuple[bool, str]]:
-        server, name = self.server_method, type(self.method).__name__
-        several = len(self.requests or ()) > 1
-        return [
-            (
-                server is None or isinstance(self.protocol, ByMethod),
-                f"protocol {type(self.protocol).__name__} beside method {name}, a server-side method that says itself who works: leave protocol out (by_method)",
-            ),
-            (
-                server is None or not isinstance(self.strategy, FlowerStrategy),
-                f"method {name} beside a strategy of Flower's: the server's steps are not that strategy's; choose one of ours",
-            ),
-            *self._own_step_rules(),
-            (
-                server is None or not several or server.beginning != "others",
-                f"several requests beside method {name}, which begins at fine-tuning's last round and would bring back what the first ones took: give one, or choose another method",
-            ),
-            (
-                server is None or not self.ranks_differ,
-                f"method {name} beside partition.ranks or lora_alphas: server-side methods want one rank; leave them null",
-            ),
-        ]
-
-    def _own_steps(self, server: ServerMethod) -> list[bool]:
-        stages = (Stage(round=number, num_rounds=self.total_rounds) for number in range(1, self.total_rounds + 1))
-        return [server.step(stage) is ServerStep.OWN for stage in stages]
-
-    def _own_step_rules(self) -> list[tuple[bool, str]]:
-        """What would have no effect beside a method that makes every step itself."""
-        server, chosen = self.server_method, self.aggregation
+    def _server_rules(self) -> list[tuple[bool, str]]:
+        server = self.server_method
         if server is None:
             return []
-        own, name = self._own_steps(server), type(server).__name__
-        at = f"beside method {name}, which makes every step itself, as the best rank r of an exact sum, has no effect"
-        averages = not server.never_averages
+        stages = (Stage(round=number, num_rounds=self.total_rounds) for number in range(1, self.total_rounds + 1))
+        own = [server.step(stage) is ServerStep.OWN for stage in stages]
         return [
-            (
-                any(own) == (type(server).change is not ServerMethod.change),
-                f"method {name}: change is asked for in rounds whose step says ServerStep.OWN, and there is one without the other: override both, or neither",
-            ),
-            (
-                averages or isinstance(self.strategy, FedAvg | FedProx),
-                f"strategy {type(self.strategy).__name__} {at}: choose strategy=fedavg, or fedprox for its term at the clients",
-            ),
-            (
-                averages or isinstance(self.robust, Off),
-                f"robust {type(self.robust).__name__} {at}: choose robust=off",
-            ),
-            (
-                averages
-                or (
-                    chosen.reducer in ("factors", "product")
-                    and chosen.residual == "dropped"
-                    and chosen.gauge != "procrustes"
-                ),
-                f"aggregation.reducer={chosen.reducer} with residual={chosen.residual} and gauge={chosen.gauge} {at}: choose aggregation=flexlora",
-            ),
+            *server_method_rules(server, self.protocol, self.strategy, len(self.requests or ()), self.ranks_differ),
+            *own_step_rules(server, own, self.aggregation, self.strategy, self.robust),
         ]
 
-    def _trim_rules(self) -> list[tuple[bool, str]]:
-        trim, count = self.aggregation.trim, self.trainer.federated.cohort_size
-        if trim is None or self.aggregation.reducer != "trimmed_mean":
-            return []
-        dropped = trim * count + 1e-9
-        at = f"aggregation.trim={trim} of the {count} clients that trainer.federated draws"
-        least = math.ceil(100 / max(count, 1)) / 100
-        raised = f", or raise it to {least} at least" if least < 0.5 else ""
-        return [
-            (
-                dropped >= 1 or count < 1,
-                f"{at} leaves out nobody: draw more{raised}",
-            ),
-            (2 * math.floor(dropped) < count or dropped < 1, f"{at} leaves nobody: draw more, or lower it"),
-        ]
+    def _moves_by_hand(self) -> bool:
+        """Whether clients change gradients or parameters beside what the optimiser does."""
+        return isinstance(self.strategy, FedProx) or any(self.radius(n) for n in range(1, self.total_rounds + 1))
 
     def _rules(self) -> list[tuple[bool, str]]:
         unlearn = self.mode == "unlearn"
@@ -329,7 +274,11 @@ class TrainRun:
             *raw_text_rules(self.muse_path, self.method, self.local_method, self.protocol),
             *self._alternate_rules(),
             *self._request_rules(),
-            *self._server_method_rules(),
+            *self._server_rules(),
+            *training_rules(self.trainer, self.mode, self.launcher, self._moves_by_hand()),
+            *adalora_rules(
+                self.model.model_args.lora_config, self.trainer, self.ledger, len(self.requests or ()) if unlearn else 1
+            ),
             (
                 not (self.overwrite and self.resume),
                 "overwrite=true beside resume=true: choose one (start anew, or go on)",
@@ -342,7 +291,7 @@ class EvalRun:
     """Evaluation of a base, an adapter or a run; the result goes to saves/eval/<task_name>/.
 
     adapters: several instead of the one that the model names, one evaluation each (`<task_name>.1`, ...); null: that one.
-    lm_eval: what lm-evaluation-harness asks besides; null: nothing.
+    lm_eval: what lm-evaluation-harness asks besides; null: nothing. parallel: `tp` evaluates the merged model over several processes.
     """
 
     task_name: str
@@ -363,6 +312,12 @@ class EvalRun:
     max_length: int = 512
     adapters: tuple[str, ...] | None = None
     lm_eval: LmEvalConfig | None = None
+    parallel: Parallel = "none"
+
+    @property
+    def home(self) -> ModelConfig:
+        """See TrainRun.home."""
+        return home_model(self.model, self.parallel)
 
     def __post_init__(self) -> None:
         rules = [
@@ -384,6 +339,7 @@ class EvalRun:
                 bool(self.eval.metrics) or self.lm_eval is not None,
                 "eval.metrics is empty and lm_eval null: nothing would be evaluated; name metrics, or choose eval=tofu",
             ),
+            *evaluation_rules(self.parallel, self.eval, self.lm_eval),
             (self.max_length >= 2, f"max_length={self.max_length} must be at least 2 tokens"),
             (
                 not self.eval.in_rounds,

@@ -1,5 +1,6 @@
 """Hydra's composition, with every fault told at once instead of the first."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 from fedunlearn.config.parse import parse_config
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.doors.groups import Groups, open_groups
-from fedunlearn.doors.override import UserOverride, read_override
+from fedunlearn.doors.older_names import Translated, in_todays_names, own_kept
+from fedunlearn.doors.override import SEARCHPATH, UserOverride, read_override
 from fedunlearn.errors import UserError
 
+log = logging.getLogger(__name__)
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 
 
@@ -52,7 +55,12 @@ def compose(config_dir: Path, config_name: str, overrides: Sequence[str]) -> Com
             config = _resolved(config_name, [override.text for override in read])
         except _COMPOSITION_ERRORS as error:
             raise _all_faults(groups, read, whole=groups.explain(None, error)) from error
-        return ComposedConfig(plain=_plain(config), run=parse_config(_plain(config)), text=OmegaConf.to_yaml(config))
+        translated = _translated(config_name, read, config)
+        for line in translated.told:
+            log.warning("%s", line)
+        run = _parsed(translated)
+        text = OmegaConf.to_yaml(OmegaConf.create(translated.plain) if translated.told else config)
+        return ComposedConfig(plain=translated.plain, run=run, text=text)
 
 
 def checked_overrides(config_dir: Path, config_name: str, overrides: Sequence[str]) -> tuple[str, ...]:
@@ -77,8 +85,9 @@ def _all_faults(groups: Groups, overrides: Sequence[UserOverride], whole: str) -
     """Gathers the faults of single overrides (where there is none: `whole`) and those that the records find in the rest."""
     sound = _sound(groups, overrides)
     faults = sound.faults or (whole,)
+    kept = [override for override in overrides if override.text in sound.overrides]
     try:
-        parse_config(_plain(_resolved(groups.config_name, sound.overrides)))
+        _parsed(_translated(groups.config_name, kept, _resolved(groups.config_name, sound.overrides)))
     except UserError as error:
         faults += error.faults
     except _COMPOSITION_ERRORS as error:
@@ -118,6 +127,32 @@ def _resolved(config_name: str, overrides: Sequence[str]) -> DictConfig:
     return config
 
 
+def _translated(config_name: str, overrides: Sequence[UserOverride], config: DictConfig) -> Translated:
+    """The config under today's names. What the files of the groups `model` and `lora` say by themselves is only asked for where it matters."""
+
+    def shipped() -> Mapping[str, object]:
+        choices = hydra.compose(
+            config_name, [o.text for o in overrides], return_hydra_config=True
+        ).hydra.runtime.choices
+        chosen = [f"{group}={choices[group]}" for group in ("model", "lora") if choices.get(group)]
+        places = [override.text for override in overrides if override.key == SEARCHPATH]
+        return _plain(hydra.compose(config_name, [*places, *chosen]))
+
+    said = {override.key for override in overrides}
+    return own_kept(in_todays_names(_plain(config), said, shipped), said)
+
+
+def _parsed(translated: Translated) -> TrainRun | EvalRun:
+    """The records. Raises UserError with the faults of older names and of the records."""
+    try:
+        run = parse_config(translated.plain)
+    except UserError as error:
+        raise UserError(*translated.faults, *error.faults) from error
+    if translated.faults:
+        raise UserError(*translated.faults)
+    return run
+
+
 def _plain(config: DictConfig) -> dict[str, object]:
     return cast("dict[str, object]", OmegaConf.to_container(config))
 
@@ -133,7 +168,10 @@ def changed(composed: ComposedConfig, changes: Mapping[str, object]) -> Composed
 
 
 def model_from(plain: Mapping[str, object], path: str) -> dict[str, object]:
-    """Gives the config's model, loaded from another path: a run, an adapter or a base."""
+    """Gives the config's model, loaded from another path: a run, an adapter or a base. An initialisation stays behind: adapters bring their values along."""
     model = cast("Mapping[str, Mapping[str, object]]", plain["model"])
     args = {**model["model_args"], "pretrained_model_name_or_path": path, "lora_model_path": None}
+    lora = cast("Mapping[str, object] | None", args.get("lora_config"))
+    if lora is not None and lora.get("init_lora_weights") is not None:
+        args["lora_config"] = {**lora, "init_lora_weights": None}
     return {**model, "model_args": args}

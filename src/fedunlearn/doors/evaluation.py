@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from fedunlearn.config.parallel import parallel_args
 from fedunlearn.config.run import EvalRun
 from fedunlearn.data.requests import evaluated_request
 from fedunlearn.doors.compose import ComposedConfig, changed, model_from
 from fedunlearn.doors.measure import evaluate, general_ability, reference_scores
 from fedunlearn.doors.prepare import check_evaluation, find_inputs, load_model, tried
+from fedunlearn.doors.split_evaluation import split_evaluation
 from fedunlearn.errors import UserError
 from fedunlearn.evals.files import FILES_OF, write_log
 from fedunlearn.evals.lm_eval import load_tasks
@@ -89,13 +91,17 @@ def _evaluation(composed: ComposedConfig, run: EvalRun) -> EvalLog:
     check_evaluation(run, inputs.data, request, inputs.retain_log)
     loaded = None if run.lm_eval is None else load_tasks(run.lm_eval)
     reference = reference_scores(run, inputs.data, request)
-    made = load_model(run, inputs.source)
-    sha = config_hash(composed.plain)
-    found = evaluate(run, made, made.start, inputs.data, inputs.retain_log, sha, request, reference)
-    general = None if loaded is None else general_ability(run, made, sha, loaded)
-    adapter_hash = made.start.tensor_hash if made.start else "none"
+    load, sha = partial(load_model, run, inputs.source), config_hash(composed.plain)
+    general = None
+    if parallel_args(run.parallel).kind == "tp":
+        found = split_evaluation(run, composed.plain, load, sha)
+    else:
+        made = load()
+        found = evaluate(run, made, made.start, inputs.data, inputs.retain_log, sha, request, reference)
+        general = None if loaded is None else general_ability(run, made, sha, loaded)
+    adapter_hash = str(found.provenance["adapter_hash"] or "none")
     hashes = {
-        "base": made.fingerprint,
+        "base": str(found.provenance["base_fingerprint"]),
         "adapter": adapter_hash,
         "source": saved_hash(inputs.source.adapter),
         "data": inputs.data.hash("full"),

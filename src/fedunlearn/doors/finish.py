@@ -58,14 +58,15 @@ class Account:
 def finish(prepared: Prepared, result: Adapter, config_sha: str) -> EvalLog | None:
     """Saves the result as <folder>/adapter, evaluates it where eval.at_end says so, and marks the run as done.
 
-    A side-car is exported with it, as aggregation.export_rank says; what is evaluated is what is saved.
+    A side-car is exported with it, as aggregation.export_rank says, and AdaLoRA's ranks are folded; what is evaluated is what is saved: where its layers are not the
+    model's (a stack, AdaLoRA) the model holds what it was made of.
     """
     run, log, reference = prepared.run, None, None
     if run.eval.at_end:
         reference = reference_scores(run, prepared.data, _evaluated(prepared))
     made = load_model(run, prepared.source)
     adapter, stacked = export(result, prepared.run.aggregation.export_rank)
-    made.put(result if stacked else adapter)
+    made.put(adapter if adapter.peft_config == result.peft_config else result)
     save_adapter(prepared.folder / RESULT, adapter, take_probe(made), stacked)
     if run.eval.at_end:
         log = evaluate(

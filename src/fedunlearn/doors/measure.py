@@ -41,7 +41,7 @@ def evaluate(
         read_suite(data, run.forget_split, run.eval, request),
         run.eval,
         retain_log,
-        _known(run, made, adapter, config_sha),
+        known_of(run, made, adapter, config_sha),
         store_of(made, adapter, Path(run.paths.cache_dir), run.eval.compat),
         reference,
     )
@@ -51,22 +51,24 @@ def general_ability(run: EvalRun, made: Resident, config_sha: str, loaded: Loade
     """Asks the model, as it is now, what lm_eval names. Its provenance is that of the evaluation beside it, and the harness's version and settings."""
     if run.lm_eval is None:
         raise ValueError("tasks were read that nobody asked for")
-    known = _known(run, made, made.start, config_sha, (*PACKAGES, "lm_eval"))
+    known = known_of(run, made, made.start, config_sha, (*PACKAGES, "lm_eval"))
     return evaluate_tasks(made.model, made.chat, loaded, run.lm_eval, known)
 
 
-def _known(
+def known_of(
     run: TrainRun | EvalRun,
     made: Resident,
     adapter: Adapter | None,
     config_sha: str,
     packages: Sequence[str] = PACKAGES,
 ) -> Mapping[str, object]:
+    """Gives what an evaluation's provenance says of the model."""
     return {
         "base": made.base_name,
         "base_fingerprint": made.fingerprint,
         "adapter_hash": adapter.tensor_hash if adapter is not None else None,
         "dtype": run.model.model_args.torch_dtype,
+        "quantization": made.quantization,
         "versions": versions(packages),
         "config_hash": config_sha,
     }

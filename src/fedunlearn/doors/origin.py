@@ -64,7 +64,12 @@ def past_of(
     name = type(method).__name__
     past = find_past(source, name)
     targets, all_targets = partition.owners(request.rows), partition.owners(request.all)
-    why = method.check_origin(_origin_of(past)) or _ranks_fault(past) or _sequence_fault(method, past, source)
+    why = (
+        method.check_origin(_origin_of(past))
+        or _triplets_fault(past)
+        or _ranks_fault(past)
+        or _sequence_fault(method, past, source)
+    )
     if why:
         raise NotApplicableError(f"method {name} is not defined after {str(past.folder)!r}: {why}")
     if method.beginning in READS_PAST:
@@ -94,6 +99,13 @@ def _origin_of(past: Past) -> Origin:
         masked=chosen.mask != "both",
         sidecar_rank=chosen.sidecar_rank,
     )
+
+
+def _triplets_fault(past: Past) -> str:
+    lora = past.run.model.model_args.lora_config
+    if lora is None or lora.adalora is None:
+        return ""
+    return "it gave out ranks by AdaLoRA, and its rounds hold triplets B diag(E) A, no pairs: choose a local method, or fine-tune with peft_type=LORA"
 
 
 def _ranks_fault(past: Past) -> str:

@@ -7,6 +7,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 
+from fedunlearn.doors.older_names import is_older_list
+
 SEARCHPATH = "hydra.searchpath"
 
 
@@ -32,6 +34,8 @@ def read_override(text: str, groups: Collection[str]) -> UserOverride:
     if isinstance(parsed, str):
         return UserOverride(text=text, fault=parsed)
     key = parsed.key_or_group
+    if parsed.is_sweep_override() and is_older_list(key):
+        return read_override(f"{parsed.get_key_element()}='{text.split('=', 1)[1]}'", groups)
     if parsed.is_sweep_override():
         fault = f"{text!r} is a sweep: add --multirun, or write a list as {key}=[a,b], or quote text as \"{key}='a,b'\""
         return UserOverride(text=text, key=key, fault=fault)

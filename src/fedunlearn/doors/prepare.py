@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from fedunlearn.aggregation.factors import modules_of
+import torch
+
 from fedunlearn.aggregation.flower import FlowerStrategy
+from fedunlearn.config.lora import without_adalora
 from fedunlearn.config.run import EvalRun, TrainRun
-from fedunlearn.data.alternates import given_alternates
 from fedunlearn.data.benchmark import Benchmark
-from fedunlearn.data.chat import EncodedRow
 from fedunlearn.data.opened import open_benchmark
 from fedunlearn.data.ownership import (
     FILE,
@@ -23,6 +23,7 @@ from fedunlearn.data.ownership import (
 from fedunlearn.data.requests import earlier_request, find_request, write_released, write_request
 from fedunlearn.data.tofu import as_tofu
 from fedunlearn.doors.compose import ComposedConfig
+from fedunlearn.doors.fitting import check_fit
 from fedunlearn.doors.origin import check_ledger_size, check_ledgers, past_of
 from fedunlearn.errors import NotApplicableError, UserError
 from fedunlearn.evals.files import FILES_OF, read_log
@@ -33,13 +34,12 @@ from fedunlearn.federation.past import write_past
 from fedunlearn.federation.planning import check_plans
 from fedunlearn.federation.start import START, counted, load_start, save_start
 from fedunlearn.files import settle_below, write_json
-from fedunlearn.methods.base import Method
-from fedunlearn.methods.tokens import Need
 from fedunlearn.models.adapter_files import saved_hash
-from fedunlearn.models.hidden_states import num_blocks
+from fedunlearn.models.export import unit_scaled
+from fedunlearn.models.initial import from_base
 from fedunlearn.models.resident import Resident, resident
-from fedunlearn.models.source import ModelSource, resolve_source
-from fedunlearn.records.adapter import Adapter
+from fedunlearn.models.source import ModelSource, adapter_folder, resolve_source
+from fedunlearn.records.adapter import Adapter, B
 from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.records.partition import OwnedRows, Partition
 from fedunlearn.records.requests import Request
@@ -122,10 +122,8 @@ def prepare(composed: ComposedConfig) -> Prepared:
     make_folder(run, composed.plain, composed.text, fill)
     if run.resume:
         settle_below(folder)
-    if run.resume and load_start(folder).adapter != start:
-        raise UserError(
-            f"{str(folder / START)!r} is not the adapter that the model now names: the run it came from was made anew; overwrite=true starts anew"
-        )
+    if run.resume:
+        start = _kept_start(run, folder, start, source)
     return Prepared(
         run=run,
         folder=folder,
@@ -144,11 +142,7 @@ def _loaded(
     made = load_model(run, source)
     if made.start is None:
         raise ValueError("a federated run has an adapter")
-    for check in (_check_ranks, _check_sides, _check_export):
-        check(run, made.start)
-    _check_method(run, made, data, owned)
-    for rows in owned:
-        data.encode(made.chat, (*rows.forget, *rows.retain))
+    check_fit(run, made, made.start, data, owned)
     return made, made.start
 
 
@@ -188,76 +182,29 @@ def _check_data(run: TrainRun, inputs: Inputs, partition: Partition, request: Re
         )
 
 
-def _check_ranks(run: TrainRun, start: Adapter) -> None:
-    """Raises UserError where a client's own rank is above the adapter's, or modules have ranks of their own already."""
-    largest = int(str(start.peft_config["r"]))
-    above = [rank for rank in run.partition.ranks or () if rank > largest]
-    if above:
-        raise UserError(
-            f"partition.ranks={list(run.partition.ranks or ())}: {above[0]} is above the adapter's r={largest}, which is the largest there can be: "
-            f"lower it, or raise model.model_args.lora_config.r"
-        )
-    if run.ranks_differ and (start.peft_config.get("rank_pattern") or start.peft_config.get("alpha_pattern")):
-        raise UserError(
-            "partition.ranks or lora_alphas beside an adapter whose modules have ranks of their own (rank_pattern): leave them null"
-        )
+def _kept_start(run: TrainRun, folder: Path, start: Adapter, source: ModelSource) -> Adapter:
+    """Gives what the run began with, as it lies in its folder. start: what the model gives now. Raises UserError where the two are not the same.
+
+    Factors of the base's own weights (pissa, olora) may differ in what another machine's SVD leaves open: there they must be those of this base, with the
+    side-car that takes their product out again.
+    """
+    kept, lora = load_start(folder).adapter, run.model.model_args.lora_config
+    drawn = source.adapter is None and lora is not None and from_base(lora.init_lora_weights)
+    if kept == start or (drawn and _begins_at_base(kept, start)):
+        return kept
+    raise UserError(
+        f"{str(folder / START)!r} is not the adapter that the model now names: the run it came from was made anew; overwrite=true starts anew"
+    )
 
 
-def _check_method(run: TrainRun, made: Resident, data: Benchmark, owned: Sequence[OwnedRows]) -> None:
-    """Raises UserError for a layer that the model lacks, for forget rows whose alternate answers are missing or too long, and where all of them are too short."""
-    if run.local_method is None:
-        return
-    if {Need.HIDDEN, Need.REFERENCE_HIDDEN} & (run.local_method.needs | run.local_method.retain_needs):
-        run.local_method.hidden_layer(num_blocks(made.model))
-    numbers = tuple(number for rows in owned for number in rows.forget)
-    _check_skip(run.local_method, data.encode(made.chat, numbers))
-    if run.local_method.alternates in ("idk", "pairs"):
-        texts, full = given_alternates(run.data, numbers), as_tofu(data).rows("full")
-        for number in numbers:
-            longest = max(texts[number], key=len)
-            made.chat.encode(full[number].question, longest, f"alternate of full row {number}")
-
-
-def _check_skip(method: Method, rows: Sequence[EncodedRow]) -> None:
-    longest = max((len(row.input_ids) - row.num_prompt for row in rows), default=0)
-    if rows and longest <= method.skipped_labels:
-        raise UserError(
-            f"method {type(method).__name__} leaves out each row's first {method.skipped_labels} labels (method.skip), and no row of the request has more than "
-            f"{longest}: nothing would be unlearned; lower it"
-        )
-
-
-def _check_sides(run: TrainRun, start: Adapter) -> None:
-    """Raises UserError where an SVD is to give r directions of a matrix that has fewer."""
-    chosen = run.aggregation
-    wants = {
-        f"aggregation.reducer={chosen.reducer}": chosen.reducer == "product",
-        f"aggregation.gauge={chosen.gauge}": chosen.gauge in ("balanced", "orthonormal"),
-        f"aggregation.export_rank={chosen.export_rank}": chosen.export_rank == "r" and _has_sidecar(run, start),
-    }
-    asked = [key for key, holds in wants.items() if holds]
-    for module in modules_of(start.tensors) if asked else ():
-        (rank, d_in), d_out = start.tensors[module.a].shape, start.tensors[module.b].shape[0]
-        if rank > min(d_in, d_out):
-            raise UserError(
-                f"{asked[0]} with rank {rank} (model.model_args.lora_config.r, or the loaded adapter's) of module {module.name!r}, whose sides are "
-                f"{d_out} and {d_in}: its product has {min(d_in, d_out)} directions at most; lower r to that, leave the module out of "
-                "model.model_args.lora_config.target_modules, or choose aggregation=fedit"
-            )
-
-
-def _check_export(run: TrainRun, start: Adapter) -> None:
-    """Raises UserError for a choice between two forms of a side-car where there is none."""
-    if run.aggregation.export_rank == "r" and not _has_sidecar(run, start):
-        raise UserError(
-            f"aggregation.export_rank=r beside aggregation.residual={run.aggregation.residual}: there is no side-car to be taken in, and the result "
-            "has rank r as it is; leave it exact, or set aggregation.residual=sidecar"
-        )
-
-
-def _has_sidecar(run: TrainRun, start: Adapter) -> bool:
-    """Whether the result will have one: from this run, or as the stack that its adapter came as."""
-    return run.aggregation.residual == "sidecar" or bool(start.sidecar) or run.server_method is not None
+def _begins_at_base(kept: Adapter, start: Adapter) -> bool:
+    same = kept.base_fingerprint == start.base_fingerprint and kept.peft_config == start.peft_config
+    if not same or kept.tensors.keys() != start.tensors.keys():
+        return False
+    folded = unit_scaled(kept)
+    return folded.keys() == kept.sidecar.keys() and all(
+        torch.allclose(kept.sidecar[name], -folded[name] if name.endswith(B) else folded[name]) for name in folded
+    )
 
 
 def find_inputs(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> Inputs:
@@ -286,8 +233,13 @@ def find_inputs(run: TrainRun | EvalRun, plain: Mapping[str, object]) -> Inputs:
 
 
 def at_model(run: R, path: str) -> R:
-    """The run with another model in its model's place: a base, an adapter or a run."""
-    args = replace(run.model.model_args, pretrained_model_name_or_path=path, lora_model_path=None)
+    """The run with another model in its model's place: a base, an adapter or a run. An initialisation stays behind, and of AdaLoRA all: adapters bring their values along."""
+    lora, place = run.model.model_args.lora_config, Path(path).expanduser()
+    if lora is not None:
+        asks = lora.adalora is not None and place.exists()
+        lora = without_adalora(lora) if asks and adapter_folder(place, "eval.reference_model_path") else lora
+        lora = replace(lora, init_lora_weights=None)
+    args = replace(run.model.model_args, pretrained_model_name_or_path=path, lora_model_path=None, lora_config=lora)
     return replace(run, model=replace(run.model, model_args=args))
 
 
@@ -334,7 +286,7 @@ def load_model(run: TrainRun | EvalRun, source: ModelSource) -> Resident:
     """Gives the process's model with its start adapter in place."""
     seed = run.trainer.args.seed if isinstance(run, TrainRun) else 0
     pocket_dir = Path(run.paths.pocket_dir)
-    return resident(run.model, source, seed=seed, max_length=max_length_of(run), pocket_dir=pocket_dir)
+    return resident(run.home, source, seed=seed, max_length=max_length_of(run), pocket_dir=pocket_dir)
 
 
 def max_length_of(run: TrainRun | EvalRun) -> int:

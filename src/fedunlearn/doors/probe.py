@@ -9,7 +9,7 @@ from typing import cast
 
 from rich.console import Console
 
-from fedunlearn.aggregation.factors import side_by_side
+from fedunlearn.aggregation.factors import plain_of, side_by_side
 from fedunlearn.config.probe import BESIDE, CASTS, MEASURED, UTILITY, Attack, ProbeRun
 from fedunlearn.config.run import TrainRun
 from fedunlearn.data.chat import ChatFormat, EncodedRow
@@ -30,11 +30,13 @@ from fedunlearn.federation.site import set_threads
 from fedunlearn.files import write_json
 from fedunlearn.metrics.base import in_order
 from fedunlearn.models.adapter_files import load_adapter, saved_hash
+from fedunlearn.models.adapter_tensors import ACTIVE, read_tensors, write_tensors
 from fedunlearn.models.casts import cast_of, merge_and_cast
 from fedunlearn.models.export import unit_scaled
-from fedunlearn.models.lora import ACTIVE, read_tensors, write_tensors
+from fedunlearn.models.layers import layers_of
 from fedunlearn.models.resident import Resident, release
 from fedunlearn.models.sidecar import put_sidecar
+from fedunlearn.models.skeleton import skeleton
 from fedunlearn.models.source import ModelSource, resolve_source
 from fedunlearn.records.adapter import Adapter, Tensors
 from fedunlearn.records.probe import Figures, Leak, Probed, Subject
@@ -108,12 +110,26 @@ class Prober:
 
     def _whole(self, path: str) -> None:
         """Raises UserError for a path that names nothing, an adapter that is damaged, and for `difference` where it is none."""
-        folder = self.source(path).adapter
+        source = self.source(path)
+        self._check_casts(path, source)
+        folder = source.adapter
         if folder is not None:
-            load_adapter(folder)
+            plain = plain_of(load_adapter(folder)[0].tensors)
+            if plain and "difference" in self.run.probe.attacks:
+                raise UserError(
+                    f"probe.attacks has difference, which compares products, and {path!r} has tensors that are none (first: {plain[0]!r}): leave it out"
+                )
         elif "difference" in self.run.probe.attacks:
             raise UserError(
                 f"probe.attacks has difference, and {path!r} is no adapter, of which two are compared: leave it out"
+            )
+
+    def _check_casts(self, path: str, source: ModelSource) -> None:
+        casts = [attack for attack in self.run.probe.attacks if attack in CASTS]
+        experts = layers_of(skeleton(source.base)).experts if casts else {}
+        if experts:
+            raise UserError(
+                f"probe.attacks={casts} beside {path!r}, whose base has fused experts ({min(experts)}): linear layers are cast, those are none; leave these attacks out"
             )
 
     def probed(self) -> Probed:

@@ -18,7 +18,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.evals.scoring import score_rows
 from fedunlearn.methods.grad_diff import GradDiff
 from fedunlearn.models.adapter_files import save_adapter
-from fedunlearn.models.lora import live_parameters, read_tensors
+from fedunlearn.models.adapter_tensors import live_parameters, read_tensors
 from fedunlearn.models.resident import Resident, release, take_probe
 from fedunlearn.models.source import resolve_source
 from fedunlearn.records.evaluation import Detail

@@ -119,6 +119,12 @@ def _check_central(run: TrainRun | EvalRun) -> None:
         faults.append(
             "method and ledger: a server-side method or a ledger needs a federation, of which the central baseline has none; use src/fed_train.py"
         )
+    lora = run.model.model_args.lora_config
+    if lora is not None and lora.adalora is not None:
+        faults.append(
+            "model.model_args.lora_config.peft_type=ADALORA: ranks are given out by a server, round by round, and the central baseline has one round; set peft_type=LORA, or "
+            "use src/fed_train.py"
+        )
     if isinstance(run, TrainRun) and run.partition.joins:
         faults.append("partition.joins: the central baseline has one round and no clients; leave it null")
     if isinstance(run, TrainRun) and not isinstance(run.protocol, Finetune | InRound):

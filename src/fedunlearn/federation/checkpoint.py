@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 
 import fedunlearn
+from fedunlearn.aggregation.adalora import Importance, grouped
 from fedunlearn.aggregation.base import ServerState
 from fedunlearn.errors import UserError
 from fedunlearn.federation.block_store import FOLDER, BlockStore
@@ -20,7 +21,7 @@ from fedunlearn.federation.flower_strategy import StrategyState
 from fedunlearn.federation.start import began_with
 from fedunlearn.files import append_line, canonical_json, flush_tree, whole_folder, write_bytes, write_json
 from fedunlearn.methods.tokens import Memory
-from fedunlearn.models.adapter_files import load_adapter, save_adapter
+from fedunlearn.models.adapter_files import read_folder, save_adapter
 from fedunlearn.records.adapter import Adapter, Tensors, hash_tensors
 
 log = logging.getLogger(__name__)
@@ -29,11 +30,12 @@ FORMAT = 1
 """What a checkpoint.json of this version is written in; a later one is not read."""
 ADAPTER, FACTORS = "adapter", "factors"
 _DAMAGES = (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError)
-MOMENTS, CARRIED, FOREIGN, HELD = (
+MOMENTS, CARRIED, FOREIGN, HELD, IMPORTANCE = (
     "moments.safetensors",
     "carried.safetensors",
     "strategy.safetensors",
     "held.safetensors",
+    "importance.safetensors",
 )
 
 
@@ -56,7 +58,8 @@ class Checkpoint:
 
     strategy: the class that made the state. blocks: hashes of the side-car in <run>/sidecar/. carried: error feedback. holds: client ->
     parts it keeps. memories: client -> what its method remembers. held: updates that a
-    server-side method keeps for the next round. foreign: the state of a Flower strategy. standing: None before a run's first round.
+    server-side method keeps for the next round. foreign: the state of a Flower strategy. importance: what AdaLoRA's server remembers of ranks. standing: None before
+    a run's first round.
     """
 
     state: ServerState
@@ -67,6 +70,7 @@ class Checkpoint:
     memories: Mapping[int, Memory] = field(default_factory=dict)
     held: Mapping[int, Tensors] = field(default_factory=dict)
     foreign: StrategyState | None = None
+    importance: Importance = field(default_factory=Importance)
     standing: Standing | None = None
 
     @property
@@ -97,11 +101,15 @@ def save_checkpoint(
     state = checkpoint.state
     with whole_folder(round_folder(run_folder, state.round)) as folder:
         save_adapter(folder / (FACTORS if checkpoint.blocks else ADAPTER), start.replace(state.adapter, {}))
-        flat = {f"{moment}/{name}": t for moment, tensors in state.moments.items() for name, t in tensors.items()}
         foreign = checkpoint.foreign or StrategyState()
-        held = {f"{client}/{name}": t for client, kept in checkpoint.held.items() for name, t in kept.items()}
         files = {}
-        for file, tensors in ((MOMENTS, flat), (CARRIED, checkpoint.carried), (FOREIGN, foreign.arrays), (HELD, held)):
+        for file, tensors in (
+            (MOMENTS, _flat(state.moments)),
+            (CARRIED, checkpoint.carried),
+            (FOREIGN, foreign.arrays),
+            (HELD, _flat(checkpoint.held)),
+            (IMPORTANCE, _flat(grouped(checkpoint.importance))),
+        ):
             if tensors:
                 blob = safetensors.torch.save({k: t.contiguous() for k, t in tensors.items()})
                 write_bytes(folder / file, blob)
@@ -171,8 +179,8 @@ def damaged(folder: Path, why: object) -> UserError:
 
 def _read(folder: Path, saved: Mapping[str, Any]) -> Checkpoint:
     _check_values(saved, int(folder.name))
-    adapter, _ = load_adapter(folder / (FACTORS if saved["blocks"] else ADAPTER))
-    tensors = {file: _tensors(folder, saved["files"], file) for file in (MOMENTS, CARRIED, FOREIGN, HELD)}
+    adapter, _ = read_folder(folder / (FACTORS if saved["blocks"] else ADAPTER))
+    tensors = {file: _tensors(folder, saved["files"], file) for file in (MOMENTS, CARRIED, FOREIGN, HELD, IMPORTANCE)}
     foreign = saved["foreign"]
     found = Checkpoint(
         state=ServerState(
@@ -190,6 +198,7 @@ def _read(folder: Path, saved: Mapping[str, Any]) -> Checkpoint:
         foreign=None
         if foreign is None
         else StrategyState(arrays=tensors[FOREIGN], kinds=foreign["kinds"], unsaved=tuple(foreign["unsaved"])),
+        importance=Importance(**_grouped(tensors[IMPORTANCE])),
         standing=None if saved["standing"] is None else Standing(**saved["standing"]),
     )
     if found.adapter_hash != saved["adapter_hash"] or bool(found.carried) != saved["carried"]:
@@ -248,6 +257,10 @@ def _moments(flat: Tensors, names: list[str]) -> dict[str, Tensors]:
     if sorted(found) != names:
         raise ValueError(f"checkpoint.json holds moments={names}, {MOMENTS} holds {sorted(found)}")
     return {name: found[name] for name in names}
+
+
+def _flat(groups: Mapping[Any, Tensors]) -> dict[str, torch.Tensor]:
+    return {f"{group}/{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
 
 
 def _grouped(flat: Tensors) -> dict[str, Tensors]:

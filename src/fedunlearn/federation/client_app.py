@@ -94,11 +94,13 @@ def _roll_call(site: Site, client: int) -> RollCallReply:
         raise UserError(
             f"the run has clients 0 to {site.partition.num_clients - 1} only: correct this node's client_id"
         )
+    site.check_able()
     rows, shape = site.counted(client), site.shapes[client]
     return RollCallReply(
         client_id=client,
         version=VERSION,
         base_fingerprint=site.made.fingerprint,
+        quantization=site.made.quantization,
         partition_hash=site.partition.hash,
         request_hash=site.request.hash,
         num_owned=rows.num_owned,

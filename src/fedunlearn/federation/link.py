@@ -45,6 +45,7 @@ class Expectation:
     partition_hash: str
     request_hash: str
     min_clients: int
+    quantization: str = "none"
     keys: Callable[[], Mapping[int, int]] = dict
 
 
@@ -214,7 +215,7 @@ def _mismatches(member: Member, expected: Expectation, keys: Mapping[int, int]) 
         ]
     faults = [
         f"roll call: client {client} has {key}={getattr(declared, key)!r}, the server {getattr(expected, key)!r}"
-        for key in ("version", "base_fingerprint", "partition_hash", "request_hash")
+        for key in ("version", "base_fingerprint", "quantization", "partition_hash", "request_hash")
         if getattr(declared, key) != getattr(expected, key)
     ]
     if declared.rows != expected.rows[client]:

@@ -11,8 +11,7 @@ from flwr.app import ArrayRecord
 from fedunlearn.aggregation.factors import cut_to
 from fedunlearn.federation.block_store import BlockStore
 from fedunlearn.federation.wire import pack_blob
-from fedunlearn.records.adapter import Tensors, hash_tensors
-from fedunlearn.records.rounds import Trained
+from fedunlearn.records.adapter import A, Tensors, hash_tensors
 from fedunlearn.records.shape import ClientShape
 
 
@@ -76,7 +75,7 @@ class Depot:
     """Makes the shipments of one round; what several clients are sent is packed once, each rank's apart.
 
     adapter, blocks: the global factors and the side-car's block hashes; start, start_blocks: those that the run began with.
-    halves: A and B are parts of their own, for a factor that rests need not be sent again. scales: s by module name.
+    halves: A, and B with what is plain, are parts of their own, for a factor that rests need not be sent again. scales: s by module name.
     """
 
     adapter: Tensors
@@ -114,8 +113,7 @@ class Depot:
             whole = self.start if reference else self.adapter
             fitting = whole if shape is None else cut_to(shape, whole, self.scales)
             sent = {name: tensor.to(self.dtype) for name, tensor in fitting.items()}
-            groups = (Trained.A, Trained.B) if self.halves else (Trained.BOTH,)
-            self._made[reference, shape] = tuple(
-                Part({name: tensor for name, tensor in sent.items() if group.covers(name)}) for group in groups
-            )
+            groups = [[name for name in sent if name.endswith(A)], [name for name in sent if not name.endswith(A)]]
+            groups = groups if self.halves else [list(sent)]
+            self._made[reference, shape] = tuple(Part({name: sent[name] for name in group}) for group in groups)
         return self._made[reference, shape]

@@ -25,8 +25,8 @@ from fedunlearn.federation.launchers.ray import FAILURE
 from fedunlearn.federation.ray_cluster import attach, check_nodes, wait_for_room
 from fedunlearn.federation.server_app import make_server_app
 from fedunlearn.federation.watchdog import watchdog
-from fedunlearn.federation.worker import end_with_parent
 from fedunlearn.files import write_json
+from fedunlearn.orphans import end_with_parent
 from fedunlearn.reporting.run_folder import run_path
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,5 @@
 """The round loop: roll call once, then plan, train, gate, reduce, step, checkpoint and one line of history, round by round."""
 
-import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -40,7 +39,7 @@ from fedunlearn.federation.planning import Planner, check_plans
 from fedunlearn.federation.resume import first_checkpoint
 from fedunlearn.federation.roster import Roster
 from fedunlearn.federation.round_evaluation import RoundEvaluation
-from fedunlearn.federation.server_step import Stepped, Stepper, step, weigh
+from fedunlearn.federation.server_step import Stepped, Stepper, no_step, step, weigh
 from fedunlearn.federation.site import WIRE_DTYPES, client_shapes
 from fedunlearn.federation.spool import Spool, open_spool
 from fedunlearn.federation.start import Start, load_start
@@ -52,7 +51,6 @@ from fedunlearn.records.rounds import Role, RoundResult
 from fedunlearn.reporting.curves import Curves, open_curves
 from fedunlearn.reporting.progress import track
 
-log = logging.getLogger(__name__)
 ROLL_CALL = "roll_call.json"
 
 
@@ -178,6 +176,7 @@ def _expectation(run: TrainRun, folder: Path, start: Start, nodes: Nodes) -> Exp
         joins=tuple(run.partition.joins_at(client) for client in range(len(start.rows))),
         version=fedunlearn.__version__,
         base_fingerprint=str(start.adapter.base_fingerprint),
+        quantization=run.model.model_args.quantization or "none",
         partition_hash=read_partition(folder / FILE).hash,
         request_hash=own_request(folder).hash,
         min_clients=run.trainer.federated.min_clients,
@@ -348,9 +347,7 @@ def _step(server: Server, before: Checkpoint, collected: Collected, spool: Spool
             cohort, capped = weigh(server.stepper, before, collected.report, read)
             return replace(server.conductor.step(before, cohort), capped=capped)
     if not updates:
-        number = before.state.round + 1
-        log.warning("round %d: no client of the cohort had anything to do; the global adapter stays as it is", number)
-        return Stepped(after=replace(before, state=replace(before.state, round=number)))
+        return no_step(server.stepper, before)
     with spool.reader([update.client_id for update in updates]) as read:
         return step(server.stepper, before, collected.report, server.roster.nodes, read)
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from fedunlearn.aggregation.adalora import AdaLora
 from fedunlearn.aggregation.after_step import checked_state, not_finite, step_fault
 from fedunlearn.aggregation.base import ServerOptimizer, ServerState, cast_like
 from fedunlearn.aggregation.choices import gauge_of, reducer_of, trained_in
@@ -19,6 +20,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.federation.block_store import BlockStore
 from fedunlearn.federation.checkpoint import Checkpoint
 from fedunlearn.federation.flower_strategy import WrappedStrategy
+from fedunlearn.federation.rank_budget import error_of_triplets, with_mask, without_update
 from fedunlearn.federation.turn import TurnReport
 from fedunlearn.records.adapter import Tensors
 from fedunlearn.records.shape import ClientShape
@@ -49,6 +51,12 @@ class Stepper:
         return f"{type(strategy).__module__}.{type(strategy).__qualname__}"
 
     @property
+    def budget(self) -> AdaLora | None:
+        """What AdaLoRA's server gives out; None for plain LoRA."""
+        lora = self.run.model.model_args.lora_config
+        return None if lora is None else lora.adalora
+
+    @property
     def averaged(self) -> str:
         """What makes the mean, for the history."""
         if self.foreign is not None:
@@ -60,7 +68,7 @@ class Stepper:
 class Stepped:
     """after: the checkpoint, still with the parts that clients held before. weights: client -> what it counted for. capped: whom gate.max_client_share held down.
 
-    figures: what a server-side method measured.
+    figures: what a server-side method measured, or how many ranks AdaLoRA's mask left.
     """
 
     after: Checkpoint
@@ -83,7 +91,26 @@ def step(
     check_beside(cohort.round, {BLOCK: reduced.block, "what error feedback carries": reduced.carried})
     state = _optimise(run.strategy, stepper.strategy_name, before.state, reduced.mean)
     after = replace(before, state=state, blocks=_new_blocks(stepper, before, reduced), carried=reduced.carried)
-    return _stepped(after, reduced.weights, capped, reduced.error, reduced.norm)
+    error, norm, figures = reduced.error, reduced.norm, dict[str, float]()
+    if stepper.budget is not None:
+        after, kept = with_mask(stepper.budget, run.total_rounds, before, after, reduced)
+        (error, norm), figures = error_of_triplets(cohort, reduced), {"ranks": float(kept)}
+    return replace(_stepped(after, reduced.weights, capped, error, norm), figures=figures)
+
+
+def no_step(stepper: Stepper, before: Checkpoint) -> Stepped:
+    """Gives a round in which nothing counted: all stays as it is, but that AdaLoRA's ranks settle in time."""
+    number = before.state.round + 1
+    log.warning("round %d: no client of the cohort had anything to do; the global adapter stays as it is", number)
+    after = replace(before, state=replace(before.state, round=number))
+    if stepper.budget is None:
+        return Stepped(after=after)
+    after, kept = without_update(stepper.budget, stepper.run.total_rounds, after)
+    if after.adapter_hash != before.adapter_hash:
+        log.warning(
+            "round %d: but AdaLoRA's ranks settle by now, by what earlier rounds tell: %d are left", number, kept
+        )
+    return Stepped(after=after, figures={"ranks": float(kept)})
 
 
 def averaged(stepper: Stepper, before: Checkpoint, weights: Mapping[int, float], read: ReadTensor) -> Checkpoint:

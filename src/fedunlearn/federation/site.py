@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import fedunlearn
+from fedunlearn.config.parallel import parallel_args
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.data.alternates import given_alternates
 from fedunlearn.data.benchmark import Benchmark
@@ -22,7 +23,9 @@ from fedunlearn.evals.scoring import score_rows
 from fedunlearn.federation.start import counted
 from fedunlearn.methods.alternates import Sampled
 from fedunlearn.methods.tokens import Need
-from fedunlearn.models.lora import ACTIVE, hold_reference, write_tensors
+from fedunlearn.models.adapter_tensors import ACTIVE, write_tensors
+from fedunlearn.models.base import choose_device
+from fedunlearn.models.lora import hold_reference
 from fedunlearn.models.ranks import cut, padded, scaled_for
 from fedunlearn.models.resident import Resident, resident
 from fedunlearn.models.sidecar import put_sidecar
@@ -34,10 +37,12 @@ from fedunlearn.records.requests import ReleasedRow, Request
 from fedunlearn.records.rounds import ClientRows, ClientTask, Role
 from fedunlearn.records.shape import ClientShape
 from fedunlearn.reporting.run_folder import run_path
+from fedunlearn.training.able import check_able
 from fedunlearn.training.charges import Charges
 from fedunlearn.training.client_update import client_update
 from fedunlearn.training.forward import OF_REFERENCE
 from fedunlearn.training.local import LocalData, LocalResult, LocalSettings, OtherAnswers
+from fedunlearn.training.parallel.team import Team, make_team
 from fedunlearn.training.reference import ReferenceSums
 from fedunlearn.training.sampling import sampled_alternates
 
@@ -70,9 +75,27 @@ class Site:
         run = self.run
         pocket_dir = Path(run.paths.pocket_dir)
         source = resolve_source(run.model.model_args, pocket_dir)
-        return resident(
-            run.model, source, seed=run.trainer.args.seed, max_length=run.data.max_length, pocket_dir=pocket_dir
+        seed, max_length = run.trainer.args.seed, run.data.max_length
+        return resident(run.home, source, seed=seed, max_length=max_length, pocket_dir=pocket_dir, sent=True)
+
+    @cached_property
+    def team(self) -> Team | None:
+        """The processes that share each task, where trainer.parallel asks for some; they are started by the first task and end with this object."""
+        run = self.run
+        if parallel_args(run.trainer.parallel).kind == "none":
+            return None
+        return make_team(
+            self.made,
+            parallel_args(run.trainer.parallel),
+            choose_device(run.model.model_args),
+            timeout=run.trainer.federated.round_timeout,
+            scratch=Path(run.paths.cache_dir) / "teams",
         )
+
+    def check_able(self) -> None:
+        """Raises UserError where this machine and its model cannot do what trainer.args and trainer.parallel ask for."""
+        check_able(self.made, self.run.trainer.args, choose_device(self.run.model.model_args))
+        _ = self.team
 
     @cached_property
     def data(self) -> Benchmark:
@@ -145,7 +168,8 @@ class Site:
                 data = self._forget_data(owned, before, charges, released)
             else:
                 data = self._retain_data(owned)
-            done = client_update(self.made, inside.factors, data, task, self._settings())
+            carry_out = None if self.team is None else self.team.carry_out
+            done = client_update(self.made, inside.factors, data, task, self._settings(), carry_out)
         sent = done.tensors if shape is None else cut(done.tensors, shape.rank)
         dtype = WIRE_DTYPES[run.trainer.federated.wire_dtype]
         trained = {name: tensor.to(dtype) for name, tensor in sent.items() if task.trained.covers(name)}
@@ -202,7 +226,8 @@ class Site:
         """The client's rows, with the reference's sums and the alternates that the method reads."""
         run, cache, sums = self.run, Path(self.run.paths.cache_dir), None
         if reference is not None and Need.REFERENCE_SUMS in needs_of(run):
-            sums = ReferenceSums(self.made, reference, cache, run.trainer.args.bf16, charges)
+            sums_of = None if self.team is None else self.team.sums_of
+            sums = ReferenceSums(self.made, reference, cache, run.trainer.args.bf16, charges, sums_of)
         lent = {row.number: QaRow(row.question, row.answer) for row in (() if owned.forget else released)}
         alternates, tokens = self._alternates(lent, owned, reference, charges, cache)
         encode = self.made.chat.encode

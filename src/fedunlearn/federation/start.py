@@ -10,7 +10,7 @@ from uuid import uuid4
 from fedunlearn.errors import UserError
 from fedunlearn.federation.block_store import FOLDER, BlockStore
 from fedunlearn.files import write_json
-from fedunlearn.models.adapter_files import load_adapter, save_adapter
+from fedunlearn.models.adapter_files import read_folder, save_adapter
 from fedunlearn.records.adapter import Adapter
 from fedunlearn.records.partition import OwnedRows
 from fedunlearn.records.rounds import ClientRows
@@ -53,7 +53,7 @@ def counted(owned: OwnedRows, count: Count = len) -> ClientRows:
 
 def load_start(folder: Path) -> Start:
     """Reads them again. Raises UserError where something is missing or damaged."""
-    factors, _ = load_adapter(folder / START)
+    factors, _ = read_folder(folder / START)
     saved = _began(folder)
     try:
         run_id, rows = str(saved["run_id"]), tuple(ClientRows(**row) for row in saved["rows"])

@@ -182,6 +182,7 @@ class RollCallReply:
     rank: int
     lora_alpha: float
     joins: int
+    quantization: str = "none"
 
     @property
     def rows(self) -> ClientRows:

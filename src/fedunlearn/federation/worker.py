@@ -6,10 +6,6 @@ Frames on the pipe: a Charge as JSON, READY back; then messages and replies as F
 import importlib
 import json
 import logging
-import os
-import select
-import signal
-import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -21,6 +17,7 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from fedunlearn.federation.faults import REPLY_UNREADABLE
 from fedunlearn.federation.local_grid import call_client, context_of
+from fedunlearn.orphans import end_with_parent
 from fedunlearn.reporting.console import set_logging
 
 READY = b"ready"
@@ -48,19 +45,6 @@ def serve(fd: int) -> None:
         pipe.send_bytes(READY)
         while True:
             pipe.send_bytes(_answer(app, charge.num_clients, pipe.recv_bytes()))
-
-
-def end_with_parent(fd: int) -> None:
-    """Ends this process's group when the other end of the pipe or socket `fd` is closed, as it is when the parent dies, however it does."""
-    threading.Thread(target=_watch, args=(fd,), daemon=True).start()
-
-
-def _watch(fd: int) -> None:
-    """A client that trains, or hangs, does not read the pipe: this thread sees that the other end is gone."""
-    poll = select.poll()
-    poll.register(fd, 0)  # POLLHUP is told unasked
-    poll.poll()
-    os.killpg(os.getpid(), signal.SIGKILL)
 
 
 def _make_app(charge: Charge) -> ClientApp:

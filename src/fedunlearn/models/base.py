@@ -1,6 +1,7 @@
 """The base model by itself: loaded once, frozen, never an adapter folder."""
 
 import functools
+import json
 import logging
 from pathlib import Path
 
@@ -11,21 +12,29 @@ from transformers.utils import logging as transformers_logging
 
 from fedunlearn.config.model import ModelArgs
 from fedunlearn.errors import UserError
+from fedunlearn.models.quantized import quantization_config
 
 log = logging.getLogger(__name__)
 
 
 def load_base(folder: Path, args: ModelArgs) -> PreTrainedModel:
-    """Loads a full model, frozen and in eval mode, with torch_dtype's weights on its device.
+    """Loads a full model, frozen and in eval mode, with torch_dtype's weights on its device, quantised where args say so.
 
-    Raises UserError where the files cannot be loaded or CUDA is asked for and absent.
+    Raises UserError where the files cannot be loaded, or what is asked for (CUDA, a quantisation) cannot be had.
     """
     device = choose_device(args)
+    _check_full(folder)
     transformers_logging.disable_progress_bar()
     attention = choose_attention(args.attn_implementation, device.type, args.torch_dtype)
+    quantized = quantization_config(args, device)
+    placed = {} if quantized is None else {"quantization_config": quantized, "device_map": {"": str(device)}}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, args.torch_dtype), attn_implementation=attention, output_loading_info=True
+            folder,
+            dtype=getattr(torch, args.torch_dtype),
+            attn_implementation=attention,
+            output_loading_info=True,
+            **placed,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"base model {str(folder)!r} cannot be loaded: {error}") from error
@@ -35,8 +44,23 @@ def load_base(folder: Path, args: ModelArgs) -> PreTrainedModel:
             f"base model {str(folder)!r} lacks {len(missing)} of its tensors (first: {missing[0]!r}), which would start at random: fetch it again"
         )
     model.requires_grad_(False)
-    loaded: PreTrainedModel = model.to(device).eval()
+    loaded: PreTrainedModel = (model if placed else model.to(device)).eval()
     return loaded
+
+
+def _check_full(folder: Path) -> None:
+    """Raises UserError for a model that is stored quantised: what runs on it is rounded, and no fingerprint says from what. Other damage is the loader's to tell."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    stored = config.get("quantization_config") if isinstance(config, dict) else None
+    if stored:
+        kind = stored.get("quant_method", "unknown") if isinstance(stored, dict) else stored
+        raise UserError(
+            f"base model {str(folder)!r} is stored quantised (its config.json has quantization_config, {kind}): name the model it was quantised from, "
+            "and set model.model_args.quantization where it is to be held in 8 or 4 bits"
+        )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

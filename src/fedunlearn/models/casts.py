@@ -10,8 +10,11 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from fedunlearn.errors import UserError
-from fedunlearn.models.lora import ACTIVE, read_tensors, write_tensors
+from fedunlearn.models.adapter_tensors import ACTIVE, read_tensors, write_tensors
+from fedunlearn.models.initial import MAGNITUDE
+from fedunlearn.models.saved_modules import saved_modules
 from fedunlearn.models.sidecar import put_sidecar, sidecar_delta
+from fedunlearn.records.adapter import A, B
 
 Cast = Literal["bfloat16", "int8", "nf4"]
 Backend = Literal["simulated", "bitsandbytes"]
@@ -77,24 +80,36 @@ def _by_kernels(kernels: Any, cast: Cast, weight: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def merge_and_cast(model: PeftModel, cast: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Puts cast(W + s B A + side-car) in the place of every linear weight W [d_out, d_in] but the head's, and lets the adapter add nothing any more.
+    """Puts cast(W + s B A + side-car) in the place of every linear weight W [d_out, d_in] but the head's, and lets the adapter's factors add nothing any more.
 
-    One weight at a time, in place: the base is spoilt and must be loaded again. Weights keep their dtype.
+    Under DoRA that sum is scaled to its magnitudes first. Biases and modules that were trained whole stay as they are. One weight at a time, in place: the
+    base is spoilt and must be loaded again. Weights keep their dtype.
     """
+    after = {name: torch.zeros_like(t) if name.endswith((A, B)) else t for name, t in read_tensors(model).items()}
     for path, layer, weight in _linear_weights(model):
         whole = weight.float()
+        magnitude = path + MAGNITUDE
         if isinstance(layer, LoraLayer):
             whole = whole + layer.get_delta_weight(ACTIVE).float() + sidecar_delta(model, path, weight)
+        along = 0 if getattr(layer, "fan_in_fan_out", False) else 1
+        if magnitude in after:
+            wanted = after[magnitude].to(whole.device).unsqueeze(along)
+            whole = whole * wanted / whole.norm(dim=along, keepdim=True)
         weight.copy_(cast(whole).to(weight.dtype))
-    write_tensors(model, {name: torch.zeros_like(tensor) for name, tensor in read_tensors(model).items()})
+        if magnitude in after:
+            after[magnitude] = weight.float().norm(dim=along)
+    write_tensors(model, after)
     put_sidecar(model, {}, ACTIVE)
 
 
 def _linear_weights(model: PeftModel) -> Iterator[tuple[str, nn.Module, torch.Tensor]]:
-    """Every linear layer by its path, as PEFT sees it: with LoRA its base layer's weight. The head and what belongs to LoRA are left out."""
+    """Every linear layer by its path, as PEFT sees it: with LoRA its base layer's weight. The head, what belongs to LoRA and modules that are trained whole are left out."""
+    whole = {id(part) for _, module in saved_modules(model) for part in module.modules()}
     head = model.get_output_embeddings()
     for path, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             yield path, layer, layer.get_base_layer().weight
-        elif isinstance(layer, nn.Linear) and layer is not head and ".lora_" not in path and "base_layer" not in path:
+        elif id(layer) in whole or layer is head:
+            continue
+        elif isinstance(layer, nn.Linear) and ".lora_" not in path and "base_layer" not in path:
             yield path, layer, layer.weight

@@ -4,11 +4,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 
 class ForwardStopped(Exception):  # noqa: N818  it is no error: what was wanted has been computed
     """Raised inside a forward when the block's output is there; `block_output` catches it."""
+
+
+def decoder_blocks(model: nn.Module) -> nn.ModuleList:
+    """Gives the decoder blocks. Raises ValueError where there is no telling which they are."""
+    return _blocks(model)[0]
 
 
 def num_blocks(model: nn.Module) -> int:
@@ -47,11 +53,13 @@ def _blocks(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
         children = list(parent.children())
         for place, child in enumerate(children):
             if isinstance(child, nn.ModuleList) and len(child) == count:
-                norms = [
-                    other
-                    for other in (*children[place + 1 :], *children[:place])
-                    if "norm" in type(other).__name__.lower()
-                ]
+                norms = [other for other in (*children[place + 1 :], *children[:place]) if _is_norm(other)]
                 if norms:
                     return child, norms[0]
     raise ValueError(f"{type(model).__name__}: no list of {count} decoder blocks with a norm beside it")
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it is a norm, one that is trained whole (modules_to_save) too."""
+    own = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+    return "norm" in type(own).__name__.lower()

@@ -2,16 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from fedunlearn.models.lora import ACTIVE, REFERENCE, live_tensors
-from fedunlearn.records.adapter import Tensors
+from fedunlearn.models.adapter_tensors import ACTIVE, live_tensors, lora_layers
+from fedunlearn.models.lora import REFERENCE
+from fedunlearn.records.adapter import A, B, Tensors
 from fedunlearn.records.shape import ClientShape
 
 
@@ -27,7 +26,9 @@ def padded(model: PeftModel, tensors: Tensors) -> Tensors:
 
 
 def _padded(name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    along = 0 if ".lora_A." in name else 1
+    if not name.endswith((A, B)):
+        return tensor
+    along = 0 if name.endswith(A) else 1
     if tensor.dim() != len(shape) or tensor.shape[1 - along] != shape[1 - along]:
         return tensor  # whoever writes it says so; padded, no rows of a great length would become some
     missing = shape[along] - tensor.shape[along]
@@ -37,17 +38,20 @@ def _padded(name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def cut(tensors: Tensors, rank: int) -> Tensors:
-    """Gives the first `rank` rows of every A and columns of every B."""
-    return {
-        name: (tensor[:rank] if ".lora_A." in name else tensor[:, :rank]).contiguous()
-        for name, tensor in tensors.items()
-    }
+    """Gives the first `rank` rows of every A and columns of every B; plain tensors as they are."""
+    return {name: _cut(name, tensor, rank) for name, tensor in tensors.items()}
+
+
+def _cut(name: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+    if not name.endswith((A, B)):
+        return tensor
+    return (tensor[:rank] if name.endswith(A) else tensor[:, :rank]).contiguous()
 
 
 @contextmanager
 def scaled_for(model: PeftModel, shape: ClientShape | None) -> Iterator[None]:
     """Inside the block the adapter (and the reference's) acts with the client's scale; None: with its own."""
-    before = {layer: dict(layer.scaling) for layer in _layers(model)}
+    before = {layer: dict(layer.scaling) for _, layer in lora_layers(model)}
     try:
         for layer in before if shape is not None else ():
             _set(layer.scaling, shape)
@@ -63,10 +67,6 @@ def _set(scaling: dict[str, float], shape: ClientShape | None) -> None:
             scaling[name] = shape.scale
 
 
-def _layers(model: PeftModel) -> list[Any]:
-    return [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
-
-
 def module_scales(model: PeftModel) -> Mapping[str, float]:
     """Gives the scale of every LoRA layer by its path in the base, as aggregation.factors names modules."""
     return {path.removeprefix("base_model.model."): scale for path, scale in scales_in(model).items()}
@@ -74,4 +74,4 @@ def module_scales(model: PeftModel) -> Mapping[str, float]:
 
 def scales_in(model: nn.Module) -> Mapping[str, float]:
     """Gives the scale of every LoRA layer by its path, as it acts now."""
-    return {path: float(layer.scaling[ACTIVE]) for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    return {path: float(layer.scaling[ACTIVE]) for path, layer in lora_layers(model)}

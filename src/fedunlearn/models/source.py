@@ -10,6 +10,8 @@ from fedunlearn.data.pocket.named import named_pocket
 from fedunlearn.errors import UserError
 
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+FACTORS = "factors"
+"""The folder that a round has in place of adapter/ where a side-car lies beside its factors (federation.checkpoint)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +64,16 @@ def resolve_source(args: ModelArgs, pocket_dir: Path, *, fetch: bool = True) -> 
 def adapter_folder(path: Path, key: str) -> Path | None:
     """Gives the PEFT folder that a path names (itself, or a run's `adapter`), or None for a full model.
 
-    Raises UserError where the path does not exist, is an unfinished run, or holds neither.
+    Raises UserError where the path does not exist, is an unfinished run, a round with a side-car (its factors alone are no result), or holds neither.
     """
     if not path.exists():
         raise UserError(
             f"{key}={str(path)!r} does not exist: give a model folder, a PEFT adapter folder or a run's folder"
+        )
+    round_ = path.parent if path.name == FACTORS and (path.parent / "checkpoint.json").is_file() else path
+    if (round_ / FACTORS / "adapter_config.json").is_file():
+        raise UserError(
+            f"{key}={str(path)!r} is a round with a side-car, no PEFT folder yet: write one with `adapter.py export {round_} --to FOLDER` first, and name that"
         )
     if (path / "adapter_config.json").is_file():
         return path

@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 
 Tensors = Mapping[str, torch.Tensor]
+A, B = ".lora_A.weight", ".lora_B.weight"
+"""How the names of a pair's two factors end; every other tensor of an adapter is plain."""
 
 
 def hash_tensors(tensors: Tensors) -> str:
@@ -37,9 +39,10 @@ class Weights:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """Trainable LoRA factors on one base, and optionally a frozen side-car beside them.
+    """What is trained of one base, and optionally a frozen side-car beside it.
 
-    tensors: PEFT state-dict name -> float32 or bfloat16 tensor on the CPU, in name order. peft_config: adapter_config.json
+    tensors: PEFT state-dict name -> float32 or bfloat16 tensor on the CPU, in name order: pairs of LoRA factors (fused experts as one
+    pair each, see models.experts) and plain tensors (magnitudes, biases, saved modules, AdaLoRA's triplets). peft_config: adapter_config.json
     as PEFT writes it, plain JSON values. base_fingerprint: sha256 of the base's stored tensors; None in a foreign folder.
     sidecar: see Weights. Equality and hash go by numbers (bit by bit), config and fingerprint.
     """

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from fedunlearn.records.adapter import Tensors
+from fedunlearn.records.adapter import A, B, Tensors
 
 
 class Role(StrEnum):
@@ -22,7 +22,7 @@ class Role(StrEnum):
 
 
 class Trained(StrEnum):
-    """Which LoRA factors a client trains in a round, sends back, and the server steps over."""
+    """Which LoRA factors a client trains in a round, sends back, and the server steps over; plain tensors are always among them."""
 
     BOTH = "both"
     A = "a"
@@ -30,7 +30,8 @@ class Trained(StrEnum):
 
     def covers(self, name: str) -> bool:
         """Whether a tensor of the adapter is among them."""
-        return self is Trained.BOTH or f".lora_{self.value.upper()}." in name
+        rests = {Trained.A: B, Trained.B: A}.get(self)
+        return rests is None or not name.endswith(rests)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,8 +1,8 @@
 """What one client does in one round: start from the global adapter, train or unlearn on its own rows, give the adapter back."""
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from peft import PeftModel
@@ -10,23 +10,34 @@ from peft import PeftModel
 from fedunlearn.config.trainer import TrainArgs
 from fedunlearn.errors import UserError
 from fedunlearn.methods.tokens import Need
-from fedunlearn.models.lora import read_tensors, training_only, write_tensors
+from fedunlearn.models.adapter_tensors import read_tensors, write_tensors
+from fedunlearn.models.lora import training_only
 from fedunlearn.models.resident import Resident
 from fedunlearn.records.adapter import Tensors
 from fedunlearn.records.rounds import ClientTask, Role
+from fedunlearn.training.able import check_able
+from fedunlearn.training.compiled import compiled_blocks
 from fedunlearn.training.local import LocalData, LocalResult, LocalSettings
 from fedunlearn.training.loop import Tally, Work, run_steps, unlearning_method
 from fedunlearn.training.steps import Step, Supply, count_steps, plan_steps
 
+CarryOut = Callable[[Work, Sequence[Step]], tuple[Tensors, Tally]]
+"""Makes the planned steps and gives the adapter they end at."""
+
 
 def client_update(
-    made: Resident, start: Tensors, data: LocalData, task: ClientTask, settings: LocalSettings
+    made: Resident,
+    start: Tensors,
+    data: LocalData,
+    task: ClientTask,
+    settings: LocalSettings,
+    carry_out: CarryOut | None = None,
 ) -> LocalResult:
     """Trains the resident model's adapter from `start` for one round and gives the new values of both factors, trained or not.
 
     A fresh optimiser and schedule each time; random numbers only from task.seed (global random state is put back). The model
-    is left in eval mode. Raises ValueError for an idle task, one without rows, or unlearning without a method, UserError for more steps
-    than settings.max_steps.
+    is left in eval mode. carry_out: who makes the steps (training.parallel); None: this process. Raises ValueError for an idle task, one without rows, or
+    unlearning without a method, UserError for more steps than settings.max_steps, and for what this model or machine cannot do.
     """
     rows = data.forget if task.role.on_forget_rows else data.retain
     if task.role is Role.IDLE or not rows:
@@ -35,11 +46,19 @@ def client_update(
     work = Work(made, data, task, settings, start, rows, unlearning_method(task, settings))
     steps = _plan(work)
     reference_tokens = data.tokens + _prepare_sums(work, steps)
-    write_tensors(made.model, start)
-    with _training_mode(made.model, settings.args, task):
-        tally = run_steps(work, steps, task.memory)
+    tensors, tally = (carry_out or carry_out_here)(work, steps)
     reference_tokens += tally.reference_tokens
-    return _result(read_tensors(made.model), tally, settings.args, reference_tokens, time.monotonic() - began)
+    return _result(tensors, tally, settings.args, reference_tokens, time.monotonic() - began)
+
+
+def carry_out_here(work: Work, steps: Sequence[Step]) -> tuple[Tensors, Tally]:
+    """Makes the steps in this process, from work.start, and gives the adapter they end at. Raises UserError for what this model or machine cannot do."""
+    check_able(work.made, work.settings.args)
+    model = work.made.model
+    write_tensors(model, work.start)
+    with _training_mode(model, work.settings.args, work.task):
+        tally = run_steps(work, steps, work.task.memory)
+    return read_tensors(model), tally
 
 
 def _plan(work: Work) -> tuple[Step, ...]:
@@ -98,7 +117,8 @@ def _training_mode(model: PeftModel, args: TrainArgs, task: ClientTask) -> Itera
         model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     try:
-        with training_only(model, task.trained), torch.random.fork_rng():
+        compiled = compiled_blocks(model) if args.torch_compile else nullcontext()
+        with training_only(model, task.trained), torch.random.fork_rng(), compiled:
             torch.manual_seed(task.seed)
             yield
     finally:

@@ -5,22 +5,19 @@ from collections.abc import Mapping
 
 import torch
 
-from fedunlearn.aggregation.factors import Factors, modules_of
+from fedunlearn.aggregation.factors import Factors, modules_of, plain_of
 from fedunlearn.aggregation.product import LowRank, inner_products
 from fedunlearn.records.adapter import Tensors
 
 HALVINGS = 60
 
 
-def pull_inside(
-    live: Mapping[str, torch.nn.Parameter], start: Tensors, scales: Mapping[str, float], radius: float
-) -> None:
+def pull_inside(now: Tensors, start: Tensors, scales: Mapping[str, float], radius: float) -> None:
     """Scales the way of all factors from `start` by one t <= 1, in place, so that the product has moved by `radius` at most.
 
-    live: the trainable factors; start: both factors, same device; scales: s by module name. With A = A0 + t dA and B = B0 + t dB the update is
-    t P + t^2 Q, P = s (B0 dA + dB A0), Q = s dB dA, and grows with t up to where bisection starts from, or is small enough.
+    now: the adapter's live tensors; start: as the round began, same device; scales: s by module name. With A = A0 + t dA and B = B0 + t dB the update is
+    t P + t^2 Q, P = s (B0 dA + dB A0), Q = s dB dA (a plain tensor moves by t dT), and grows with t up to where bisection starts from, or is small enough.
     """
-    now = {name: live[name].detach() if name in live else tensor for name, tensor in start.items()}
     inner = torch.zeros(2, 2, dtype=torch.float64)
     for module in modules_of(start):
         scale = scales[module.name]
@@ -28,11 +25,12 @@ def pull_inside(
         b, a = now[module.b].double() - old.b, now[module.a].double() - old.a
         linear = LowRank(torch.cat([old.b, b], 1) * scale, torch.cat([a, old.a], 0))
         inner += inner_products([linear, LowRank(b * scale, a)]).cpu()
+    inner[0, 0] += sum(float((now[name] - start[name]).double().square().sum()) for name in plain_of(start))
     share = _largest_share(inner, radius)
     if share < 1:
         with torch.no_grad():
-            for name, parameter in live.items():
-                parameter.copy_(start[name] + share * (parameter - start[name]))
+            for name, tensor in now.items():
+                tensor.copy_(start[name] + share * (tensor - start[name]))
 
 
 def _largest_share(inner: torch.Tensor, radius: float) -> float:

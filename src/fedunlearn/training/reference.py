@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,8 @@ from fedunlearn.config.data import CollatorConfig
 from fedunlearn.data.chat import EncodedRow
 from fedunlearn.data.collator import collate
 from fedunlearn.files import canonical_json, write_json
-from fedunlearn.models.lora import ACTIVE, REFERENCE, read_tensors, write_tensors
+from fedunlearn.models.adapter_tensors import ACTIVE, read_tensors, write_tensors
+from fedunlearn.models.lora import REFERENCE
 from fedunlearn.models.resident import Resident, numbers_name
 from fedunlearn.models.sidecar import put_sidecar, use_sidecar
 from fedunlearn.records.adapter import Weights
@@ -30,11 +31,11 @@ BATCH_ROWS = 16
 def as_reference(made: Resident, reference: Weights) -> Iterator[None]:
     """Inside the block the model is the reference, in eval mode and without gradients: its values in the trainable adapter, which gets its own back."""
     current = read_tensors(made.model)
-    write_tensors(made.model, reference.factors)
-    put_sidecar(made.model, reference.sidecar, REFERENCE)
-    use_sidecar(made.model, REFERENCE)
-    made.model.eval()
     try:
+        write_tensors(made.model, reference.factors)
+        put_sidecar(made.model, reference.sidecar, REFERENCE)
+        use_sidecar(made.model, REFERENCE)
+        made.model.eval()
         with torch.no_grad():
             yield
     finally:
@@ -45,11 +46,20 @@ def as_reference(made: Resident, reference: Weights) -> Iterator[None]:
 class ReferenceSums:
     """NLL_i of rows under the reference adapter: each row's forward is run once and its sum kept under `cache`, from round to round.
 
-    bf16: under autocast, as the training forward is. tokens: input tokens of the rows that these charges had not met; what other runs left under `cache` costs no less.
+    bf16: under autocast, as the training forward is. sums_of: who runs the forwards (training.parallel); None: this process. tokens: input tokens of the rows that these charges had not met; what other runs left under `cache` costs no less.
     """
 
-    def __init__(self, made: Resident, reference: Weights, cache: Path, bf16: bool, charges: Charges) -> None:
+    def __init__(
+        self,
+        made: Resident,
+        reference: Weights,
+        cache: Path,
+        bf16: bool,
+        charges: Charges,
+        sums_of: "SumsOf | None" = None,
+    ) -> None:
         self._made, self._reference, self._bf16, self._charges = made, reference, bf16, charges
+        self._sums_of = sums_of or row_sums_of
         self._folder = cache / "reference_sums" / numbers_name(made, reference, bf16)
         self.tokens = 0
 
@@ -68,7 +78,7 @@ class ReferenceSums:
         if not lacking:
             return
         with as_reference(self._made, self._reference):
-            sums = _sums_of(self._made, list(lacking.values()), self._bf16)
+            sums = self._sums_of(self._made, list(lacking.values()), self._bf16)
         new = dict(zip(lacking, sums.tolist(), strict=True))
         self._known.update(new)
         write_json(self._folder / f"{hashlib.sha256(canonical_json(sorted(new)).encode()).hexdigest()}.json", new)
@@ -88,8 +98,12 @@ def _read(path: Path) -> dict[str, float]:
         return {}
 
 
-def _sums_of(made: Resident, rows: Sequence[EncodedRow], bf16: bool) -> torch.Tensor:
-    """Batches rows of like length, for order does not matter here."""
+SumsOf = Callable[[Resident, Sequence[EncodedRow], bool], torch.Tensor]
+"""Gives NLL_i of rows under the model as it is, [rows] float32 on the CPU; the flag: under autocast to bfloat16."""
+
+
+def row_sums_of(made: Resident, rows: Sequence[EncodedRow], bf16: bool) -> torch.Tensor:
+    """See SumsOf. Batches rows of like length, for order does not matter here."""
     by_length = sorted(range(len(rows)), key=lambda index: (len(rows[index].input_ids), index))
     sums = torch.zeros(len(rows), dtype=torch.float32)
     for start in range(0, len(rows), BATCH_ROWS):

@@ -1,13 +1,25 @@
 """A submitted config on the server's machine: names become the server's own places, and nothing else is taken for one."""
 
+import json
 from pathlib import Path
 
 import pytest
+from helpers_architectures import CONFIGS
 from helpers_deployed import MODEL, submitted, write_sites
 
+from fedunlearn.config.lora import LoraArgs
+from fedunlearn.config.parse import parse_config
+from fedunlearn.config.reading import Reader
 from fedunlearn.config.sites import ServerSite, read_site
+from fedunlearn.doors.compose import ComposedConfig
+from fedunlearn.doors.prepare import prepare
 from fedunlearn.errors import UserError
-from fedunlearn.federation.deployed.submission import at_server
+from fedunlearn.federation.deployed.submission import at_server, brief_of, shaped
+from fedunlearn.models.lora import attach_lora
+from fedunlearn.models.lora_config import lora_config_of, plain_config
+from fedunlearn.models.ranks import scales_in
+from fedunlearn.models.resident import release
+from fedunlearn.models.skeleton import skeleton
 
 
 @pytest.fixture
@@ -63,3 +75,72 @@ def test_all_faults_are_told_at_once(server, pocket):
         at_server(server, plain)
     assert len(caught.value.faults) == 3
     assert "muse_path='muse': the server's site YAML names no data.muse_path" in caught.value.faults
+
+
+def test_nodes_are_told_what_the_adapter_is_made_of(server, pocket):
+    """A node attaches the adapter from the brief alone: every key that gives it a tensor, or takes one, is the start's own."""
+    lora = "++model.model_args.lora_config."
+    wanted = {
+        "use_dora": True,
+        "modules_to_save": ["lm_head"],
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [1],
+    }
+    asked = (f"{lora}use_dora=true", f"{lora}modules_to_save=[lm_head]", f"{lora}target_modules=[q_proj]", f"{lora}layers_to_transform=[1]")  # fmt: skip
+    plain = at_server(server, submitted(pocket, "finetune", "x", *asked))
+    prepared = prepare(ComposedConfig(plain=plain, text="", run=parse_config(plain)))
+    args = plain["model"]["model_args"]
+    forgotten = {**plain, "model": {**plain["model"], "model_args": {**args, "lora_config": {**args["lora_config"], **dict.fromkeys(wanted)}}}}  # fmt: skip
+    told = brief_of(server, prepared.run, forgotten, prepared.folder).config["model"]["model_args"]["lora_config"]
+    assert {key: told[key] for key in wanted} == wanted
+    release()
+
+
+YAML = {"r": None, "lora_alpha": None, "target_modules": None, "lora_dropout": 0.0, "use_rslora": False, "bias": "none"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed"),
+    [
+        ("phi", {}),
+        ("phi", {"target_modules": "all-linear", "layers_to_transform": (1,), "layers_pattern": "layers"}),
+        ("phi", {"target_modules": r".*\.(q|k)_proj", "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 1.0}}),
+        ("phi", {"exclude_modules": ("v_proj",), "use_rslora": True}),
+        ("phi", {"use_dora": True, "modules_to_save": ("lm_head",)}),
+        ("phi", {"lora_bias": True, "bias": "lora_only"}),
+        ("gpt2", {"target_modules": "attention"}),
+        ("mixtral", {"target_modules": "all-linear"}),
+        ("mixtral", {"target_modules": "mlp", "exclude_modules": ("mlp.experts.down_proj",)}),
+    ],
+)
+def test_nodes_build_the_adapter_that_the_server_has(kind, changed):
+    """From the brief alone, whatever the submitted yaml left to a loaded adapter."""
+    base = skeleton(CONFIGS[kind])
+    config = lora_config_of(
+        LoraArgs(**{"r": 4, "lora_alpha": 8.0, "target_modules": ("q_proj", "v_proj"), **changed}), None, "base", base
+    )
+    reader = Reader()
+    args = reader.record(LoraArgs, json.loads(json.dumps(shaped(YAML, plain_config(config)))), "lora_config")
+    assert reader.faults == []
+    theirs = lora_config_of(args, None, "base", base)
+    assert plain_config(theirs) == plain_config(config)
+    assert tensors_of(kind, theirs) == tensors_of(kind, config)
+
+
+def test_nodes_build_adalora_as_the_server_does():
+    """Its ranks are the yaml's init_r; PEFT's r, which acts nowhere, is not told."""
+    base, own = skeleton(CONFIGS["phi"]), {"peft_type": "ADALORA", "init_r": 6, "target_r": 2, "tinit": 1}
+    said = {"r": None, "lora_alpha": 8.0, "target_modules": ("q_proj", "v_proj"), **own}
+    config = lora_config_of(LoraArgs(**said), None, "base", base)
+    reader = Reader()
+    args = reader.record(LoraArgs, json.loads(json.dumps(shaped({**YAML, **own}, plain_config(config)))), "lora_config")
+    assert reader.faults == []
+    theirs = lora_config_of(args, None, "base", base)
+    assert plain_config(theirs) == plain_config(config)
+    assert tensors_of("phi", theirs) == tensors_of("phi", config)
+
+
+def tensors_of(kind, config):
+    """Name -> shape of what is trained, and the scale of each layer."""
+    model = attach_lora(skeleton(CONFIGS[kind]), config)
+    return {n: p.shape for n, p in model.named_parameters() if p.requires_grad}, scales_in(model)

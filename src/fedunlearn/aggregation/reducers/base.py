@@ -1,7 +1,7 @@
 """The interface of a reducer: one module of all clients in, the global factors of that module out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,15 @@ class Reducer(ABC):
     def num_left_out(self, count: int) -> int | None:
         """How many of `count` clients' values it leaves out at each end; None where leaving out is not what it does."""
         return None
+
+    def reduce_plain(
+        self, tensors: Iterable[torch.Tensor], weights: Sequence[float], old: torch.Tensor, old_weight: float
+    ) -> torch.Tensor:
+        """Gives a tensor that is no factor (a bias, a saved module), float64: sum_k p_k x_k + old_weight x. tensors: the clients', in id order; old: the global one."""
+        total = old.double() * old_weight
+        for tensor, weight in zip(tensors, weights, strict=True):
+            total.add_(tensor.double(), alpha=weight)
+        return total
 
     @abstractmethod
     def reduce(self, cohort: ModuleCohort) -> tuple[torch.Tensor, torch.Tensor]:

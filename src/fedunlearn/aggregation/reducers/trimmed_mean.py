@@ -1,10 +1,12 @@
 """The trimmed mean (Yin et al. 2018, arXiv:1803.01498), entry by entry of the one factor that clients train."""
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from fedunlearn.aggregation.pieces import in_pieces
 from fedunlearn.aggregation.reducers.base import ModuleCohort, Reducer
 
 
@@ -27,7 +29,16 @@ class TrimmedMean(Reducer):
             [client.a for client in cohort.clients]
         )
 
-    def _trimmed(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        ordered = torch.stack(tensors).double().sort(dim=0).values
-        drop = self.num_left_out(len(tensors))
-        return ordered[drop : len(tensors) - drop].mean(dim=0)
+    def reduce_plain(
+        self, tensors: Iterable[torch.Tensor], weights: Sequence[float], old: torch.Tensor, old_weight: float
+    ) -> torch.Tensor:
+        """See Reducer.reduce_plain: trimmed as the factors are, or one client alone could set it."""
+        return self._trimmed(tensors)
+
+    def _trimmed(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+        given = list(tensors)
+        drop, mean = self.num_left_out(len(given)), torch.empty(given[0].shape, dtype=torch.float64)
+        for place, *theirs in in_pieces([mean, *given]):
+            ordered = torch.stack(theirs).double().sort(dim=0).values
+            place.copy_(ordered[drop : len(given) - drop].mean(dim=0))
+        return mean

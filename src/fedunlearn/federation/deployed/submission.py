@@ -15,10 +15,12 @@ from fedunlearn.errors import UserError
 from fedunlearn.federation.deployed.brief import Brief
 from fedunlearn.federation.deployed.enrolment import files_of_one_machine
 from fedunlearn.federation.start import load_start
+from fedunlearn.models.lora_config import WHAT, WHERE
 from fedunlearn.models.source import resolve_source
 
 MODEL = "pretrained_model_name_or_path"
-OF_THE_ADAPTER = ("r", "lora_alpha", "target_modules", "use_rslora")
+OF_THE_ADAPTER = tuple(key for key in (*WHERE, *WHAT) if key != "init_lora_weights")
+"""What nodes are told of the run's adapter in place of the yaml's: all that decides which tensors there are, and how they act."""
 
 
 def at_server(site: ServerSite, plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +105,7 @@ def brief_of(site: ServerSite, run: TrainRun, plain: Mapping[str, Any], folder: 
     shape = load_start(folder).adapter.peft_config
     model = plain["model"]
     args = model["model_args"]
-    lora = {**args["lora_config"], **{key: shape[key] for key in OF_THE_ADAPTER if key in shape}}
+    lora = shaped(args["lora_config"], shape)
     config = {
         **plain,
         "task_name": "run",
@@ -123,3 +125,12 @@ def brief_of(site: ServerSite, run: TrainRun, plain: Mapping[str, Any], folder: 
         partition=(folder / PARTITION).read_text(encoding="utf-8"),
         request=(folder / REQUEST).read_text(encoding="utf-8"),
     )
+
+
+def shaped(lora: Mapping[str, Any], peft_config: Mapping[str, Any]) -> dict[str, Any]:
+    """A yaml's lora_config with the shape of an adapter that is there: nodes make theirs of it, and have no adapter to take it from."""
+    known = {key: peft_config[key] for key in OF_THE_ADAPTER if key in peft_config}
+    empty = {key for key, value in known.items() if value in ([], {}) and key != "target_modules"}
+    if peft_config.get("peft_type") == "ADALORA":  # whose ranks are init_r's, which the yaml has
+        empty |= {"r"}
+    return {**lora, **known, **dict.fromkeys(empty)}
