@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedunlearn.aggregation.reducers.base import mean_of
+from fedunlearn.models.adapter_tensors import _apart, live_parameters
 from fedunlearn.records.adapter import Tensors
 
 
@@ -51,3 +52,9 @@ def mean_of_clients(names, weights, read) -> dict[str, torch.Tensor]:
     clients = sorted(weights)
     shares = tuple(weights[client] for client in clients)
     return {name: mean_of(tuple(read(client, name) for client in clients), shares) for name in names}
+
+
+def live_gradients(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The gradients that the active adapter has, by the names of live_tensors; they share storage with the parameters' own."""
+    found = {name: parameter.grad for name, parameter in live_parameters(model).items()}
+    return _apart(model, {name: gradient for name, gradient in found.items() if gradient is not None})

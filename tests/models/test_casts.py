@@ -10,10 +10,10 @@ from peft import LoraConfig
 from fedunlearn.errors import UserError
 from fedunlearn.models.adapter_tensors import ACTIVE, read_tensors, write_tensors
 from fedunlearn.models.casts import NF4, bfloat16, cast_of, int8, merge_and_cast, nf4
-from fedunlearn.models.initial import MAGNITUDE, draw_fresh
+from fedunlearn.models.initial import draw_fresh
 from fedunlearn.models.lora import attach_lora
 from fedunlearn.models.sidecar import put_sidecar
-from fedunlearn.records.adapter import A, B
+from fedunlearn.records.adapter import MAGNITUDE, A, B
 
 IDS = torch.tensor([[1, 5, 9, 200, 31, 7]])
 

@@ -5,14 +5,13 @@ import weakref
 
 import pytest
 import torch
-from helpers_adapters import apart
+from helpers_adapters import apart, live_gradients
 from helpers_models import TARGETS, attached, some_logits, tiny_base
 from peft import PeftModel
 
 from fedunlearn.errors import UserError
 from fedunlearn.models.adapter_tensors import (
     ACTIVE,
-    live_gradients,
     live_parameters,
     live_tensors,
     read_tensors,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers_adapters import live_gradients
 from helpers_training import DATA, GRADIENT, RATE, flat, made_model, train
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, MixtralConfig
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from fedunlearn.methods.grad_diff import GradDiff
 from fedunlearn.methods.npo import NPO
 from fedunlearn.models import adapter_tensors
-from fedunlearn.models.adapter_tensors import live_gradients, live_parameters, live_tensors, read_tensors, write_tensors
+from fedunlearn.models.adapter_tensors import live_parameters, live_tensors, read_tensors, write_tensors
 from fedunlearn.models.lora import attach_lora, check_trainable, hold_reference, reference_active, training_only
 from fedunlearn.records.adapter import Weights
 from fedunlearn.records.rounds import Trained

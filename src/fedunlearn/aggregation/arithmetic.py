@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fedunlearn.aggregation.factors import Module, modules_of, plain_of, read_factors, scales_of
+from fedunlearn.aggregation.factors import Module, config_of_ranks, modules_of, plain_of, read_factors, scales_of
 from fedunlearn.aggregation.gauges.svd import balanced
 from fedunlearn.aggregation.product import (
     SMALLEST,
@@ -23,12 +23,11 @@ from fedunlearn.aggregation.product import (
     weighted_sum,
 )
 from fedunlearn.errors import UserError
-from fedunlearn.records.adapter import Adapter, Tensors
+from fedunlearn.records.adapter import B_BIAS, MAGNITUDE, Adapter, B, Tensors
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
 WHERE = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
 """Keys of a PEFT config that say which modules have factors."""
-MAGNITUDE, B_BIAS = "lora_magnitude_vector", ".lora_B.bias"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -61,7 +60,7 @@ def scaled(adapter: Adapter, factor: float) -> Adapter:
     Raises UserError for a factor that is not finite and for tensors that have no multiple (magnitudes, saved modules, the base's biases).
     """
     _check([adapter], [factor], averages=False)
-    ends = (".lora_B.weight", B_BIAS)
+    ends = (B, B_BIAS)
     tensors = {n: (t.double() * factor).to(t.dtype) if n.endswith(ends) else t for n, t in adapter.tensors.items()}
     return adapter.replace(tensors)
 
@@ -245,10 +244,8 @@ def _config(adapters: Sequence[Adapter], pairs: Mapping[Module, LowRank]) -> dic
         config |= dict.fromkeys(WHERE)
         config["target_modules"] = [m.name for m in pairs if not _is_expert(m, parameters)]
         config["target_parameters"] = parameters or None
-    largest = max(pair.rank for pair in pairs.values())
-    other = {} if parameters else {m.name: pair.rank for m, pair in pairs.items() if pair.rank != largest}
-    patterns = {"rank_pattern": other, "alpha_pattern": {name: float(rank) for name, rank in other.items()}}
-    return {**config, "r": largest, "lora_alpha": float(largest), **patterns}
+    ranks = {module.name: pair.rank for module, pair in pairs.items()}
+    return config_of_ranks(config, dict.fromkeys(ranks, max(ranks.values())) if parameters else ranks)
 
 
 def _listed(value: object) -> list[object]:

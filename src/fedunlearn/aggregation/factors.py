@@ -80,6 +80,18 @@ def scales_of(peft_config: Mapping[str, object], tensors: Tensors) -> dict[str, 
     return {**pairs, **scales_of_triplets(peft_config, tensors)}
 
 
+def config_of_ranks(known: Mapping[str, object], ranks: Mapping[str, int], scale: float = 1.0) -> dict[str, object]:
+    """Gives a PEFT config with these ranks by module, in which every module's s is `scale`: the largest rank is r, a pattern names each module of another.
+
+    use_rslora in `known` says which alpha that is.
+    """
+    largest = max(ranks.values())
+    alphas = {rank: scale * (math.sqrt(rank) if known.get("use_rslora") else float(rank)) for rank in ranks.values()}
+    other = {name: rank for name, rank in ranks.items() if rank != largest}
+    patterns = {"rank_pattern": other, "alpha_pattern": {name: alphas[rank] for name, rank in other.items()}}
+    return {**known, "r": largest, "lora_alpha": alphas[largest], **patterns}
+
+
 def read_factors(tensors: Tensors, module: Module, scale: float) -> Factors:
     """Gives one module of an adapter."""
     return Factors(tensors[module.b], tensors[module.a], scale)

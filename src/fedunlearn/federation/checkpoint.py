@@ -22,13 +22,14 @@ from fedunlearn.federation.start import began_with
 from fedunlearn.files import append_line, canonical_json, flush_tree, whole_folder, write_bytes, write_json
 from fedunlearn.methods.tokens import Memory
 from fedunlearn.models.adapter_files import read_folder, save_adapter
+from fedunlearn.models.source import FACTORS
 from fedunlearn.records.adapter import Adapter, Tensors, hash_tensors
 
 log = logging.getLogger(__name__)
 HISTORY = "history.jsonl"
 FORMAT = 1
 """What a checkpoint.json of this version is written in; a later one is not read."""
-ADAPTER, FACTORS = "adapter", "factors"
+ADAPTER = "adapter"
 _DAMAGES = (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError)
 MOMENTS, CARRIED, FOREIGN, HELD, IMPORTANCE = (
     "moments.safetensors",

@@ -8,6 +8,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 
 from fedunlearn.aggregation.adalora import AdaLora, Triplets, as_pair, scales_of_triplets, triplets_of
+from fedunlearn.aggregation.factors import config_of_ranks
 from fedunlearn.models.adapter_tensors import ACTIVE
 from fedunlearn.records.adapter import A as PAIR_A
 from fedunlearn.records.adapter import Adapter, Tensors
@@ -87,13 +88,5 @@ def _folded(tensors: Tensors, module: Triplets) -> tuple[torch.Tensor, torch.Ten
 
 def _plain(known: Mapping[str, object], ranks: Mapping[str, int], scale: float) -> dict[str, object]:
     """PEFT's config of the folded adapter: LoRA's keys alone."""
-    largest = max(ranks.values())
-    other = {name: rank for name, rank in ranks.items() if rank != largest}
-    return {
-        **{field.name: known[field.name] for field in fields(LoraConfig) if field.name in known},
-        "peft_type": "LORA",
-        "r": largest,
-        "lora_alpha": scale * largest,
-        "rank_pattern": other,
-        "alpha_pattern": {name: scale * rank for name, rank in other.items()},
-    }
+    plain = {field.name: known[field.name] for field in fields(LoraConfig) if field.name in known}
+    return config_of_ranks({**plain, "peft_type": "LORA"}, ranks, scale)

@@ -28,29 +28,24 @@ def live_tensors(model: PeftModel, name: str = ACTIVE) -> dict[str, torch.Tensor
     The base's biases that are trained act for one adapter at a time: those of another are what is held for it.
     """
     held = {} if name == ACTIVE else held_biases(model, name)
-    return _apart(model, {**_state(model, name), **held})
+    return _apart(model, {**state_of(model, name), **held})
 
 
 def live_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     """Gives the active adapter's trainable parameters by PEFT state-dict name, in name order; fused experts as one parameter."""
     trained = {parameter.data_ptr(): parameter for parameter in model.parameters() if parameter.requires_grad}
-    state = _state(model, ACTIVE)
+    state = state_of(model, ACTIVE)
     return {name: trained[tensor.data_ptr()] for name, tensor in state.items() if tensor.data_ptr() in trained}
 
 
-def live_gradients(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Gives the gradients that the active adapter has, by the names of live_tensors; they share storage with the parameters' own."""
-    found = {name: parameter.grad for name, parameter in live_parameters(model).items()}
-    return _apart(model, {name: gradient for name, gradient in found.items() if gradient is not None})
-
-
-def read_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Gives a copy on the CPU of the active adapter's tensors, float32, contiguous, in name order."""
-    live = live_tensors(model)
+def read_tensors(model: PeftModel, name: str = ACTIVE) -> dict[str, torch.Tensor]:
+    """Gives a copy on the CPU of an adapter's tensors, float32, contiguous, in name order."""
+    live = live_tensors(model, name)
     return {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in live.items()}
 
 
-def _state(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+def state_of(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+    """Gives an adapter's tensors by PEFT's state-dict names, in name order; fused experts as one. They share storage with the model's parameters."""
     with warnings.catch_warnings():
         if model.peft_config[name].lora_bias:  # a bias has one dimension, which PEFT takes for a factor's lost shard
             warnings.filterwarnings("ignore", "Adapter .* LoRA tensor.s. have invalid shape")

@@ -11,10 +11,9 @@ from torch import nn
 
 from fedunlearn.errors import UserError
 from fedunlearn.models.adapter_tensors import ACTIVE, read_tensors, write_tensors
-from fedunlearn.models.initial import MAGNITUDE
 from fedunlearn.models.saved_modules import saved_modules
 from fedunlearn.models.sidecar import put_sidecar, sidecar_delta
-from fedunlearn.records.adapter import A, B
+from fedunlearn.records.adapter import MAGNITUDE, A, B
 
 Cast = Literal["bfloat16", "int8", "nf4"]
 Backend = Literal["simulated", "bitsandbytes"]

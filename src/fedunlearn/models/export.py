@@ -7,11 +7,11 @@ from typing import Literal
 
 import torch
 
-from fedunlearn.aggregation.factors import Factors, modules_of, plain_of, read_factors, scales_of
+from fedunlearn.aggregation.factors import Factors, config_of_ranks, modules_of, plain_of, read_factors, scales_of
 from fedunlearn.aggregation.gauges.svd import balanced
 from fedunlearn.aggregation.product import LowRank, product_of, truncated_svd, weighted_sum
 from fedunlearn.models.adalora import folded
-from fedunlearn.records.adapter import Adapter, Tensors
+from fedunlearn.records.adapter import B_BIAS, Adapter, B, Tensors
 
 ExportRank = Literal["exact", "r"]
 
@@ -51,14 +51,14 @@ def export(adapter: Adapter, rank: ExportRank) -> tuple[Adapter, Stacked | None]
     ranks = {m.name: w.rank for m, w in wholes.items()}
     known = adapter.peft_config
     stacked = Stacked(r=int(str(known["r"])), lora_alpha=float(str(known["lora_alpha"])))
-    return Adapter(tensors, _config_of(known, ranks), adapter.base_fingerprint), stacked
+    return Adapter(tensors, config_of_ranks(known, ranks), adapter.base_fingerprint), stacked
 
 
 def plain_scaled(tensors: Tensors, scales: Mapping[str, float], by: int = 1) -> dict[str, torch.Tensor]:
     """Gives the plain tensors with LoRA's own biases, which PEFT multiplies by s, times s; by=-1: divided by it. scales: s by module name."""
     plain = {name: tensors[name] for name in plain_of(tensors)}
     for module in modules_of(tensors):
-        bias = module.b.removesuffix("weight") + "bias"
+        bias = module.b.removesuffix(B) + B_BIAS
         if bias in plain and scales[module.name] != 1.0:
             plain[bias] = (plain[bias].double() * scales[module.name] ** by).to(plain[bias].dtype)
     return plain
@@ -92,17 +92,3 @@ def _cut(adapter: Adapter, wholes: Mapping[str, LowRank], scales: Mapping[str, f
         share = 1 / math.sqrt(own.scale)
         cut |= {module.b: (b * share).to(dtype).contiguous(), module.a: (a * share).to(dtype).contiguous()}
     return cut
-
-
-def _config_of(known: Mapping[str, object], ranks: Mapping[str, int]) -> dict[str, object]:
-    """PEFT's config of a stack: the most common case is one rank everywhere; where modules differ a pattern names each."""
-    largest = max(ranks.values())
-    alphas = {name: math.sqrt(rank) if known.get("use_rslora") else float(rank) for name, rank in ranks.items()}
-    other = {name: rank for name, rank in ranks.items() if rank != largest}
-    return {
-        **known,
-        "r": largest,
-        "lora_alpha": math.sqrt(largest) if known.get("use_rslora") else float(largest),
-        "rank_pattern": other,
-        "alpha_pattern": {name: alphas[name] for name in other},
-    }

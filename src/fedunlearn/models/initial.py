@@ -18,10 +18,9 @@ from fedunlearn.models.adalora import drawn_triplets
 from fedunlearn.models.adapter_tensors import ACTIVE, live_tensors, lora_layers
 from fedunlearn.models.base_biases import stored_biases
 from fedunlearn.models.saved_modules import stored_values
-from fedunlearn.records.adapter import Tensors
+from fedunlearn.records.adapter import B_BIAS, MAGNITUDE, Tensors
 from fedunlearn.seeds import seed_of
 
-MAGNITUDE, LORA_BIAS = ".lora_magnitude_vector", ".lora_B.bias"
 KEY = "model.model_args.lora_config.init_lora_weights"
 _FOUND: "WeakKeyDictionary[PeftModel, tuple[tuple[str, int | None], tuple[Tensors, Tensors]]]" = WeakKeyDictionary()
 """What was found last of each model's base, and for what: an initialisation, and a seed where it matters."""
@@ -65,7 +64,7 @@ def _plain(model: PeftModel) -> dict[str, torch.Tensor]:
             plain[path + MAGNITUDE] = torch.linalg.norm(_weight(layer), dim=1)
         bias = getattr(dict(layer.lora_B.items()).get(ACTIVE), "bias", None)  # AdaLoRA's B is no module
         if bias is not None:
-            plain[path + LORA_BIAS] = torch.zeros_like(bias)
+            plain[path + B_BIAS] = torch.zeros_like(bias)
     return plain
 
 

@@ -6,11 +6,10 @@ import torch
 
 from fedunlearn.aggregation.factors import plain_of
 from fedunlearn.errors import UserError
-from fedunlearn.records.adapter import A, Adapter, B, Tensors
+from fedunlearn.records.adapter import MAGNITUDE, A, Adapter, B, Tensors
 
 WIDEST = torch.finfo(torch.float32).max
 _CONFIG = "adapter_config.json"
-MAGNITUDE = ".lora_magnitude_vector"
 RANK, ALPHA = "no rank: a whole number from 1", f"no scale: a finite number above 0 (at most {WIDEST:.1e})"
 AS_TRAINED = "write there what the adapter was trained with, or copy the folder again"
 

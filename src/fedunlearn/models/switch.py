@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from fedunlearn.aggregation.factors import side_by_side
 from fedunlearn.errors import UserError, did_you_mean
-from fedunlearn.models.adapter_tensors import ACTIVE, live_tensors, lora_layers, write_tensors
+from fedunlearn.models.adapter_tensors import ACTIVE, lora_layers, read_tensors, state_of, write_tensors
 from fedunlearn.models.lora_config import check_understood, plain_config
 from fedunlearn.models.merge import is_merged
 from fedunlearn.models.rollback import rolled_back
@@ -114,8 +114,7 @@ def parameters_of(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
     """Gives an adapter's own parameters by PEFT's state-dict names; fused experts as one."""
     _check_known(model, [name])
     own = {parameter.data_ptr(): parameter for parameter in model.parameters()}
-    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    return {key: own[state[key].data_ptr()] for key in sorted(state)}
+    return {key: own[tensor.data_ptr()] for key, tensor in state_of(model, name).items()}
 
 
 def origin_of(model: PeftModel, name: str) -> Adapter:
@@ -123,12 +122,8 @@ def origin_of(model: PeftModel, name: str) -> Adapter:
     held = _held(model)
     _check_known(model, [name])
     known = held.origins.get(name) or Adapter({}, plain_config(model.peft_config[name]), None)
-    live = {
-        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, tensor in live_tensors(model, name).items()
-    }
     sidecar = {key: tensor.cpu().clone() for key, tensor in held_sidecar(model, name).items()}
-    return Adapter(live, known.peft_config, known.base_fingerprint, sidecar)
+    return Adapter(read_tensors(model, name), known.peft_config, known.base_fingerprint, sidecar)
 
 
 def _held(model: PeftModel) -> _Held:

@@ -10,6 +10,8 @@ import torch
 
 Tensors = Mapping[str, torch.Tensor]
 A, B = ".lora_A.weight", ".lora_B.weight"
+MAGNITUDE, B_BIAS = ".lora_magnitude_vector", ".lora_B.bias"
+"""Ends of names: a pair's factors; DoRA's magnitudes and LoRA's own biases, which are plain tensors."""
 """How the names of a pair's two factors end; every other tensor of an adapter is plain."""
 
 

@@ -37,8 +37,8 @@ class Frame:
 def send(pipe: Connection, frame: Frame) -> None:
     """Writes a frame: two pieces, JSON and safetensors."""
     pipe.send_bytes(json.dumps(frame.said).encode())
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in frame.tensors.items()}
-    pipe.send_bytes(safetensors.torch.save({name: tensor.clone() for name, tensor in whole.items()}))
+    apart = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in frame.tensors.items()}
+    pipe.send_bytes(safetensors.torch.save(apart))  # it refuses tensors that share storage
 
 
 def receive(pipe: Connection) -> Frame:
