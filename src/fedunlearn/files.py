@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from fedunlearn.errors import UserError
 
@@ -51,6 +52,17 @@ def write_json(path: Path, value: object) -> None:
     """Writes JSON atomically, keys sorted, indented, piece by piece: the text of it all is never in memory. See write_bytes; raises ValueError for NaN and infinities."""
     pieces = json.JSONEncoder(sort_keys=True, allow_nan=False, ensure_ascii=False, indent=2).iterencode(value)
     _write(path, (piece.encode("utf-8") for piece in chain(pieces, "\n")))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON object. Raises OSError or ValueError, which names the file; the way out is the caller's to tell."""
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"{path.name} is no JSON object")
+    return read
 
 
 def append_line(path: Path, line: str) -> None:

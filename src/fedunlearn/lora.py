@@ -84,7 +84,9 @@ def apply(
     """
     if isinstance(adapter, Adapter):
         check_sound(adapter, "given")
-    given = adapter if isinstance(adapter, Adapter) else load(adapter)
+        given = adapter
+    else:
+        given = load(adapter)
     if not trust_base:
         check_belongs(given, Path(base_folder or _name_of(model)).expanduser())
     return switching.put_adapter(model, given, name)

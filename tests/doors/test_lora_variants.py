@@ -16,11 +16,10 @@ from fedunlearn.errors import UserError
 from fedunlearn.federation import rounds
 from fedunlearn.federation.block_store import BlockStore
 from fedunlearn.federation.site import Site
-from fedunlearn.federation.start import BEGAN, START
 from fedunlearn.models.adapter_files import load_adapter, save_adapter
 from fedunlearn.models.label_logits import label_logits
 from fedunlearn.models.resident import release, resident
-from fedunlearn.models.source import resolve_source
+from fedunlearn.models.source import BEGAN, START, resolve_source
 
 LORA = "++model.model_args.lora_config."
 BASE = "model.model_args.pretrained_model_name_or_path="

@@ -25,8 +25,9 @@ from fedunlearn.federation.checkpoint import (
     save_checkpoint,
 )
 from fedunlearn.federation.flower_strategy import StrategyState
-from fedunlearn.federation.start import BEGAN, START, began_with, load_start, save_start
+from fedunlearn.federation.start import began_with, load_start, save_start
 from fedunlearn.models.adapter_files import WEIGHTS, load_adapter, save_adapter
+from fedunlearn.models.source import BEGAN, START
 from fedunlearn.records.adapter import Adapter, hash_tensors
 from fedunlearn.records.partition import OwnedRows
 from fedunlearn.records.rounds import ClientRows

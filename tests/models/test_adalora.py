@@ -328,7 +328,7 @@ class TestRefused:
     def test_an_adapter_that_is_adalora_itself(self):
         args = lora_args(r=None, lora_alpha=None, target_modules=None)
         with pytest.raises(
-            UserError, match=r"peft_type='ADALORA': it is a round's checkpoint .*name the run's own folder"
+            UserError, match=r"peft_type='ADALORA': a checkpoint of AdaLoRA .*name the run's own folder"
         ):
             lora_config_of(args, acting(made()), "base")
 

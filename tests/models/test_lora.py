@@ -146,7 +146,7 @@ class TestConfig:
         assert len(caught.value.faults) == 3
 
     def test_another_kind_of_adapter_is_refused(self):
-        with pytest.raises(UserError, match="peft_type='LOHA' is not LORA"):
+        with pytest.raises(UserError, match="peft_type='LOHA': only LORA is understood"):
             lora_config_of(lora_args(), Adapter({}, {**LOADED.peft_config, "peft_type": "LOHA"}, None), "x")
 
     def test_a_plain_config_holds_sorted_json_values_only(self):

@@ -68,6 +68,26 @@ def test_a_round_with_a_side_car_is_exported_first(adapter_folder, tmp_path, nam
         find(place / named)
 
 
+@pytest.mark.parametrize(
+    ("began", "said"),
+    [
+        ('{"sidecar": ["aa"]}', "is what a run with a side-car began with, .*: name the run, one of its rounds"),
+        ("{", r"what lies beside it is damaged \(began.json"),
+    ],
+)
+def test_a_beginning_with_a_side_car_is_no_adapter(adapter_folder, tmp_path, began, said):
+    copy_of(adapter_folder, tmp_path).rename(tmp_path / "start")
+    (tmp_path / "began.json").write_text(began)
+    with pytest.raises(UserError, match=said):
+        find(tmp_path / "start")
+
+
+def test_a_beginning_without_one_is(adapter_folder, tmp_path):
+    copy_of(adapter_folder, tmp_path).rename(tmp_path / "start")
+    (tmp_path / "began.json").write_text('{"sidecar": []}')
+    assert find(tmp_path / "start").adapter == tmp_path / "start"
+
+
 def test_lora_model_path_stands_beside_a_named_base(run, base_folder):
     found = find(base_folder, run)
     assert (found.base, found.base_name, found.adapter) == (base_folder, str(base_folder), run / "adapter")
@@ -149,8 +169,8 @@ def test_a_damaged_model_config_is_refused(tmp_path, text):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "is no JSON object .* the adapter folder is damaged"),
-        ("[]", "is no JSON object .* the adapter folder is damaged"),
+        ("{", r"adapter_config\.json is damaged \(.*: copy the adapter folder again"),
+        ("[]", r"adapter_config\.json is damaged \(.*: copy the adapter folder again"),
         ("{}", "names no base: give pretrained_model_name_or_path=BASE and this folder as lora_model_path"),
         ('{"base_model_name_or_path": null}', "names no base"),
         ('{"base_model_name_or_path": "/gone/base"}', r"adapter_config\.json.*/gone/base' does not exist"),

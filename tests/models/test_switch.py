@@ -284,5 +284,5 @@ class TestRefused:
 
     def test_another_kind_of_adapter(self):
         adapter = adapter_of("llama")
-        with pytest.raises(UserError, match="peft_type='IA3' is not LORA"):
+        with pytest.raises(UserError, match="peft_type='IA3': only LORA is understood"):
             put_adapter(base_of("llama"), Adapter(adapter.tensors, {**adapter.peft_config, "peft_type": "IA3"}, None))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from fedunlearn.config.lora import LoraArgs
@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = made.add_subparsers(dest="verb", required=True, metavar="VERB")
     one = partial(_verb, verbs)
     summary = one(
-        "summary", "parameters and sizes of an adapter, a run, a model or a bare config.json", "path", base=False
+        "summary", "parameters and sizes of an adapter, a run, a model or a bare config.json", "path", base="named"
     )
     summary.add_argument("--r", type=int, help="rank of an adapter that is to be")
     summary.add_argument("--alpha", type=float, help="its lora_alpha; 2 r where it is not given")
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--keep", action="store_true", help="keep what is overwritten, so that unmerge can give the base back"
     )
-    unmerge = one("unmerge", "the base out of a merged model, bit by bit", "merged", to=True, base=False)
+    unmerge = one("unmerge", "the base out of a merged model, bit by bit", "merged", to=True, base=None)
     unmerge.add_argument("--adapter", type=Path, help="must be the one that was merged")
     export = one(
         "export", "an adapter, or a round with its side-car, as one PEFT folder or a full model", "adapter", to=True
@@ -41,9 +41,9 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--as", dest="kind", choices=["peft", "model"], default="peft")
     export.add_argument("--rank", type=int, help="its best approximation of that rank (peft)")
     export.add_argument("--dtype", choices=["fp32", "bf16"], help="of the model (model)")
-    diff = one("diff", "two adapters, module by module", "first", base=False)
+    diff = one("diff", "two adapters, module by module", "first", base=None)
     diff.add_argument("second", type=Path)
-    add = one("add", "a weighted sum of adapters as one adapter", None, to=True, base=False)
+    add = one("add", "a weighted sum of adapters as one adapter", None, to=True, base=None)
     add.add_argument("adapters", nargs="+", type=Path, metavar="ADAPTER")
     add.add_argument(
         "--weights", nargs="+", type=float, metavar="W", help="one for each, in order; 1 each where they are not given"
@@ -51,30 +51,36 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument(
         "--rank", type=int, help="the best approximation of that rank; without it the sum is exact, of rank sum r"
     )
-    scale = one("scale", "an adapter times a number", "adapter", to=True, base=False)
+    scale = one("scale", "an adapter times a number", "adapter", to=True, base=None)
     scale.add_argument("--by", type=float, required=True, metavar="FACTOR")
-    one("negate", "an adapter times -1", "adapter", to=True, base=False)
+    one("negate", "an adapter times -1", "adapter", to=True, base=None)
     one("verify", "hash, base, numbers, and that plain PEFT reads it alike", "adapter")
-    card = one("card", "the adapter's README.md, with provenance and metrics of its run", "adapter", base=False)
+    card = one("card", "the adapter's README.md, with provenance and metrics of its run", "adapter", base=None)
     card.add_argument("--to", type=Path, help="the file; README.md in the adapter's folder where it is not given")
     card.add_argument("--overwrite", action="store_true")
     return made
 
 
 def _verb(
-    verbs: Any, name: str, told: str, first: str | None, *, to: bool = False, base: bool = True
+    verbs: Any,
+    name: str,
+    told: str,
+    first: str | None,
+    *,
+    to: bool = False,
+    base: Literal["loaded", "named"] | None = "loaded",
 ) -> argparse.ArgumentParser:
     made: argparse.ArgumentParser = verbs.add_parser(name, help=told, description=told, allow_abbrev=False)
     if first is not None:
         made.add_argument(first, type=Path)
     if to:
         made.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="folder to be made")
-    if base or name == "summary":
+    if base is not None:
         made.add_argument(
             "--base", help="the base, where it is not what the adapter names: a folder, a hub id, pocket:SEED"
         )
         made.add_argument("--pocket", type=Path, default=Path("saves/pocket"), help="folder of the built pocket models")
-    if base:
+    if base == "loaded":
         made.add_argument(
             "--trust-base",
             action="store_true",

@@ -62,7 +62,7 @@ def add_into_folder(adapters: Sequence[Path], weights: Sequence[float] | None, r
     _check_rank(rank)
     parts = [_own(path) for path in adapters]
     shares = weights or [1.0] * len(parts)
-    whole = added(parts, shares)
+    whole = added(parts, shares)  # in any case: an SVD of what overflows ends in no message of ours
     _check_finite(whole.adapter, f"--weights {' '.join(f'{share:g}' for share in shares)}: the sum")
     found = whole if rank is None else added(parts, shares, rank)
     return _write(place, found.adapter, None if rank is None else found.error)

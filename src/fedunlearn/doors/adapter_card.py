@@ -1,6 +1,5 @@
 """`adapter.py card`: an adapter's README.md, of what lies in its folder and in its run's."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from fedunlearn.doors.adapter_named import read_adapter
 from fedunlearn.errors import UserError
 from fedunlearn.evals.files import MUSE_FILES, TOFU_FILES, read_log
-from fedunlearn.files import write_bytes
+from fedunlearn.files import read_object, write_bytes
 from fedunlearn.models.source import run_of
 from fedunlearn.records.adapter import Adapter
 from fedunlearn.reporting.model_card import Card, card_text
@@ -68,11 +67,8 @@ def _metrics(run: Path) -> Mapping[str, float]:
 
 def _object(path: Path) -> dict[str, Any]:
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{str(path)!r} of the adapter's run cannot be read ({error}): copy the run's folder again, or the adapter alone out of it"
         ) from error
-    if not isinstance(read, dict):
-        raise UserError(f"{str(path)!r} of the adapter's run is no JSON object: copy the run's folder again")
-    return read

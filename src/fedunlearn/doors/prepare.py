@@ -32,13 +32,13 @@ from fedunlearn.federation.flower_strategy import WrappedStrategy
 from fedunlearn.federation.launchers import check_launcher
 from fedunlearn.federation.past import write_past
 from fedunlearn.federation.planning import check_plans
-from fedunlearn.federation.start import START, counted, load_start, save_start
+from fedunlearn.federation.start import counted, load_start, save_start
 from fedunlearn.files import settle_below, write_json
 from fedunlearn.models.adapter_files import saved_hash
 from fedunlearn.models.export import unit_scaled
 from fedunlearn.models.initial import from_base
 from fedunlearn.models.resident import Resident, resident
-from fedunlearn.models.source import ModelSource, adapter_folder, resolve_source
+from fedunlearn.models.source import START, ModelSource, adapter_folder, resolve_source
 from fedunlearn.records.adapter import Adapter, B
 from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.records.partition import OwnedRows, Partition

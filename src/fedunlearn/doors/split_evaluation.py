@@ -4,7 +4,6 @@ transformers' tensor parallelism (`tp_plan`), for forwards alone. Every process 
 layer; the first one's account counts.
 """
 
-import json
 import logging
 import os
 import tempfile
@@ -140,7 +139,7 @@ class Splitter:
         found = evaluate_suite(self._model, self._chat, suite, run.eval, retain_log, job.said["provenance"])
         if self._first:
             write_log(found, Path(job.said["to"]), FILES_OF[run.eval.name])
-        return Frame({"values": json.dumps({name: result.agg_value for name, result in found.metrics.items()})}, {})
+        return Frame({}, {})
 
 
 def _request(run: EvalRun, data: Benchmark) -> Any:

@@ -19,7 +19,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.federation.block_store import FOLDER, BlockStore
 from fedunlearn.federation.flower_strategy import StrategyState
 from fedunlearn.federation.start import began_with
-from fedunlearn.files import append_line, canonical_json, flush_tree, whole_folder, write_bytes, write_json
+from fedunlearn.files import append_line, canonical_json, flush_tree, read_object, whole_folder, write_bytes, write_json
 from fedunlearn.methods.tokens import Memory
 from fedunlearn.models.adapter_files import read_folder, save_adapter
 from fedunlearn.models.source import FACTORS
@@ -159,7 +159,7 @@ def latest_checkpoint(run_folder: Path) -> Checkpoint | None:
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Reads one round's folder. Raises UserError where it is damaged, or of a format that this version does not know."""
     try:
-        saved = _object(folder)
+        saved = read_object(folder / "checkpoint.json")
         number, version = saved["format"], saved["version"]
         if type(number) is not int or number <= FORMAT:
             return _read(folder, saved)
@@ -275,16 +275,9 @@ def _grouped(flat: Tensors) -> dict[str, Tensors]:
 
 def _blocks(folder: Path) -> list[str]:
     try:
-        return [str(name) for name in _object(folder)["blocks"]]
+        return [str(name) for name in read_object(folder / "checkpoint.json")["blocks"]]
     except _DAMAGES as error:
         raise damaged(folder, error) from error
-
-
-def _object(folder: Path) -> dict[str, Any]:
-    saved = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
-    if not isinstance(saved, dict):
-        raise ValueError("checkpoint.json is no JSON object")
-    return saved
 
 
 def history_size(run_folder: Path) -> int:

@@ -1,6 +1,5 @@
 """The fine-tuning run that an adapter comes from, as far as server-side methods read it."""
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.federation.checkpoint import Checkpoint, read_checkpoint, read_history, round_folder
 from fedunlearn.federation.ledger import Ledger
 from fedunlearn.federation.start import load_start
-from fedunlearn.files import write_json
+from fedunlearn.files import read_object, write_json
 from fedunlearn.models.source import adapter_folder, run_of
 from fedunlearn.records.ledger import LedgerEntry
 from fedunlearn.reporting.run_folder import DONE
@@ -164,11 +163,8 @@ def read_parent(folder: Path) -> Path | None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{str(path)!r} is missing or damaged ({error}): the run it belongs to must be whole; make it anew"
         ) from error
-    if not isinstance(saved, dict):
-        raise UserError(f"{str(path)!r} is damaged (no JSON object): make the run it belongs to anew")
-    return saved

@@ -1,6 +1,5 @@
 """What a run began with, on disk: the adapter as <run>/start/, its side-car as the first blocks of <run>/sidecar/, who owns how many rows."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,13 +8,13 @@ from uuid import uuid4
 
 from fedunlearn.errors import UserError
 from fedunlearn.federation.block_store import FOLDER, BlockStore
-from fedunlearn.files import write_json
+from fedunlearn.files import read_object, write_json
 from fedunlearn.models.adapter_files import read_folder, save_adapter
+from fedunlearn.models.source import BEGAN, START
 from fedunlearn.records.adapter import Adapter
 from fedunlearn.records.partition import OwnedRows
 from fedunlearn.records.rounds import ClientRows
 
-START, BEGAN = "start", "began.json"
 Count = Callable[[tuple[int, ...]], int]
 
 
@@ -74,12 +73,9 @@ def began_with(folder: Path) -> tuple[str, ...]:
 
 def _began(folder: Path) -> dict[str, Any]:
     try:
-        saved = json.loads((folder / BEGAN).read_text(encoding="utf-8"))
+        return read_object(folder / BEGAN)
     except (OSError, ValueError) as error:
         raise _damaged(folder, error) from error
-    if not isinstance(saved, dict):
-        raise _damaged(folder, "no JSON object")
-    return saved
 
 
 def _damaged(folder: Path, why: object) -> UserError:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 import fedunlearn
 from fedunlearn.errors import UserError
-from fedunlearn.files import whole_folder
+from fedunlearn.files import read_object, whole_folder
 from fedunlearn.models.experts import join_experts, split_experts
 from fedunlearn.models.export import Stacked
 from fedunlearn.models.soundness import check_sound, faults_of_config, faults_of_pairs
@@ -83,8 +83,8 @@ def read_folder(folder: Path) -> tuple[Adapter, Probe | None]:
             )
     try:
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
-        peft_config = _object(folder / CONFIG)
-        proof = _proof(_object(folder / PROOF)) if (folder / PROOF).is_file() else None
+        peft_config = read_object(folder / CONFIG)
+        proof = _proof(read_object(folder / PROOF)) if (folder / PROOF).is_file() else None
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"adapter {str(folder)!r} is corrupt or truncated ({error}): copy it again, or take an earlier rounds/<n>/adapter"
@@ -137,7 +137,7 @@ def proves_config(folder: Path) -> bool:
 
 def _proof_of(folder: Path) -> "_Proof | None":
     try:
-        return _proof(_object(folder / PROOF)) if (folder / PROOF).is_file() else None
+        return _proof(read_object(folder / PROOF)) if (folder / PROOF).is_file() else None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"adapter {str(folder)!r} is corrupt ({error}): copy it again") from error
 
@@ -149,17 +149,6 @@ class _Proof:
     probe: Probe | None
     stacked: Stacked | None
     config_hash: str | None
-
-
-def _object(path: Path) -> dict[str, object]:
-    """Reads a JSON object. Raises OSError or ValueError, which names the file."""
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
-    if not isinstance(read, dict):
-        raise ValueError(f"{path.name} is no JSON object")
-    return read
 
 
 def _proof(saved: Mapping[str, object]) -> _Proof:

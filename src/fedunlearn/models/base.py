@@ -1,7 +1,6 @@
 """The base model by itself: loaded once, frozen, never an adapter folder."""
 
 import functools
-import json
 import logging
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from fedunlearn.config.model import ModelArgs
 from fedunlearn.errors import UserError
-from fedunlearn.models.quantized import quantization_config
+from fedunlearn.models.quantized import quantization_config, stored_as
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +50,10 @@ def load_base(folder: Path, args: ModelArgs) -> PreTrainedModel:
 def _check_full(folder: Path) -> None:
     """Raises UserError for a model that is stored quantised: what runs on it is rounded, and no fingerprint says from what. Other damage is the loader's to tell."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = stored_as(folder)
     except (OSError, ValueError):
         return
-    stored = config.get("quantization_config") if isinstance(config, dict) else None
-    if stored:
-        kind = stored.get("quant_method", "unknown") if isinstance(stored, dict) else stored
+    if kind:
         raise UserError(
             f"base model {str(folder)!r} is stored quantised (its config.json has quantization_config, {kind}): name the model it was quantised from, "
             "and set model.model_args.quantization where it is to be held in 8 or 4 bits"

@@ -1,6 +1,5 @@
 """Whether an adapter belongs on a base, and what a base's folder says of itself."""
 
-import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -8,6 +7,7 @@ from safetensors import SafetensorError, safe_open
 from fedunlearn.config.model import Dtype
 from fedunlearn.errors import UserError
 from fedunlearn.models.fingerprint import fingerprint_base
+from fedunlearn.models.quantized import stored_as
 from fedunlearn.records.adapter import Adapter
 
 STORED: dict[str, Dtype] = {"BF16": "bfloat16"}
@@ -35,13 +35,13 @@ def check_belongs(adapter: Adapter, base: Path) -> None:
 
 def check_whole(base: Path) -> None:
     """Raises UserError for a base that is quantised: nothing can be merged into it."""
-    file = base / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        kind = stored_as(base)
     except (OSError, ValueError) as error:
-        raise UserError(f"{str(file)!r} cannot be read ({error}): name a full model's folder as --base") from error
-    if isinstance(config, dict) and config.get("quantization_config"):
-        kind = config["quantization_config"].get("quant_method", "unknown")
+        raise UserError(
+            f"the base {str(base)!r} cannot be read ({error}): name a full model's folder as --base"
+        ) from error
+    if kind:
         raise UserError(
             f"the base {str(base)!r} is quantised ({kind}): an adapter is not merged into it; name the model it was quantised from as --base"
         )

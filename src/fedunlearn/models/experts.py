@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from fedunlearn.errors import UserError
+from fedunlearn.models.layers import ends_in
 from fedunlearn.records.adapter import A, B, Tensors
 
 EXPERT = re.compile(r"^(?P<path>.+)\.(?P<expert>\d+)$")
@@ -69,7 +70,7 @@ def _containers(peft_config: Mapping[str, object]) -> frozenset[str]:
 
 def _is_fused(path: str, containers: frozenset[str]) -> bool:
     bare = re.sub(r"(\.base_layer)+$", "", path)
-    return any(bare == container or bare.endswith(f".{container}") for container in containers)
+    return any(ends_in(bare, container) for container in containers)
 
 
 def _number(path: str, a: torch.Tensor, rank: int, peft_config: Mapping[str, object]) -> int:

@@ -52,7 +52,7 @@ class Layers:
     def names(self, word: str) -> bool:
         """Whether a word is the name of a linear layer or its end, or that of a part of fused experts."""
         ends = {piece for name in self.experts for family in PIECES[_leaf(name)] for piece in (*family, _leaf(name))}
-        return word in ends or any(name == word or name.endswith(f".{word}") for name in self.linear)
+        return word in ends or any(ends_in(name, word) for name in self.linear)
 
     def of_kind(self, kind: str) -> frozenset[str]:
         """Modules and fused experts of `attention`, `mlp` or `all-linear` (which leaves the head out); empty where none is known by that name."""
@@ -79,6 +79,11 @@ def layers_of(base: nn.Module) -> Layers:
         head=head,
         tied=tied,
     )
+
+
+def ends_in(path: str, name: str) -> bool:
+    """Whether a module's path is a name or ends in it, whole words only: PEFT's rule for an entry of a list of modules."""
+    return path == name or path.endswith(f".{name}")
 
 
 def end_of(parameter: str) -> str:

@@ -9,6 +9,7 @@ from fedunlearn.config.lora import AT, OF_ADALORA, REFUSED, LoraArgs, given
 from fedunlearn.errors import UserError
 from fedunlearn.models.adalora import adalora_config
 from fedunlearn.models.lora_rules import check_on_base, settle_dropout, settle_targets
+from fedunlearn.models.soundness import fault_of_kind
 from fedunlearn.models.targets import Targets, find_targets, with_targets
 from fedunlearn.records.adapter import Adapter
 
@@ -107,15 +108,9 @@ def check_understood(adapter: Adapter) -> None:
     An adapter that carries its base's fingerprint is ours, and ours leave the base as it is whatever they began with.
     """
     peft_config = adapter.peft_config
-    if peft_config.get("peft_type") == "ADALORA":
-        raise UserError(
-            "the adapter's peft_type='ADALORA': it is a round's checkpoint of an AdaLoRA run, or a foreign one, and holds all ranks, masked ones among them; name the run's own "
-            "folder, whose adapter/ is plain LoRA"
-        )
-    if peft_config.get("peft_type") != "LORA":
-        raise UserError(
-            f"the adapter's peft_type={peft_config.get('peft_type')!r} is not LORA: only LoRA adapters are understood"
-        )
+    kind = fault_of_kind(peft_config)
+    if kind:
+        raise UserError(f"the adapter's {kind}")
     faults = [
         f"the adapter's {key}={peft_config[key]!r} is a variant that is not understood here: {REFUSED[key].split(':')[0]}"
         for key in CHANGES_THE_FORWARD

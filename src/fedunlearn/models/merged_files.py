@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 import fedunlearn
 from fedunlearn.errors import UserError
-from fedunlearn.files import whole_folder, write_json
+from fedunlearn.files import read_object, whole_folder, write_json
 from fedunlearn.models.fingerprint import fingerprint_base
 from fedunlearn.models.merge import CastLoss
 from fedunlearn.records.adapter import Adapter, Tensors
@@ -72,7 +72,7 @@ def save_merged(
         if keep:
             kept, added = _replaced(base, place)
             safetensors.torch.save_file(kept, place / KEPT, metadata={"format": "pt"})
-            config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+            config = read_object(base / "config.json")
             origin = Origin(**{**vars(origin), "base_config": config, "added": added})
         write_json(place / RECORD, asdict(origin))
     return origin
@@ -83,7 +83,7 @@ def read_origin(folder: Path) -> Origin:
     if not (folder / RECORD).is_file():
         raise UserError(f"{str(folder)!r} holds no {RECORD}: only what `adapter.py merge` made is taken apart again")
     try:
-        saved = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        saved = read_object(folder / RECORD)
         return Origin(**{**saved, "loss": CastLoss(**saved["loss"]), "added": tuple(saved["added"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{str(folder / RECORD)!r} is damaged ({error}): merge again") from error

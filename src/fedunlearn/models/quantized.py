@@ -1,6 +1,7 @@
 """A base whose linear layers are held in 8 or 4 bits: how transformers is asked for one, and where it cannot be had."""
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,8 +9,17 @@ from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from fedunlearn.config.model import BITSANDBYTES, ModelArgs, Quantization
 from fedunlearn.errors import UserError
+from fedunlearn.files import read_object
 
 INT4_GROUP = 32
+
+
+def stored_as(folder: Path) -> str | None:
+    """Gives the method that a base's own folder is stored quantised by; None where it is whole. Raises OSError or ValueError for a config.json that cannot be read."""
+    stored = read_object(folder / "config.json").get("quantization_config")
+    if not stored:
+        return None
+    return str(stored.get("quant_method", "unknown") if isinstance(stored, dict) else stored)
 
 
 def quantization_config(args: ModelArgs, device: torch.device) -> BitsAndBytesConfig | TorchAoConfig | None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fedunlearn.errors import UserError
+from fedunlearn.models.layers import ends_in
 
 _HOOKS: "WeakKeyDictionary[nn.Module, tuple[RemovableHandle, ...]]" = WeakKeyDictionary()
 AT = "model.model_args.lora_config.modules_to_save"
@@ -27,7 +28,7 @@ def check_saved(model: PeftModel, names: object) -> None:
     missing = [
         name
         for name in (names if isinstance(names, list | tuple | set) else ())
-        if not any(path == name or path.endswith(f".{name}") for path in paths)
+        if not any(ends_in(path, name) for path in paths)
     ]
     faults = [f"{AT}: {name!r} matches no module of this base" for name in sorted(missing)]
     if model.dtype != torch.float32:

@@ -26,7 +26,7 @@ def faults_of_form(tensors: Tensors, peft_config: Mapping[str, object]) -> list[
 
     tensors: fused experts apart (models.experts). Another kind than LORA is one fault: what else it should hold is not known.
     """
-    kind = _fault_of_kind(peft_config)
+    kind = fault_of_kind(peft_config)
     if kind:
         return [kind]
     numbers = faults_of_config(peft_config)
@@ -60,11 +60,12 @@ def _of(names: list[str], tensors: Tensors) -> str:
     return f"{len(names)} of {len(tensors)} tensors"
 
 
-def _fault_of_kind(peft_config: Mapping[str, object]) -> str:
+def fault_of_kind(peft_config: Mapping[str, object]) -> str:
+    """Says why a PEFT config is none of LoRA; empty where it is."""
     kind = peft_config.get("peft_type")
     if kind == "ADALORA":
         return (
-            f"{_CONFIG} has peft_type='ADALORA': a checkpoint of AdaLoRA (or a foreign adapter of that kind) holds all ranks, masked ones among them, and is no adapter; "
+            f"{_CONFIG} has peft_type='ADALORA': a checkpoint of AdaLoRA (or a foreign adapter of that kind) holds all ranks, masked ones among them; "
             "name the run's own folder, whose adapter/ is plain LoRA"
         )
     if kind != "LORA":

@@ -1,6 +1,5 @@
 """What `pretrained_model_name_or_path` and `lora_model_path` name: looked at, never guessed."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +7,13 @@ from pathlib import Path
 from fedunlearn.config.model import ModelArgs
 from fedunlearn.data.pocket.named import named_pocket
 from fedunlearn.errors import UserError
+from fedunlearn.files import read_object
 
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 FACTORS = "factors"
 """The folder that a round has in place of adapter/ where a side-car lies beside its factors (federation.checkpoint)."""
+START, BEGAN = "start", "began.json"
+"""What a run began with, and the file beside it that tells whether a side-car belongs to it (federation.start)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,7 @@ def resolve_source(args: ModelArgs, pocket_dir: Path, *, fetch: bool = True) -> 
 def adapter_folder(path: Path, key: str) -> Path | None:
     """Gives the PEFT folder that a path names (itself, or a run's `adapter`), or None for a full model.
 
-    Raises UserError where the path does not exist, is an unfinished run, a round with a side-car (its factors alone are no result), or holds neither.
+    Raises UserError where the path does not exist, is an unfinished run, a round or a beginning with a side-car (their factors alone are no result), or holds neither.
     """
     if not path.exists():
         raise UserError(
@@ -76,6 +78,7 @@ def adapter_folder(path: Path, key: str) -> Path | None:
             f"{key}={str(path)!r} is a round with a side-car, no PEFT folder yet: write one with `adapter.py export {round_} --to FOLDER` first, and name that"
         )
     if (path / "adapter_config.json").is_file():
+        _refuse_beginning(path, key)
         return path
     if (path / "adapter" / "adapter_config.json").is_file():
         return path / "adapter"
@@ -87,14 +90,28 @@ def adapter_folder(path: Path, key: str) -> Path | None:
     )
 
 
+def _refuse_beginning(path: Path, key: str) -> None:
+    """Raises UserError for what a run with a side-car began with: its factors alone would load, and act as another adapter."""
+    if path.name != START or not (path.parent / BEGAN).is_file():
+        return
+    try:
+        sidecar = read_object(path.parent / BEGAN).get("sidecar")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{key}={str(path)!r}: what lies beside it is damaged ({error}); name the run's result"
+        ) from error
+    if sidecar:
+        raise UserError(
+            f"{key}={str(path)!r} is what a run with a side-car began with, no PEFT folder: name the run, one of its rounds, or what it began from"
+        )
+
+
 def _refuse_run(path: Path, key: str) -> None:
     """Raises UserError where config.json is that of a run of ours, which holds no model, or no JSON object."""
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = read_object(path / "config.json")
     except (OSError, ValueError) as error:
         raise UserError(f"{key}={str(path)!r}: its config.json is damaged ({error}); fetch the model again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{key}={str(path)!r}: its config.json is no JSON object; fetch the model again")
     if config.get("mode") == "eval":
         raise UserError(f"{key}={str(path)!r} is an evaluation, which holds no model: name what was evaluated")
     if "task_name" in config:
@@ -106,10 +123,10 @@ def _refuse_run(path: Path, key: str) -> None:
 def base_of_adapter(adapter: Path) -> str:
     """Gives base_model_name_or_path of a PEFT folder. Raises UserError where its config is no JSON or names none."""
     try:
-        name = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
+        name = read_object(adapter / "adapter_config.json").get("base_model_name_or_path")
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"{adapter / 'adapter_config.json'} is no JSON object ({error}): the adapter folder is damaged; copy it again"
+            f"{adapter / 'adapter_config.json'} is damaged ({error}): copy the adapter folder again"
         ) from error
     if not name or not isinstance(name, str):
         raise UserError(

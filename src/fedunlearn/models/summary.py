@@ -1,6 +1,5 @@
 """How many parameters a base has and how many an adapter adds, counted on meta tensors: no weight is read."""
 
-import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from fedunlearn.aggregation.factors import modules_of, plain_of, scales_of
 from fedunlearn.config.lora import LoraArgs
 from fedunlearn.errors import UserError, did_you_mean
+from fedunlearn.files import read_object
 from fedunlearn.models.adapter_tensors import ACTIVE, live_tensors
 from fedunlearn.models.layers import LINEAR, sides_of
 from fedunlearn.models.lora import attach_lora
@@ -61,10 +61,10 @@ def read_config(path: Path) -> PretrainedConfig:
     """Reads a model's config.json, or that of its folder. Raises UserError where it is none that transformers knows."""
     file = path / "config.json" if path.is_dir() else path
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
+        known = read_object(file)
         kind = known.pop("model_type")
         return AutoConfig.for_model(kind, **known)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{str(file)!r} is no config.json of a model ({type(error).__name__}: {error}): name a model's folder or its config.json"
         ) from error

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedunlearn.config.lora import AT
 from fedunlearn.errors import UserError
-from fedunlearn.models.layers import PEFT_REWRITES, PIECES, Layers, end_of, layers_of
+from fedunlearn.models.layers import PEFT_REWRITES, PIECES, Layers, end_of, ends_in, layers_of
 from fedunlearn.models.saved_rules import inside, saved_faults, saved_lines
 from fedunlearn.once import say_once
 
@@ -86,7 +86,7 @@ def with_targets(config: LoraConfig, found: Targets) -> LoraConfig:
 def matches(name: str, target: str, is_pattern: bool) -> bool:
     """PEFT's rule: a text is a pattern for the whole name, an entry of a list is a name or its end."""
     if not is_pattern:
-        return name == target or name.endswith(f".{target}")
+        return ends_in(name, target)
     return re.fullmatch(target, name) is not None
 
 

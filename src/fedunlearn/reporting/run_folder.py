@@ -1,7 +1,6 @@
 """A run's folder: where it lies, what may be done to one that exists, and the files every run writes."""
 
 import hashlib
-import json
 import logging
 import os
 import platform
@@ -15,7 +14,7 @@ import torch
 from fedunlearn.config.data import FOLDER_OF_MODE
 from fedunlearn.config.run import EvalRun, TrainRun
 from fedunlearn.errors import UserError
-from fedunlearn.files import canonical_json, disk_fault, whole_folder, write_bytes, write_json
+from fedunlearn.files import canonical_json, disk_fault, read_object, whole_folder, write_bytes, write_json
 
 log = logging.getLogger(__name__)
 PACKAGES = (
@@ -146,12 +145,9 @@ def _judge(folder: Path, plain: Mapping[str, object], resume: bool) -> None:
 
 def _saved_config(path: Path) -> Mapping[str, object]:
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError) as error:
         raise _damaged(path, str(error)) from error
-    if not isinstance(saved, dict):
-        raise _damaged(path, "no JSON object")
-    return saved
 
 
 def _damaged(path: Path, why: str) -> UserError:

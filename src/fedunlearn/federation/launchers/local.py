@@ -20,12 +20,12 @@ from fedunlearn.federation.isolated_grid import Deadlines, IsolatedGrid
 from fedunlearn.federation.launchers.base import launch
 from fedunlearn.federation.local_grid import RUN_ID, SERVER_NODE, LocalGrid
 from fedunlearn.federation.server_app import make_server_app
-from fedunlearn.federation.start import START
 from fedunlearn.federation.turn import HEADER
 from fedunlearn.federation.wire import LONGEST_RECORD
 from fedunlearn.federation.worker import Charge
 from fedunlearn.models.adapter_files import WEIGHTS
 from fedunlearn.models.resident import release
+from fedunlearn.models.source import START
 from fedunlearn.reporting.run_folder import run_path
 
 log = logging.getLogger(__name__)

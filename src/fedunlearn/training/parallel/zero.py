@@ -68,12 +68,11 @@ class Zero(Together):
     def begin(self, model: nn.Module, optimizer: Optimizer, args: TrainArgs) -> None:
         """A fresh engine for a fresh optimiser; the last task's is let go."""
         self._engine = None
-        if self._accelerator is not None:
-            self._accelerator.free_memory()  # ends the engine and forgets it and its optimiser, which accelerate lists
         if self._accelerator is None:  # a second one with a plugin is refused: a run has one TrainArgs
-            self._accelerator = Accelerator(
-                deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=zero_config(args, self._world))
-            )
+            plugin = DeepSpeedPlugin(hf_ds_config=zero_config(args, self._world))
+            self._accelerator = Accelerator(deepspeed_plugin=plugin)
+        else:
+            self._accelerator.free_memory()  # ends the engine and forgets it and its optimiser, which accelerate lists
         self._engine, _ = self._accelerator.prepare(model, optimizer)
         if not hasattr(self._engine, "managed_gradient_accumulation"):
             raise ValueError(f"accelerate made a {type(self._engine).__name__} and no DeepSpeed engine")
