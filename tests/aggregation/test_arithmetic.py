@@ -218,6 +218,17 @@ class TestApart:
         assert found["m.q"].difference == 0.0
         assert found[f"{HEAD}m.head.weight"].relative == pytest.approx(1.0)
 
+    def test_a_saved_weight_is_no_update_and_without_the_other_s_nothing_is_known_of_it(self):
+        head = {"m.head.weight": (2, 3)}
+        one, two = made(1, names=("m.q",), more=head), made(2, names=("m.q",))
+        found = {each.name: each for each in apart(one, two)}
+        lone = found[f"{HEAD}m.head.weight"]
+        assert (lone.second, lone.difference, lone.relative, lone.product) == (0.0, None, None, False)
+        assert lone.first == pytest.approx(float(one.tensors[f"{HEAD}m.head.weight"].norm()))
+        assert pooled(list(found.values()), "all").difference == found["m.q"].difference
+        both = apart(one, made(2, names=("m.q",), more=head))
+        assert pooled(both, "all").difference == found["m.q"].difference
+
     def test_a_zero_adapter_has_no_direction(self):
         (found,) = apart(scaled(made(1, names=("m.q",)), 0.0), made(2, names=("m.q",)))
         assert (found.first, found.relative, found.cosine) == (0.0, None, None)

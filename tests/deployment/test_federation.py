@@ -1,6 +1,7 @@
 """A federation of real processes on loopback, with TLS and node keys: fine-tuning, unlearning, and what dies on the way."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -65,6 +66,7 @@ def after_round(federation, task, number=1):
 def tuned(federation, pocket):
     text = done(submit(federation, "finetune", "ft"))
     assert "result: finetune/ft under the server's saves_root" in text
+    assert re.search(r"^cost: \d+ optimiser steps, .* MB down", text, re.MULTILINE)
     return text
 
 

@@ -274,6 +274,11 @@ class TestArithmetic:
             (("negate", tmp_path / "dora"), "magnitude of DoRA"),
             (("scale", adapters["llama"][0], "--by", "nan"), "weight nan"),
             (("export", adapters["llama"][0], "--rank", "-1"), "--rank -1 is no rank"),
+            (
+                ("export", adapters["llama"][0], "--rank", "999"),
+                "--rank 999 is no rank of it: a whole number from 1 to",
+            ),
+            (("add", *adapters["llama"], "--rank", "999"), "--rank 999 is no rank of it: a whole number from 1 to"),
             (("export", adapters["llama"][0], "--as", "model", "--rank", "1"), "--rank beside --as model"),
             (("export", adapters["llama"][0], "--dtype", "bf16"), "--dtype beside --as peft"),
             (("export", adapters["llama"][0], "--device", "auto"), "--device auto beside --as peft"),

@@ -85,6 +85,7 @@ UNFIT = [
     (replace(SECOND, num_retain=19), "owned rows (0, 19, 20), by the partition it has (0, 20, 20)"),
     (replace(SECOND, num_owned=10**12), "owned rows (0, 20, 1000000000000), by the partition"),
     (replace(SECOND, rank=8), "client 1 has LoRA rank 8 and alpha 8, by the config 4 and 8"),
+    (replace(SECOND, layout="x"), "client 1 makes an adapter of other tensors or shapes than the server's (target_modules, modules_to_save"),
     (replace(SECOND, lora_alpha=16.0), "client 1 has LoRA rank 4 and alpha 16, by the config 4 and 8"),
     (json.dumps({**asdict(SECOND), "num_owned": "x"}), "the reply of node 3 cannot be read: RollCallReply.num_owned='x'"),
     (json.dumps({**asdict(SECOND), "client_id": 10**30}), "the reply of node 3 cannot be read: RollCallReply.client_id='1000000000000000000000000000000' is no int"),

@@ -78,6 +78,8 @@ def test_what_is_sound_passes(kind, lora, tmp_path):
         ({"peft_type": None}, "has peft_type=None: only LORA is understood"),
         ({"peft_type": "ADALORA"}, "a checkpoint of AdaLoRA (or a foreign adapter of that kind) holds all ranks"),
         ({"target_parameters": 5}, "target_parameters=5: a list of names, or null"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head': a list of names, or null"),
+        ({"modules_to_save": ["lm_head", "norm"]}, "no tensor of 'lm_head' is there: copy the folder again"),
     ],
 )
 def test_a_config_that_is_none(sound, changed, said):

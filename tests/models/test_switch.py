@@ -91,6 +91,28 @@ def test_experts_at_once():
     assert apart(some_logits(model), wanted) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "order", [("saved", "plain", "other"), ("plain", "saved", "other"), ("other", "saved", "plain")]
+)
+def test_one_with_a_saved_head_and_one_without_share_a_base(order):
+    heads = {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}
+    adapters = {
+        "saved": adapter_of("llama", 1, **heads),
+        "plain": adapter_of("llama", 2),
+        "other": adapter_of("llama", 3, **heads),
+    }
+    wanted = {name: alone("llama", adapter) for name, adapter in adapters.items()}
+    model = base_of("llama")
+    for name in order:
+        model = put_adapter(model, adapters[name], name)
+    for name in (*order, *reversed(order)):
+        switch_to(model, {name: 1.0})
+        assert torch.equal(some_logits(model), wanted[name])
+        assert origin_of(model, name) == adapters[name]
+    remove_adapter(model, order[1])
+    assert torch.equal(some_logits(model), wanted[order[0]])
+
+
 def test_an_adapter_comes_out_as_it_went_in():
     adapter, other = adapter_of("llama", 1, sidecar=(2,)), adapter_of("llama", 2, target_modules=["o_proj"])
     model = with_all("llama", [adapter, other])

@@ -43,15 +43,17 @@ class Summed:
 class Apart:
     """How far two adapters lie apart in one module (or plain tensor): Frobenius norms of both, of their difference, and its share of the first; cosine of the two.
 
-    relative and cosine are None where a norm they divide by is 0.
+    relative and cosine are None where a norm they divide by is 0. product: whether it is s B A; a plain tensor is taken as it is stored, and where
+    one adapter lacks it, so that the base's own value acts there, the difference is not known either (None).
     """
 
     name: str
     first: float
     second: float
-    difference: float
+    difference: float | None
     relative: float | None
     cosine: float | None
+    product: bool = True
 
 
 def scaled(adapter: Adapter, factor: float) -> Adapter:
@@ -97,11 +99,12 @@ def apart(first: Adapter, second: Adapter) -> tuple[Apart, ...]:
 
 
 def pooled(found: Sequence[Apart], name: str) -> Apart:
-    """Gives all of them as one long vector."""
+    """Gives all products among them as one long vector."""
+    found = [one for one in found if one.product]
     inner = sum((one.cosine or 0.0) * one.first * one.second for one in found)
     first, second, difference = (
         math.sqrt(sum(norm**2 for norm in norms))
-        for norms in zip(*((o.first, o.second, o.difference) for o in found), strict=True)
+        for norms in zip(*((o.first, o.second, o.difference or 0.0) for o in found), strict=True)
     )
     return _apart(name, first, second, difference, inner)
 
@@ -287,12 +290,20 @@ def _product_apart(module: Module, both: Sequence[Adapter], scales: Sequence[Map
 
 def _plain_apart(name: str, first: Tensors, second: Tensors) -> Apart:
     one = next(tensors[name] for tensors in (first, second) if name in tensors)
+    if not (name in first and name in second) and not name.endswith(
+        B_BIAS
+    ):  # a bias of LoRA's own that is not there is 0
+        norms = [float(tensors[name].double().norm()) if name in tensors else 0.0 for tensors in (first, second)]
+        return Apart(
+            name=name, first=norms[0], second=norms[1], difference=None, relative=None, cosine=None, product=False
+        )
     old, new = (tensors.get(name, torch.zeros_like(one)).double() for tensors in (first, second))
     if old.shape != new.shape:
         raise UserError(
             f"{name} has another shape in each adapter ({tuple(old.shape)}, {tuple(new.shape)}): they belong to different bases"
         )
-    return _apart(name, float(old.norm()), float(new.norm()), float((new - old).norm()), float((old * new).sum()))
+    found = _apart(name, float(old.norm()), float(new.norm()), float((new - old).norm()), float((old * new).sum()))
+    return replace(found, product=False)
 
 
 def _apart(name: str, first: float, second: float, difference: float, inner: float) -> Apart:

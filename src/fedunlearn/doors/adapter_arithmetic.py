@@ -59,10 +59,10 @@ def tell_difference(first: Path, second: Path) -> Difference:
 def add_into_folder(adapters: Sequence[Path], weights: Sequence[float] | None, rank: int | None, to: Path) -> Written:
     """Writes the weighted sum of adapters. weights: None for 1 each. rank: None for the exact product."""
     place = new_folder(to)
-    _check_rank(rank)
     parts = [_own(path) for path in adapters]
     shares = weights or [1.0] * len(parts)
     whole = added(parts, shares)  # in any case: an SVD of what overflows ends in no message of ours
+    _check_rank(rank, whole.rank)
     _check_finite(whole.adapter, f"--weights {' '.join(f'{share:g}' for share in shares)}: the sum")
     found = whole if rank is None else added(parts, shares, rank)
     return _write(place, found.adapter, None if rank is None else found.error)
@@ -78,11 +78,11 @@ def scale_into_folder(adapter: Path, factor: float, to: Path) -> Written:
 
 def export_into_folder(adapter: Path, rank: int | None, to: Path, args: BaseArgs) -> Written:
     """Writes an adapter (a run's, a round's with its side-car, a foreign one) as one PEFT folder that carries its base's fingerprint; rank: its best approximation."""
-    _check_rank(rank)
     place, named = new_folder(to), on_base(adapter, args)
     check_understood(named.adapter)
     known = {**named.adapter.peft_config, "base_model_name_or_path": named.base_name}
     whole = Adapter(named.adapter.tensors, known, fingerprint_base(named.base))
+    _check_rank(rank, _rank_of(whole))
     if rank is None:
         return _write(place, whole)
     found = added([whole], [1.0], rank)
@@ -105,16 +105,22 @@ def _check_finite(adapter: Adapter, made: str) -> None:
         )
 
 
-def _check_rank(rank: int | None) -> None:
-    if rank is not None and rank < 1:
-        raise UserError(f"--rank {rank} is no rank: a whole number from 1, or leave it out for all of it")
+def _check_rank(rank: int | None, largest: int) -> None:
+    if rank is not None and not 1 <= rank <= largest:
+        raise UserError(
+            f"--rank {rank} is no rank of it: a whole number from 1 to {largest}, or leave it out for all of it"
+        )
+
+
+def _rank_of(adapter: Adapter) -> int:
+    return max((int(t.shape[0]) for name, t in adapter.tensors.items() if name.endswith(A)), default=0)
 
 
 def _write(place: Path, adapter: Adapter, error: float | None = None) -> Written:
     save_adapter(place, adapter)
     return Written(
         folder=str(place),
-        rank=max((int(t.shape[0]) for name, t in adapter.tensors.items() if name.endswith(A)), default=0),
+        rank=_rank_of(adapter),
         parameters=sum(t.numel() for t in adapter.tensors.values()),
         tensor_hash=adapter.tensor_hash,
         error=error,

@@ -11,14 +11,20 @@ set_environment()
 from fedunlearn.doors.compose import as_composed  # noqa: E402
 from fedunlearn.doors.sequence import run_served  # noqa: E402
 from fedunlearn.federation.deployed.server import Carry, make_submitted_app  # noqa: E402
+from fedunlearn.files import read_object  # noqa: E402
 from fedunlearn.reporting.console import figures, set_logging  # noqa: E402
+from fedunlearn.reporting.run_folder import DONE  # noqa: E402
 
 
 def run_submitted(plain: Mapping[str, Any], carry: Carry) -> Mapping[str, Any]:
-    """Does the door's work for a submitted config; gives the last run's folder and its metrics where it was evaluated."""
+    """Does the door's work for a submitted config; gives the last run's folder, what it cost, and its metrics where it was evaluated."""
     set_logging()
     folder, log = run_served(as_composed(plain), carry)
-    return {"folder": str(Path(*folder.parts[-2:])), "metrics": {} if log is None else figures(log)}
+    return {
+        "folder": str(Path(*folder.parts[-2:])),
+        "metrics": {} if log is None else figures(log),
+        "done": read_object(folder / DONE),
+    }
 
 
 app = make_submitted_app(run_submitted)

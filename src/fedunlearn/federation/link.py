@@ -32,7 +32,7 @@ _SAYS_WHO = re.compile(r"client (\d{1,9}): ")
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
     """What every client must agree with at the roll call. rows, shapes, joins: what each owns by the partition, its LoRA rank, and the
-    round from which it is there; entry k is client k.
+    round from which it is there; entry k is client k. layout: of the run's adapter at the model's own rank.
 
     min_clients: how many must be able to take part. keys: looks up which node has which client's key; empty where nodes have none.
     """
@@ -46,6 +46,7 @@ class Expectation:
     request_hash: str
     min_clients: int
     quantization: str = "none"
+    layout: str = ""
     keys: Callable[[], Mapping[int, int]] = dict
 
 
@@ -226,6 +227,10 @@ def _mismatches(member: Member, expected: Expectation, keys: Mapping[int, int]) 
     if (declared.rank, declared.lora_alpha) != (shape.rank, shape.lora_alpha):
         faults.append(
             f"roll call: client {client} has LoRA rank {declared.rank} and alpha {declared.lora_alpha:g}, by the config {shape.rank} and {shape.lora_alpha:g}"
+        )
+    if declared.layout != expected.layout:
+        faults.append(
+            f"roll call: client {client} makes an adapter of other tensors or shapes than the server's (target_modules, modules_to_save, lora_bias, use_dora): all of these come with the server's config, so install the same release at both"
         )
     if declared.joins != expected.joins[client]:
         faults.append(

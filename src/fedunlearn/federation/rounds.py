@@ -177,6 +177,7 @@ def _expectation(run: TrainRun, folder: Path, start: Start, nodes: Nodes) -> Exp
         version=fedunlearn.__version__,
         base_fingerprint=str(start.adapter.base_fingerprint),
         quantization=run.model.model_args.quantization or "none",
+        layout=start.adapter.layout,
         partition_hash=read_partition(folder / FILE).hash,
         request_hash=own_request(folder).hash,
         min_clients=run.trainer.federated.min_clients,

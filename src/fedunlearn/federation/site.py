@@ -25,6 +25,7 @@ from fedunlearn.methods.alternates import Sampled
 from fedunlearn.methods.tokens import Need
 from fedunlearn.models.adapter_tensors import ACTIVE, write_tensors
 from fedunlearn.models.base import choose_device
+from fedunlearn.models.fingerprint import fingerprint_base
 from fedunlearn.models.lora import hold_reference
 from fedunlearn.models.ranks import cut, padded, scaled_for
 from fedunlearn.models.resident import Resident, resident
@@ -76,7 +77,13 @@ class Site:
         pocket_dir = Path(run.paths.pocket_dir)
         source = resolve_source(run.model.model_args, pocket_dir)
         seed, max_length = run.trainer.args.seed, run.data.max_length
-        return resident(run.home, source, seed=seed, max_length=max_length, pocket_dir=pocket_dir, sent=True)
+        try:
+            return resident(run.home, source, seed=seed, max_length=max_length, pocket_dir=pocket_dir, sent=True)
+        except UserError as error:
+            found = fingerprint_base(source.base)[:12]
+            raise UserError(
+                f"the base {source.base_name!r} here (fingerprint {found}..) is refused", *error.faults
+            ) from error
 
     @cached_property
     def team(self) -> Team | None:
@@ -134,6 +141,11 @@ class Site:
     def shapes(self) -> tuple[ClientShape, ...]:
         """Every client's LoRA rank and alpha: its own where the partition gives it one, else the model's."""
         return client_shapes(self.run, self.adapter_config)
+
+    @cached_property
+    def layout(self) -> str:
+        """Names and shapes of the model's trainable factors, as a hash."""
+        return "" if self.made.start is None else self.made.start.layout
 
     @property
     def adapter_config(self) -> Mapping[str, object]:

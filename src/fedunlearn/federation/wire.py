@@ -168,7 +168,7 @@ class EvaluateReply:
 class RollCallReply:
     """Client to server, once a run: who it is and whether it can take part. rank, lora_alpha: of the factors it trains and sends.
 
-    joins: the round from which it is there.
+    layout: of the adapter that its base and the config make (records.adapter). joins: the round from which it is there.
     """
 
     client_id: int
@@ -183,6 +183,7 @@ class RollCallReply:
     lora_alpha: float
     joins: int
     quantization: str = "none"
+    layout: str = ""
 
     @property
     def rows(self) -> ClientRows:
@@ -297,8 +298,9 @@ def _typed(name: str, value: object, wanted: object) -> object:
 
 def one_line(text: str) -> str:
     """Gives what a client wrote as a line of log and history can hold it: the first line, no longer than 300 characters, nothing a terminal obeys."""
-    line = text.strip().split("\n")[0][:LONGEST_LINE]
-    return line if line.isprintable() else repr(line)[1:-1][:LONGEST_LINE]
+    line = text.strip().split("\n")[0]
+    told = line[: LONGEST_LINE + 1] if line[: LONGEST_LINE + 1].isprintable() else repr(line[: LONGEST_LINE + 1])[1:-1]
+    return told if len(told) <= LONGEST_LINE else f"{told[: LONGEST_LINE - 2]}.."
 
 
 def typed_record(kind: type[R], record: object) -> R:

@@ -65,8 +65,11 @@ def write_tensors(model: PeftModel, tensors: Tensors, name: str = ACTIVE) -> Non
     live = live_tensors(model, name)
     odd = sorted(set(live) ^ set(tensors))
     if odd:
+        side = (
+            "the model has it, these tensors have not" if odd[0] in live else "these tensors have it, the model has not"
+        )
         raise UserError(
-            f"adapter does not fit this base: tensor {odd[0]!r} stands on one side only (other target modules, or another architecture)"
+            f"adapter does not fit this base: tensor {odd[0]!r} stands on one side only ({side}): other target_modules or modules_to_save, or another architecture"
         )
     for key, target in live.items():
         if target.shape != tensors[key].shape:

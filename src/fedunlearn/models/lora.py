@@ -55,6 +55,7 @@ def _wrapped(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
         warnings.filterwarnings("ignore", "`lora_bias=True` was passed")  # merging is ours
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True` and")  # a line of ours says it
         model: PeftModel = get_peft_model(base, _drawn_later(config))
     model.peft_config[ACTIVE].init_lora_weights = config.init_lora_weights
     return model

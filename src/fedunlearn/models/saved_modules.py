@@ -30,7 +30,10 @@ def check_saved(model: PeftModel, names: object) -> None:
         for name in (names if isinstance(names, list | tuple | set) else ())
         if not any(ends_in(path, name) for path in paths)
     ]
-    faults = [f"{AT}: {name!r} matches no module of this base" for name in sorted(missing)]
+    faults = [
+        f"{AT}: {name!r} matches no module of this base: write names as print(model) tells them, such as lm_head or model.norm"
+        for name in sorted(missing)
+    ]
     if model.dtype != torch.float32:
         faults += [
             f"{AT}: {path.removeprefix('base_model.model.')!r} holds other modules, and those of a {model.dtype} base cannot be trained in float32 beside it: "
@@ -43,8 +46,10 @@ def check_saved(model: PeftModel, names: object) -> None:
 
 
 def widen_saved(model: PeftModel, name: str) -> None:
-    """Makes the copies of one adapter float32; what goes in and out is cast where the base is not (once a module)."""
+    """Makes the copies of one adapter float32; what goes in and out is cast where the base is not (once a module). Others on this base may have copies where it has none."""
     for _, module in saved_modules(model):
+        if name not in module.modules_to_save:
+            continue
         copy = module.modules_to_save[name]
         if all(parameter.dtype == torch.float32 for parameter in copy.parameters()):
             continue

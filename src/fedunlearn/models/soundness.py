@@ -32,7 +32,13 @@ def faults_of_form(tensors: Tensors, peft_config: Mapping[str, object]) -> list[
     numbers = faults_of_config(peft_config)
     pairs = faults_of_pairs(tensors)
     ranks = [] if numbers or pairs else _faults_of_ranks(tensors, peft_config)
-    return [*numbers, *pairs, *ranks, *_faults_of_magnitudes(tensors, peft_config)]
+    return [
+        *numbers,
+        *pairs,
+        *ranks,
+        *_faults_of_magnitudes(tensors, peft_config),
+        *_faults_of_saved(tensors, peft_config),
+    ]
 
 
 def faults_of_numbers(tensors: Tensors) -> list[str]:
@@ -98,6 +104,17 @@ def faults_of_config(peft_config: Mapping[str, object]) -> list[str]:
     if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
         faults.append(f"{_CONFIG} has target_parameters={parameters!r}: a list of names, or null; {AS_TRAINED}")
     return faults
+
+
+def _faults_of_saved(tensors: Tensors, peft_config: Mapping[str, object]) -> list[str]:
+    saved = peft_config.get("modules_to_save") or []
+    if not isinstance(saved, list | tuple) or not all(isinstance(name, str) for name in saved):
+        return [f"{_CONFIG} has modules_to_save={saved!r}: a list of names, or null; {AS_TRAINED}"]
+    missing = [name for name in saved if not any(f".{name}." in tensor for tensor in tensors)]
+    return [
+        f"{_CONFIG} has modules_to_save={saved!r}, and no tensor of {name!r} is there: copy the folder again, or take the name out"
+        for name in missing[:1]
+    ]
 
 
 def _is_rank(value: object) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from fedunlearn.aggregation.factors import modules_of, plain_of, scales_of
 from fedunlearn.config.lora import LoraArgs
@@ -63,6 +63,8 @@ def read_config(path: Path) -> PretrainedConfig:
     try:
         known = read_object(file)
         kind = known.pop("model_type")
+        if kind not in CONFIG_MAPPING:
+            raise ValueError(f"model_type={str(kind)[:80]!r} is unknown to this transformers")
         return AutoConfig.for_model(kind, **known)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

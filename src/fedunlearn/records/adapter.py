@@ -10,9 +10,9 @@ import torch
 
 Tensors = Mapping[str, torch.Tensor]
 A, B = ".lora_A.weight", ".lora_B.weight"
-MAGNITUDE, B_BIAS = ".lora_magnitude_vector", ".lora_B.bias"
-"""Ends of names: a pair's factors; DoRA's magnitudes and LoRA's own biases, which are plain tensors."""
 """How the names of a pair's two factors end; every other tensor of an adapter is plain."""
+MAGNITUDE, B_BIAS = ".lora_magnitude_vector", ".lora_B.bias"
+"""How those of DoRA's magnitudes and of LoRA's own biases end, which are plain tensors."""
 
 
 def hash_tensors(tensors: Tensors) -> str:
@@ -68,6 +68,12 @@ class Adapter:
     def tensor_hash(self) -> str:
         """sha256 of the numbers alone."""
         return self.weights.hash
+
+    @property
+    def layout(self) -> str:
+        """sha256 of the names and shapes of its tensors, whatever their values."""
+        told = json.dumps([[name, list(tensor.shape)] for name, tensor in self.tensors.items()])
+        return hashlib.sha256(told.encode()).hexdigest()
 
     def replace(self, tensors: Tensors, sidecar: Tensors | None = None) -> "Adapter":
         """Gives the same adapter with other values; sidecar None: its own stays. Raises ValueError naming the first tensor whose name or shape differs."""

@@ -50,10 +50,11 @@ def difference_table(modules: Sequence[Apart], whole: Apart) -> Table:
     """Gives the whole, then the modules that lie farthest apart."""
     rest = len(modules) - SHOWN
     heads = ("first", "second", "apart", "relative", "cosine")
-    caption = "Frobenius norms of s B A" + (f"; and {rest} modules more (--json has all)" if rest > 0 else "")
+    plain = "" if all(one.product for one in modules) else "; of other tensors as they are stored, which all leaves out"
+    caption = f"Frobenius norms of s B A{plain}" + (f"; and {rest} modules more (--json has all)" if rest > 0 else "")
     table = Table(Column("module", overflow="fold"), *heads, caption=caption)
-    for one in (whole, *sorted(modules, key=lambda one: -one.difference)[:SHOWN]):
-        norms = (f"{value:.4g}" for value in (one.first, one.second, one.difference))
+    for one in (whole, *sorted(modules, key=lambda one: -(one.difference or 0.0))[:SHOWN]):
+        norms = (_or_dash(value, ".4g") for value in (one.first, one.second, one.difference))
         table.add_row(one.name, *norms, _or_dash(one.relative, ".3%"), _or_dash(one.cosine, ".4f"))
     return table
 

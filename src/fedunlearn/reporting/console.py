@@ -1,6 +1,5 @@
 """What a run says on the terminal: its config in short, and its result as a table."""
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from fedunlearn.files import read_object
 from fedunlearn.records.evaluation import EvalLog
 from fedunlearn.records.lm_eval import Figure, LmEvalLog
 from fedunlearn.reporting.run_folder import DONE
@@ -93,23 +93,27 @@ def show_result(folder: Path, log: EvalLog | None) -> None:
     """Prints where the run lies, which clients did not count, and the evaluation's main figures."""
     console = Console(highlight=False)
     console.print(f"result: {folder}", soft_wrap=True)
-    done = json.loads((folder / DONE).read_text(encoding="utf-8"))
-    account = done.get("account", {})
-    if account:
-        console.print(_cost(account, done.get("of_the_oracle", {})), soft_wrap=True)
-    for key, said in (("dropped", "did not count"), ("stopped", "ended its epoch early")):
-        for sentence in account.get(key, ()):
-            console.print(f"{said}: {sentence}", soft_wrap=True)
+    _show_account(console, read_object(folder / DONE))
     if log is not None:
         console.print(metric_table({folder.name: figures(log)}))
         if log.provenance.get("trial"):
             console.print(f"a trial on {log.provenance['max_rows']} rows of each data set, no evaluation")
 
 
+def _show_account(console: Console, done: Mapping[str, Any]) -> None:
+    account = done.get("account", {})
+    if account:
+        console.print(_cost(account, done.get("of_the_oracle", {})), soft_wrap=True)
+    for key, said in (("dropped", "did not count"), ("stopped", "ended its epoch early")):
+        for sentence in account.get(key, ()):
+            console.print(f"{said}: {sentence}", soft_wrap=True, markup=False)
+
+
 def show_submitted(done: Mapping[str, Any]) -> None:
-    """Prints what a server told of a run's result: its folder under the server's saves_root, and the evaluation's main figures."""
+    """Prints what a server told of a run's result: its folder under the server's saves_root, what it cost, which clients did not count, and the evaluation's main figures."""
     console = Console(highlight=False)
     console.print(f"result: {done['folder']} under the server's saves_root", soft_wrap=True)
+    _show_account(console, done["done"])
     if done["metrics"]:
         console.print(metric_table({Path(done["folder"]).name: done["metrics"]}))
 
