@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from fedunlearn.doors.prepare import prepare
 from fedunlearn.errors import UserError
-from fedunlearn.federation import rounds
+from fedunlearn.federation import client_app, rounds
 from fedunlearn.federation.block_store import BlockStore
 from fedunlearn.federation.site import Site
+from fedunlearn.federation.wire import RollCallReply
 from fedunlearn.models.adapter_files import load_adapter, save_adapter
 from fedunlearn.models.label_logits import label_logits
 from fedunlearn.models.resident import release, resident
@@ -246,6 +247,19 @@ def test_a_client_whose_adapter_lacks_a_saved_module_is_left_out_by_name(pocket,
     told = {client["client_id"]: (client["reason"], client["detail"]) for client in history(run)[0]["clients"]}
     assert told[2] == ("missing_key", head)
     assert [told[client][0] for client in (0, 1, 3)] == ["", "", ""]
+
+
+def test_a_client_that_makes_another_adapter_is_left_out_at_the_roll_call(pocket, saves, monkeypatch):
+    """It would answer every round, and be dropped in every one."""
+
+    def another(**said):
+        return RollCallReply(**(said if said["client_id"] != 2 else {**said, "layout": "x"}))
+
+    monkeypatch.setattr(client_app, "RollCallReply", another)
+    run = finetune(pocket, saves, "ft", "trainer.federated.num_rounds=1")
+    told = json.loads((run / "roll_call.json").read_text())["refused"][0]
+    assert told.startswith("roll call: client 2 makes an adapter of other tensors or shapes")
+    assert [client["client_id"] for client in history(run)[0]["clients"]] == [0, 1, 3]
 
 
 def test_a_module_that_the_base_lacks_is_refused_before_anything_is_written(pocket, saves):

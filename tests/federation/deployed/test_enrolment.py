@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from flwr.app import Context, Message, RecordDict
 from helpers_deployed import MODEL, ThinGrid, client_site, run_deployed, submitted, write_sites
+from helpers_families import base_of
 from helpers_runs import history
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +24,7 @@ from fedunlearn.federation.deployed.brief import pack_brief, unpack_brief
 from fedunlearn.federation.deployed.enrolment import enrol, enrolment_of
 from fedunlearn.federation.faults import CLIENT_RAISED
 from fedunlearn.federation.local_grid import call_client
+from fedunlearn.models.fingerprint import fingerprint_base
 
 ARGS = ("model", "model_args", "pretrained_model_name_or_path")
 
@@ -327,3 +329,15 @@ def test_the_watch_sees_what_is_opened(site, briefs, canaries):
             assert serve(own, briefs["finetune"]) == "there"
         assert any(path.startswith("canary: ") for path in seen)
         assert any(path.startswith(folder) for path in seen)
+
+
+def test_a_base_of_another_architecture_is_told_with_its_fingerprint(tmp_path, pocket):
+    paths = write_sites(tmp_path, pocket)
+    other = shutil.copytree(pocket.model, tmp_path / "other")
+    (other / "model.safetensors").unlink()
+    base_of("gpt2").save_pretrained(other)
+    paths[2].write_text(paths[2].read_text().replace(str(pocket.model), str(other)))
+    run = run_deployed(tmp_path, submitted(pocket, "finetune", "ft"), ThinGrid(paths))
+    (told,) = json.loads((run / "roll_call.json").read_text())["refused"]
+    assert f"here (fingerprint {fingerprint_base(other)[:12]}..) is refused; " in told
+    assert "matches no module" in told
