@@ -155,8 +155,12 @@ class LoraArgs:
                 "(false would begin away from the base; eva, corda, loftq, lora_ga and mica read data or a quantised base before the first round)",
             ),
             (
-                not (self.lora_bias and (self.use_dora or initial not in (None, True))),
-                f"{AT}lora_bias=true beside use_dora={str(bool(self.use_dora)).lower()} and init_lora_weights={initial!r}: PEFT knows a bias in B for plain LoRA only; set use_dora=false and init_lora_weights=true",
+                not (self.lora_bias and self.use_dora),
+                f"{AT}lora_bias=true beside use_dora=true: PEFT knows a bias in B for plain LoRA only; set one of them to false",
+            ),
+            (
+                not (self.lora_bias and initial not in (None, True)),
+                f"{AT}lora_bias=true beside init_lora_weights={initial!r}: PEFT knows a bias in B for plain LoRA only; set lora_bias=false, or init_lora_weights=true",
             ),
             (
                 not (self.use_dora and initial not in (None, True, "gaussian")),
