@@ -128,3 +128,25 @@ def test_a_trimmed_mean_of_too_few_says_that_it_is_a_plain_one(pocket, saves, mo
     first, second = history(finetune(pocket, saves, "ft", *trimmed))
     assert first["notes"] == []
     assert second["notes"] == ["aggregation.trim=0.25 leaves out nobody of 3 updates: the mean is a plain one"]
+
+
+@pytest.mark.parametrize("lost", [3, None])
+def test_an_owner_that_never_counted_while_another_did_is_told(pocket, saves, monkeypatch, caplog, lost):
+    real = site.Site.work
+
+    def work(self, task, *rest):
+        if task.client_id == lost:
+            raise RuntimeError("no")
+        return real(self, task, *rest)
+
+    monkeypatch.setattr(site.Site, "work", work)
+    few = (
+        ROBIN,
+        "trainer.federated.num_rounds=2",
+        "trainer.federated.min_clients=2",
+        "trainer.federated.max_retries=0",
+    )
+    assert history(unlearn(pocket, saves, None, "un", *few))
+    told = "clients [3] own forget rows and counted in no round: nothing of theirs was unlearned"
+    assert (told in caplog.text) == (lost == 3)
+    assert ("counted in no round" in caplog.text) == (lost == 3)

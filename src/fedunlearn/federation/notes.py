@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
 
 from fedunlearn.aggregation.choices import reducer_of
 from fedunlearn.aggregation.flower import FlowerStrategy
@@ -11,7 +12,7 @@ from fedunlearn.config.run import TrainRun
 from fedunlearn.errors import UserError
 from fedunlearn.federation.planning import NOBODY
 from fedunlearn.federation.server_step import Stepped
-from fedunlearn.records.rounds import ClientOutcome, Role
+from fedunlearn.records.rounds import ClientOutcome, ClientRows, Role
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +62,11 @@ def mean_losses(clients: tuple[ClientOutcome, ...]) -> dict[str, float]:
     return metrics
 
 
-def check_unlearned(run: TrainRun, lines: Sequence[Mapping[str, object]]) -> None:
-    """Raises UserError where no owner's update counted in any round, or none made a step: the result would be no unlearning at all. lines: the history."""
+def check_unlearned(run: TrainRun, rows: Sequence[ClientRows], lines: Sequence[Mapping[str, object]]) -> None:
+    """Raises UserError where no owner's update counted in any round, or none made a step: the result would be no unlearning at all.
+
+    Owners whose updates counted in no round, though others' did, are told: their rows are in the model as before. rows: what each client owns; lines: the history.
+    """
     clients = [client for line in lines for client in line["clients"]]  # type: ignore[attr-defined]
     owners = [client for client in clients if client["role"] == Role.UNLEARN]
     if not any(client["weight"] > 0 for client in owners):
@@ -71,6 +75,18 @@ def check_unlearned(run: TrainRun, lines: Sequence[Mapping[str, object]]) -> Non
         raise UserError(
             f"nobody unlearned: trainer.guard stopped every owner before its first step ({owners[0]['stopped']}). Raise trainer.guard.max_loss or "
             "max_update_ratio, lower the learning rate or the method's own values, and start anew with overwrite=true"
+        )
+    if not run.protocol.releases:
+        _tell_unserved({row.client_id for row in rows if row.num_forget}, owners)
+
+
+def _tell_unserved(owning: Set[int], asked: Sequence[Mapping[str, Any]]) -> None:
+    unserved = owning - {client["client_id"] for client in asked if client["weight"] > 0}
+    if unserved:
+        log.warning(
+            "clients %s own forget rows and counted in no round: nothing of theirs was unlearned. History says why where they were drawn; "
+            "else raise trainer.federated.num_rounds or fraction_train, or set force_owners=true",
+            sorted(unserved),
         )
 
 

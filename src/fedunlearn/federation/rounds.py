@@ -138,7 +138,7 @@ def run_rounds(grid: Grid, run: TrainRun, folder: Path, reads_reference: bool, n
         for number in track(rounds, f"{run.task_name}: round", len(rounds)):
             checkpoint = _one_round(server, checkpoint, number, curves)
     if run.mode == "unlearn" and conductor is None:
-        check_unlearned(run, read_history(folder))
+        check_unlearned(run, start.rows, read_history(folder))
 
 
 def _stepper(run: TrainRun, folder: Path, start: Start) -> Stepper:
