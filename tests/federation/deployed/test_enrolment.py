@@ -221,16 +221,22 @@ def test_the_thin_client_tells_every_reason_in_one_line(tmp_path, pocket, briefs
     assert "\n" not in reply.error.reason
 
 
-def test_a_base_of_other_weights_is_refused_by_name_and_the_others_go_on(tmp_path, pocket):
+def test_other_bases_are_refused_by_name_and_the_others_go_on(tmp_path, pocket):
+    """One of other weights, and one of another architecture, which the run's adapter does not even fit."""
     paths = write_sites(tmp_path, pocket)
-    shutil.copytree(pocket.model, tmp_path / "other")
-    weights = tmp_path / "other" / "model.safetensors"
-    tensors = load_file(weights)
+    changed, foreign = (shutil.copytree(pocket.model, tmp_path / name) for name in ("changed", "foreign"))
+    tensors = load_file(weights := changed / "model.safetensors")
     save_file({**tensors, (name := sorted(tensors)[0]): tensors[name] + 1e-3}, weights, {"format": "pt"})
-    paths[2].write_text(paths[2].read_text().replace(str(pocket.model), str(tmp_path / "other")))
+    (foreign / "model.safetensors").unlink()
+    base_of("gpt2").save_pretrained(foreign)
+    for path, other in ((paths[2], changed), (paths[3], foreign)):
+        path.write_text(path.read_text().replace(str(pocket.model), str(other)))
     run = run_deployed(tmp_path, submitted(pocket, "finetune", "ft"), ThinGrid(paths))
-    assert "client 2 has base_fingerprint=" in (run / "roll_call.json").read_text()
-    assert [[client["client_id"] for client in line["clients"]] for line in history(run)] == [[0, 1, 3]] * 2
+    told = json.loads((run / "roll_call.json").read_text())["refused"]
+    assert "client 2 has base_fingerprint=" in told[0]
+    assert f"here (fingerprint {fingerprint_base(foreign)[:12]}..) is refused; " in told[1]
+    assert "matches no module" in told[1]
+    assert [[client["client_id"] for client in line["clients"]] for line in history(run)] == [[0, 1]] * 2
 
 
 # --- paths of the server's config are nobody's here
@@ -329,15 +335,3 @@ def test_the_watch_sees_what_is_opened(site, briefs, canaries):
             assert serve(own, briefs["finetune"]) == "there"
         assert any(path.startswith("canary: ") for path in seen)
         assert any(path.startswith(folder) for path in seen)
-
-
-def test_a_base_of_another_architecture_is_told_with_its_fingerprint(tmp_path, pocket):
-    paths = write_sites(tmp_path, pocket)
-    other = shutil.copytree(pocket.model, tmp_path / "other")
-    (other / "model.safetensors").unlink()
-    base_of("gpt2").save_pretrained(other)
-    paths[2].write_text(paths[2].read_text().replace(str(pocket.model), str(other)))
-    run = run_deployed(tmp_path, submitted(pocket, "finetune", "ft"), ThinGrid(paths))
-    (told,) = json.loads((run / "roll_call.json").read_text())["refused"]
-    assert f"here (fingerprint {fingerprint_base(other)[:12]}..) is refused; " in told
-    assert "matches no module" in told

@@ -1,5 +1,6 @@
 """A whole run over thin clients and their workers: the same adapter as launcher=local, a base loaded once, and what happens to a worker that dies or hangs."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -28,6 +29,8 @@ def test_fine_tuning_and_unlearning_give_the_bytes_of_launcher_local(nodes, pock
     assert adapter_bytes(theirs) == adapter_bytes(ours)
     (pids,) = {tuple(sorted(process.pid for process in workers_of(paths)))}
     assert len(pids) == 4
+    (socket,) = (folder / "c0").glob("*.sock")
+    assert [place.stat().st_mode & 0o077 for place in (socket, folder / "c0")] == [0, 0]  # their owner's alone
     ours = unlearn(pocket, saves, ours, "un", "launcher.threads=1")
     plain = submitted(pocket, "unlearn", "un", "model.model_args.pretrained_model_name_or_path=saves/finetune/ft")
     theirs = run_deployed(folder, plain, ThinGrid(paths, run_id=2))
@@ -102,59 +105,40 @@ def test_a_worker_without_work_ends(tmp_path, pocket):
     assert not list((tmp_path / "c0").glob("*.sock"))
 
 
-def test_its_folder_and_socket_are_its_owners_alone(nodes, pocket):
-    folder, paths = nodes
-    run_deployed(folder, submitted(pocket, "finetune", "ft"), ThinGrid(paths))
-    (socket,) = (folder / "c0").glob("*.sock")
-    assert socket.stat().st_mode & 0o077 == 0
-    assert (folder / "c0").stat().st_mode & 0o077 == 0
-
-
 def refused(folder, paths, plain):
     with pytest.raises(UserError) as caught:
         run_deployed(folder, plain, ThinGrid(paths))
     return "\n".join(caught.value.faults)
 
 
-def test_a_node_whose_policy_forbids_the_model_is_refused_by_name_and_the_others_go_on(nodes, pocket):
+def test_nodes_that_cannot_take_part_are_refused_by_name_and_the_others_go_on(nodes, pocket):
+    """One lacks its data, one's policy forbids the model, one has a number that the run does not have."""
     folder, paths = nodes
     (folder / "narrow.yaml").write_text((folder / "policy.yaml").read_text().replace("pocket-base", "another"))
-    paths[2].write_text(paths[2].read_text().replace("policy.yaml", "narrow.yaml"))
-    run = run_deployed(folder, submitted(pocket, "finetune", "ft"), ThinGrid(paths))
-    called = (run / "roll_call.json").read_text()
-    assert "failed: client 2: this node's policy does not allow model 'pocket-base'; it allows ['another']" in called
-    assert "is not there" not in called  # a client that told why it takes no part is told once
-    assert [[client["client_id"] for client in line["clients"]] for line in history(run)] == [[0, 1, 3]] * 2
-
-
-def test_a_node_without_its_data_is_refused_by_name_and_the_others_go_on(nodes, pocket):
-    folder, paths = nodes
     paths[1].write_text(paths[1].read_text().replace(str(pocket.data), str(folder / "gone")))
-    run = run_deployed(folder, submitted(pocket, "finetune", "ft"), ThinGrid(paths))
-    called = (run / "roll_call.json").read_text()
-    assert f"failed: client 1: data.tofu_path='{folder / 'gone'}' is no folder on this machine" in called
-    assert len(history(run)) == 2
-
-
-def test_a_site_with_a_number_that_the_run_does_not_have_is_told(nodes, pocket):
-    folder, paths = nodes
+    paths[2].write_text(paths[2].read_text().replace("policy.yaml", "narrow.yaml"))
     paths[3].write_text(paths[3].read_text().replace("client_id: 3", "client_id: 7"))
-    run = run_deployed(folder, submitted(pocket, "finetune", "ft"), ThinGrid(paths))
-    called = (run / "roll_call.json").read_text()
-    assert "failed: client 7: the run has clients 0 to 3 only: correct this node's client_id" in called
+    run = run_deployed(folder, submitted(pocket, "finetune", "ft", "trainer.federated.min_clients=1"), ThinGrid(paths))
+    data, policy, number, missing = json.loads((run / "roll_call.json").read_text())["refused"]
+    assert f"failed: client 1: data.tofu_path='{folder / 'gone'}' is no folder on this machine" in data
+    assert "failed: client 2: this node's policy does not allow model 'pocket-base'; it allows ['another']" in policy
+    assert "failed: client 7: the run has clients 0 to 3 only: correct this node's client_id" in number
+    assert missing == "roll call: client 3 is not there"  # a client that told why it takes no part is told once
+    assert [[client["client_id"] for client in line["clients"]] for line in history(run)] == [[0]] * 2
 
 
 def test_more_steps_than_the_policy_allows_are_not_made(tmp_path, pocket):
-    paths = write_sites(tmp_path, pocket, policy={"max_steps": 1})
-    said = refused(tmp_path, paths, submitted(pocket, "finetune", "ft"))
+    paths = write_sites(tmp_path, pocket, clients=2, policy={"max_steps": 1})
+    said = refused(tmp_path, paths, submitted(pocket, "finetune", "ft", "trainer.federated.num_clients=2"))
     assert "optimiser steps, this client's policy allows 1 (policy: max_steps)" in said
     for process in workers_of(paths):
         process.kill()
 
 
 def test_forget_rows_are_not_scored_where_the_policy_forbids_it(tmp_path, pocket):
-    paths = write_sites(tmp_path, pocket, policy={"score_forget_rows": False})
-    plain = submitted(pocket, "unlearn", "un", "eval.clients_every_n_rounds=1", "method=grad_ascent")
+    paths = write_sites(tmp_path, pocket, clients=2, policy={"score_forget_rows": False})
+    two = ("trainer.federated.num_clients=2", "eval.clients_every_n_rounds=1", "method=grad_ascent")
+    plain = submitted(pocket, "unlearn", "un", *two)
     run = run_deployed(tmp_path, plain, ThinGrid(paths))
     scored = history(run)[0]["by_clients"]["clients"]
     assert all("policy: score_forget_rows=false" in one["detail"] for one in scored)
