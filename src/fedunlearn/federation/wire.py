@@ -298,8 +298,8 @@ def _typed(name: str, value: object, wanted: object) -> object:
 
 def one_line(text: str) -> str:
     """Gives what a client wrote as a line of log and history can hold it: the first line, no longer than 300 characters, nothing a terminal obeys."""
-    line = text.strip().split("\n")[0]
-    told = line[: LONGEST_LINE + 1] if line[: LONGEST_LINE + 1].isprintable() else repr(line[: LONGEST_LINE + 1])[1:-1]
+    line = text.strip().split("\n")[0][: LONGEST_LINE + 1]
+    told = line if line.isprintable() else repr(line)[1:-1]
     return told if len(told) <= LONGEST_LINE else f"{told[: LONGEST_LINE - 2]}.."
 
 
