@@ -290,20 +290,14 @@ def _product_apart(module: Module, both: Sequence[Adapter], scales: Sequence[Map
 
 def _plain_apart(name: str, first: Tensors, second: Tensors) -> Apart:
     one = next(tensors[name] for tensors in (first, second) if name in tensors)
-    if not (name in first and name in second) and not name.endswith(
-        B_BIAS
-    ):  # a bias of LoRA's own that is not there is 0
-        norms = [float(tensors[name].double().norm()) if name in tensors else 0.0 for tensors in (first, second)]
-        return Apart(
-            name=name, first=norms[0], second=norms[1], difference=None, relative=None, cosine=None, product=False
-        )
     old, new = (tensors.get(name, torch.zeros_like(one)).double() for tensors in (first, second))
     if old.shape != new.shape:
         raise UserError(
             f"{name} has another shape in each adapter ({tuple(old.shape)}, {tuple(new.shape)}): they belong to different bases"
         )
     found = _apart(name, float(old.norm()), float(new.norm()), float((new - old).norm()), float((old * new).sum()))
-    return replace(found, product=False)
+    known = (name in first and name in second) or name.endswith(B_BIAS)  # a bias of LoRA's own that is not there is 0
+    return replace(found, product=False) if known else replace(found, product=False, difference=None, relative=None)
 
 
 def _apart(name: str, first: float, second: float, difference: float, inner: float) -> Apart:

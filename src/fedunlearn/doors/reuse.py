@@ -1,7 +1,6 @@
 """Whether a run on disk may stand for the one that a config asks for: the same config, made from the same adapter, partition and retain log."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from fedunlearn.data.ownership import read_partition
 from fedunlearn.doors.compose import ComposedConfig
 from fedunlearn.errors import UserError
 from fedunlearn.evals.files import FILES_OF, log_file, read_log
+from fedunlearn.files import read_object
 from fedunlearn.models.adapter_files import saved_hash
 from fedunlearn.models.source import resolve_source
 from fedunlearn.reporting.run_folder import changed_keys, is_done, run_path
@@ -68,7 +68,6 @@ def _judged_alike(folder: Path, run: TrainRun | EvalRun) -> bool:
 def _object(path: Path) -> Mapping[str, object]:
     """A JSON object; empty where it is missing or damaged: such a run is not gone on with."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}

@@ -101,7 +101,7 @@ def _roll_call(site: Site, client: int) -> RollCallReply:
         version=VERSION,
         base_fingerprint=site.made.fingerprint,
         quantization=site.made.quantization,
-        layout=site.layout,
+        layout=site.start.layout,
         partition_hash=site.partition.hash,
         request_hash=site.request.hash,
         num_owned=rows.num_owned,

@@ -31,7 +31,7 @@ from fedunlearn.models.ranks import cut, padded, scaled_for
 from fedunlearn.models.resident import Resident, resident
 from fedunlearn.models.sidecar import put_sidecar
 from fedunlearn.models.source import resolve_source
-from fedunlearn.records.adapter import Tensors, Weights
+from fedunlearn.records.adapter import Adapter, Tensors, Weights
 from fedunlearn.records.evaluation import AnswerScore, Detail
 from fedunlearn.records.partition import OwnedRows, Partition
 from fedunlearn.records.requests import ReleasedRow, Request
@@ -140,19 +140,14 @@ class Site:
     @cached_property
     def shapes(self) -> tuple[ClientShape, ...]:
         """Every client's LoRA rank and alpha: its own where the partition gives it one, else the model's."""
-        return client_shapes(self.run, self.adapter_config)
-
-    @cached_property
-    def layout(self) -> str:
-        """Names and shapes of the model's trainable factors, as a hash."""
-        return "" if self.made.start is None else self.made.start.layout
+        return client_shapes(self.run, self.start.peft_config)
 
     @property
-    def adapter_config(self) -> Mapping[str, object]:
-        """The PEFT config of the model's trainable factors."""
+    def start(self) -> Adapter:
+        """What the resident model's adapter began with here; fresh values are the server's to send."""
         if self.made.start is None:
             raise ValueError("a federated run has an adapter")
-        return self.made.start.peft_config
+        return self.made.start
 
     def work(
         self,

@@ -69,7 +69,7 @@ class Adapter:
         """sha256 of the numbers alone."""
         return self.weights.hash
 
-    @property
+    @cached_property
     def layout(self) -> str:
         """sha256 of the names and shapes of its tensors, whatever their values."""
         told = json.dumps([[name, list(tensor.shape)] for name, tensor in self.tensors.items()])

@@ -1,7 +1,6 @@
 """The model as it was when unlearning began: rows' summed losses under it, each computed once and kept."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from fedunlearn.config.data import CollatorConfig
 from fedunlearn.data.chat import EncodedRow
 from fedunlearn.data.collator import collate
-from fedunlearn.files import canonical_json, write_json
+from fedunlearn.files import canonical_json, read_object, write_json
 from fedunlearn.models.adapter_tensors import ACTIVE, read_tensors, write_tensors
 from fedunlearn.models.lora import REFERENCE
 from fedunlearn.models.resident import Resident, numbers_name
@@ -90,9 +89,8 @@ class ReferenceSums:
 
 def _read(path: Path) -> dict[str, float]:
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        return {str(name): float(value) for name, value in saved.items()}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return {name: float(value) for name, value in read_object(path).items()}
+    except (OSError, ValueError, TypeError) as error:
         log.warning("%s is damaged (%s): the reference sums in it are computed anew", path, error)
         path.unlink(missing_ok=True)
         return {}
